@@ -1,0 +1,98 @@
+"""Loads the native library and chooses a backend; remembers why something is not available."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("flowcut_kernels")
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def native_error() -> str | None:
+    """Load the native library once; None when it is loaded, else the reason why it is not."""
+    if os.environ.get("FLOWCUT_NO_NATIVE") == "1":
+        return "FLOWCUT_NO_NATIVE=1 is set"
+    folder = Path(__file__).parent
+    found = sorted(folder.glob("flowcut_kernels_native*.so"))
+    if not found:
+        return f"no flowcut_kernels_native*.so in {folder.name}/: install with a C++ compiler to build it"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except Exception as error:  # a library built for another torch or machine must not break the import
+        return f"{found[0].name} did not load: {error}"
+    return None
+
+
+@cache
+def triton_error() -> str | None:
+    """None when Triton can be imported, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _log_choice(op: str, device: str, dtype: torch.dtype, choice: str, reason: str) -> None:
+    logger.info("%s on %s %s: backend %s (%s)", op, device, dtype, choice, reason)
+
+
+def resolve_backend(backend: str | None = None) -> str:
+    """The requested backend: the argument, else ``FLOWCUT_BACKEND``, else "auto"; ValueError for an unknown name."""
+    name = backend or os.environ.get("FLOWCUT_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def choose_backend(op: str, backend: str | None, tensor: Tensor) -> str:
+    """One of "reference", "cpp", "triton" for `op` on `tensor`.
+
+    An explicit request never falls back: RuntimeError says why it cannot be honoured. "auto" takes the native
+    form of the tensor's device where its dtype allows, else the reference, and logs its choice once.
+    """
+    requested = resolve_backend(backend)
+    device, dtype = tensor.device.type, tensor.dtype
+    if requested == "reference":
+        return "reference"
+    if requested == "auto":
+        if device == "cpu":
+            choice, problem = "cpp", native_error()
+        elif device == "cuda":
+            choice, problem = "triton", triton_error()
+        else:
+            choice, problem = "reference", f"no native form for {device}"
+        if problem is None and dtype not in NATIVE_DTYPES:
+            problem = f"{dtype} has no native form"
+        choice = choice if problem is None else "reference"
+        if not torch.compiler.is_compiling():
+            _log_choice(op, device, dtype, choice, problem or "native form available")
+        return choice
+
+    problem = None
+    if requested == "cuda":
+        problem = f"{op} has no CUDA C++ form; on CUDA tensors use 'triton'"
+    elif requested == "cpp":
+        problem = native_error() if device == "cpu" else f"it needs CPU tensors, got {device}"
+    elif requested == "triton":
+        problem = triton_error()
+        if problem is None and device != "cuda" and not (device == "cpu" and _interpreted()):
+            problem = f"it needs CUDA tensors (or CPU tensors with TRITON_INTERPRET=1), got {device}"
+    if problem is None and dtype not in NATIVE_DTYPES:
+        problem = f"{dtype} has no native form; use float32, bfloat16 or float16, or backend='reference'"
+    if problem is not None:
+        raise RuntimeError(f"backend={requested!r} was asked for {op}, but {problem}")
+    return requested

@@ -1,0 +1,116 @@
+"""Score fusion, cumulative history, entropy-to-count and ordered top-k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._library import choose_backend
+from ..._ops import LIB, Select, any_tensor
+from .reference import score_select as _reference
+
+
+def score_select(
+    attention: Tensor | None,
+    relevance: Tensor | None = None,
+    value_norm: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lengths: Tensor | None = None,
+    history_weight: float = 0.5,
+    protect: int = 0,
+    mode: Select = Select.FIXED,
+    budget: int = 0,
+    divisor: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the cumulative score S and pick the tokens to keep (FlowCut, arXiv 2505.19536, section 3).
+
+    Args:
+        attention, relevance, value_norm: float32 or float64 [B, N], at least one; a missing criterion drops out.
+        history: S of the layer before, aligned with these N tokens; None: S = s.
+        entropy: entropy ratio h [B]; needed by the adaptive modes while ``divisor`` > 0.
+        lengths: live tokens per sample [B] (int32 or int64), protected ones included; None: all N.
+        history_weight: weight of ``history`` in S, 0..1.
+        protect: leading tokens that are always kept and never scored (1 for CLS).
+        mode: SCORE_ONLY, ADAPTIVE, ADAPTIVE_BATCH or FIXED.
+        budget: tokens to end with (T), protected ones not counted.
+        divisor: sqrt of the remaining layers; 0 cuts to the budget at once.
+        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+
+    Returns:
+        S [B, N], 0 where not a candidate; index int64 [B, M] of kept rows, ascending, then -1, with
+        M = 0, N, N or min(protect + budget, N) for the four modes; new lengths int32 [B], protected included.
+        A sample whose candidates hold NaN or Inf has length -1 and no index (see :func:`raise_if_not_finite`).
+        Definition: ``reference.py``.
+
+    Raises:
+        ValueError: arguments that do not fit, naming the argument.
+        RuntimeError: an explicitly requested backend that cannot serve these tensors.
+    """
+    _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor)
+    arguments = (attention, relevance, value_norm, history, entropy, lengths)
+    options = dict(
+        history_weight=float(history_weight), protect=protect, mode=int(mode), budget=budget, divisor=float(divisor)
+    )
+    first = any_tensor(attention, relevance, value_norm)
+    choice = choose_backend("score_select", backend, first)
+    if choice == "reference":
+        return _reference(*arguments, **options)
+    if choice == "triton" and first.device.type == "cpu":
+        return _triton(*arguments, **options)
+    return torch.ops.flowcut_kernels.score_select(*arguments, **options)
+
+
+def raise_if_not_finite(lengths: list[int], where: str) -> None:
+    """ValueError for new lengths (as Python integers) that `score_select` marked with -1."""
+    bad = [b for b, length in enumerate(lengths) if length < 0]
+    if bad:
+        raise ValueError(
+            f"scores of sample(s) {bad} at {where} hold NaN or Inf: check pixel_values and the weights' dtype "
+            "(float16 towers overflow easily; use bfloat16 or float32)"
+        )
+
+
+def _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor):
+    criteria = dict(attention=attention, relevance=relevance, value_norm=value_norm)
+    if all(x is None for x in criteria.values()):
+        raise ValueError("score_select: attention, relevance and value_norm are all None; give at least one")
+    first = any_tensor(*criteria.values())
+    for name, x in (criteria | dict(history=history)).items():
+        if x is None:
+            continue
+        if x.dim() != 2 or x.shape != first.shape:
+            raise ValueError(f"score_select: {name} must be [batch, tokens] = {tuple(first.shape)}, got {tuple(x.shape)}")
+        if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"score_select: {name} is {x.dtype} on {x.device}; criteria and history must all be float32 (or all "
+                f"float64) on one device ({first.device})"
+            )
+    batch, tokens = first.shape
+    for name, x in (("entropy", entropy), ("lengths", lengths)):
+        if x is not None and (tuple(x.shape) != (batch,) or x.device != first.device):
+            raise ValueError(f"score_select: {name} must be [{batch}] on {first.device}, got {tuple(x.shape)} {x.device}")
+    if lengths is not None and lengths.is_floating_point():
+        raise ValueError(f"score_select: lengths must be an integer tensor, got {lengths.dtype}")
+    if entropy is not None and entropy.dtype != first.dtype:
+        raise ValueError(f"score_select: entropy is {entropy.dtype} but the criteria are {first.dtype}")
+    if entropy is None and mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH) and divisor > 0:
+        raise ValueError("score_select: entropy is None; the adaptive modes need it while divisor > 0")
+    if not 0 <= history_weight <= 1:
+        raise ValueError(f"score_select: history_weight={history_weight} must lie in 0..1")
+    if not 0 <= protect <= tokens:
+        raise ValueError(f"score_select: protect={protect} must lie in 0..{tokens} (the number of tokens)")
+    if budget < 0 or divisor < 0:
+        raise ValueError(f"score_select: budget={budget} and divisor={divisor} must not be negative")
+
+
+def _triton(*arguments, **options):
+    from .triton import score_select
+
+    return score_select(*arguments, **options)
+
+
+LIB.impl("score_select", _reference, "CompositeExplicitAutograd")
+LIB.impl("score_select", _triton, "CUDA")
