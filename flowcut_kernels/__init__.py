@@ -1,1 +1,27 @@
-"""Visual-token pruning for vision-language models, with fused kernels."""
+"""Visual-token pruning for vision-language models: fused scoring kernels, policies, one-line patching.
+
+    import flowcut_kernels as fk
+
+    model = fk.patch(model, fk.FlowCut(target_tokens=64))
+    out = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=32)
+    fk.unpatch(model)
+"""
+
+from .models import patch, patched, supported_models, trace, unpatch
+from .policies import FlowCut, RandomTokens, UniformTokens
+from .trace import Stage, Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlowCut",
+    "RandomTokens",
+    "Stage",
+    "Trace",
+    "UniformTokens",
+    "patch",
+    "patched",
+    "supported_models",
+    "trace",
+    "unpatch",
+]

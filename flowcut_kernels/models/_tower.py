@@ -1,0 +1,56 @@
+"""A vision tower: what a family adds to the shared encoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..modules.encoder import LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
+from ..policies.base import Policy
+from ._prompt import Replacement
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The facts of a family of bare vision towers (``model.encoder.layers`` of pre-norm layers)."""
+
+    model_class: type[nn.Module]
+    protect: int  # leading tokens that are not patches
+    feature_layer: int  # hidden_states index that is read by default
+    parts: Callable[[nn.Module], LayerParts]
+
+    def replacements(
+        self, model: nn.Module, policy: Policy, *, record: bool, backend: str | None
+    ) -> tuple[PrunedEncoder, list[Replacement]]:
+        """A bare tower: all layers run, hidden states after the cuts hold fewer tokens."""
+        index = getattr(policy, "feature_layer", None)
+        index = self.feature_layer if index is None else index
+        return self.build(model, policy, index, runs_rest=True, record=record, backend=backend)
+
+    def build(
+        self, model: nn.Module, policy: Policy, index: int, *, runs_rest: bool, record: bool, backend: str | None
+    ) -> tuple[PrunedEncoder, list[Replacement]]:
+        """Replacements that prune before the layer whose output is ``hidden_states[index]``."""
+        layers = model.encoder.layers
+        states = len(layers) + 1
+        feature_layer = (index if index >= 0 else states + index) - 1
+        if not 1 <= feature_layer < len(layers):
+            raise ValueError(
+                f"feature_layer={index} of {len(layers)} layers leaves no layer to prune before it: use "
+                f"2..{states - 1} or {2 - states}..-1"
+            )
+        encoder = PrunedEncoder(
+            model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
+        )
+        replacements: list[Replacement] = [(model.encoder, "forward", encoder)]
+        for i, layer in enumerate(layers):
+            skip = i > feature_layer and not runs_rest
+            forward = SkippedEncoderLayer() if skip else PrunedEncoderLayer(layer, self.parts(layer), i)
+            replacements.append((layer, "forward", forward))
+        return encoder, replacements
+
+    def patches(self, model: nn.Module) -> int:
+        """Patches per image at the configured size."""
+        return (model.config.image_size // model.config.patch_size) ** 2

@@ -1,0 +1,242 @@
+"""Replacement blocks of a pre-norm vision encoder that score tokens and drop them before they cost anything.
+
+The blocks own no weights: they read the stock layer's. They are installed as the instance's ``forward``, so forward
+hooks, captured hidden states and ``torch.nn.Module`` behaviour stay as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .._ops import accumulate_dtype
+from ..ops import gather_tokens
+from ..ops.score_select import raise_if_not_finite
+from ..policies.base import EncoderStep, EncoderView, Policy, Selection
+from ..trace import Stage, Trace
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """Where a family keeps the parts of a pre-norm encoder layer."""
+
+    norm1: nn.Module
+    attention: nn.Module  # with num_heads, head_dim, scale, dropout, config
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    eager: Callable  # the family's eager attention function
+
+
+@dataclass
+class EncoderState:
+    """One forward pass through a pruned encoder."""
+
+    policy: Policy
+    feature_layer: int
+    grid: tuple[int, int]
+    protect: int
+    backend: str | None
+    patches: Tensor | None = None  # [B, M] original patch of each row (protected rows count up from -protect)
+    lengths: Tensor | None = None  # int32 [B] live rows, None while all images have all rows
+    mask: Tensor | None = None  # bool [B, M] live rows, None unless the batch is ragged
+    history: Tensor | None = None  # [B, M] cumulative score
+    most: int | None = None  # rows of the fullest image
+    trace: Trace | None = None
+
+    def step(self, layer: int) -> EncoderStep | None:
+        """The policy's step at `layer`; None once every image is down to its budget."""
+        tokens = self.grid[0] * self.grid[1]
+        step = self.policy.encoder_step(layer, self.feature_layer, tokens)
+        done = self.most is not None and self.most <= self.policy.budget(tokens) + self.protect
+        return None if done else step
+
+    @torch.no_grad()
+    def select(self, layer: int, step: EncoderStep, view: EncoderView) -> Selection:
+        """Ask the policy; check the scores; note what the trace wants. Costs one read-back where the step prunes."""
+        choice = self.policy.encoder_select(step, view)
+        if choice.index is not None or choice.lengths.device.type == "cpu":
+            lengths = choice.lengths.tolist()
+            raise_if_not_finite(lengths, f"encoder layer {layer}")
+            if choice.index is not None:
+                self.most = max(lengths)
+                choice.index = choice.index[:, : self.most]
+                ragged = min(lengths) < self.most
+                self.lengths = choice.lengths if ragged else None
+        if self.trace is not None:
+            self._record(layer, view, choice)
+        self.history = choice.score
+        return choice
+
+    def gather(self, index: Tensor, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the residual stream and of its norm, and of the state that travels with them."""
+        self.mask = None
+        if self.lengths is not None:
+            self.mask = torch.arange(index.shape[1], device=index.device) < self.lengths[:, None]
+        extra = [x for x in (self.patches, self.history) if x is not None]
+        hidden, normed, *extra = gather_tokens([hidden, normed, *extra], index, backend=self.backend)
+        if self.history is not None:
+            self.history = extra.pop()
+        if self.patches is not None:
+            self.patches = extra.pop()
+        return hidden, normed
+
+    def _record(self, layer: int, view: EncoderView, choice: Selection) -> None:
+        assert self.trace is not None
+        batch, rows = view.key.shape[0], view.key.shape[2]
+        if self.patches is None:
+            self.patches = torch.arange(-self.protect, rows - self.protect, device=view.key.device).repeat(batch, 1)
+        if choice.entropy is not None:
+            self.trace.entropy[layer] = choice.entropy
+        if choice.index is None:
+            return
+        absent = choice.index < 0
+        kept = self.patches.gather(1, choice.index.clamp_min(0)).masked_fill(absent, -1)[:, self.protect :]
+        scores = None
+        if choice.score is not None:
+            live = slice(self.protect, None)
+            scores = choice.score.new_full((batch, self.grid[0] * self.grid[1] + 1), float("nan"))
+            column = self.patches[:, live]
+            if view.lengths is not None:  # padding rows write to a spare last column
+                dead = torch.arange(rows, device=column.device)[live] >= view.lengths[:, None]
+                column = column.masked_fill(dead, scores.shape[1] - 1)
+            scores = scores.scatter(1, column, choice.score[:, live])[:, :-1]
+        lengths = choice.lengths - self.protect
+        self.trace.stages.append(Stage("encoder", layer, lengths.tolist(), kept, lengths, scores, choice.entropy))
+
+
+class PrunedEncoderLayer:
+    """Replacement ``forward`` of one encoder layer.
+
+    At a pruning layer K and V are projected for all N tokens, the tokens are chosen, and only the kept ones see the
+    query projection, attention output, output projection and MLP (their queries attend to all N keys). The kept
+    tokens' outputs equal those of pruning after the layer.
+    """
+
+    def __init__(self, layer: nn.Module, parts: LayerParts, number: int) -> None:
+        self.layer, self.parts, self.number = layer, parts, number
+
+    def __call__(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, pruning: EncoderState, **kwargs: Any
+    ) -> Tensor:
+        step = pruning.step(self.number)
+        if step is None and pruning.mask is None:
+            return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kwargs)
+        parts = self.parts
+        residual, normed = hidden_states, parts.norm1(hidden_states)
+        key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
+        key_mask, query = pruning.mask, None
+        if step is not None:
+            if not step.prunes:  # all queries are needed anyway; the anchor's is among them
+                query = self._heads(parts.q_proj(normed))
+            view = EncoderView(
+                key=key,
+                value=value,
+                anchor=lambda kind: self._anchor(kind, normed, query, value, key_mask),
+                protect=pruning.protect,
+                lengths=pruning.lengths,
+                history=pruning.history,
+                grid=pruning.grid,
+                backend=pruning.backend,
+            )
+            choice = pruning.select(self.number, step, view)
+            if choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):
+                residual, normed = pruning.gather(choice.index, residual, normed)
+        if query is None:
+            query = self._heads(parts.q_proj(normed))
+        hidden_states = residual + self._attend(query, key, value, key_mask, **kwargs)
+        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.parts.attention.head_dim)).transpose(1, 2)
+
+    def _anchor(
+        self, kind: str, normed: Tensor, query: Tensor | None, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if kind == "cls":
+            return (self._heads(self.parts.q_proj(normed[:, :1])) if query is None else query[:, :, :1]), value[:, :, :1]
+        # Projections are linear, so the mean token's query and value cost one row each.
+        count = normed.shape[1] if mask is None else mask.sum(1)[:, None, None]
+        live = normed if mask is None else normed.masked_fill(~mask[..., None], 0)
+        mean = (live.sum(1, keepdim=True, dtype=accumulate_dtype(normed.dtype)) / count).to(normed.dtype)
+        return self._heads(self.parts.q_proj(mean)), self._heads(self.parts.v_proj(mean))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        attention = self.parts.attention
+        name = attention.config._attn_implementation
+        if mask is not None:
+            if name == "eager":
+                lowest = torch.finfo(query.dtype).min
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+            else:  # kernels without a padding mask of this form leave ragged batches to SDPA
+                name = "sdpa"
+            mask = mask[:, None, None]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.parts.eager)
+        dropout = attention.dropout if attention.training else 0.0
+        output, _ = attend(
+            attention, query, key, value, mask, scaling=attention.scale, dropout=dropout, is_causal=False, **kwargs
+        )
+        return self.parts.out_proj(output.flatten(2))
+
+
+class SkippedEncoderLayer:
+    """Replacement ``forward`` of a layer nobody reads: its input, so that captured hidden states keep their index."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+@dataclass
+class PrunedEncoder:
+    """Replacement ``forward`` of an encoder: the stock loop with a state that travels through the layers."""
+
+    encoder: nn.Module
+    layers: nn.ModuleList
+    policy: Policy
+    protect: int
+    feature_layer: int  # 0-based layer whose output is read
+    record: bool = False
+    backend: str | None = None
+    trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
+
+    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        if attention_mask is not None:
+            raise ValueError("attention_mask was passed to a patched vision encoder; only unmasked images are supported")
+        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers):
+            raise ValueError(
+                "gradient checkpointing would run a pruning layer twice: call gradient_checkpointing_disable() on the "
+                "vision tower before training a patched model"
+            )
+        state = EncoderState(
+            policy=self.policy,
+            feature_layer=self.feature_layer,
+            grid=self._grid(inputs_embeds.shape[1] - self.protect),
+            protect=self.protect,
+            backend=self.backend,
+            trace=Trace() if self.record else None,
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
+        self.trace = state.trace
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    @staticmethod
+    def _grid(patches: int) -> tuple[int, int]:
+        side = math.isqrt(patches)
+        return (side, side) if side * side == patches else (1, patches)

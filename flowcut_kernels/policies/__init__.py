@@ -1,0 +1,7 @@
+"""Policies: one file per method, decisions only, no model code."""
+
+from .base import Policy
+from .floors import RandomTokens, UniformTokens
+from .flowcut import FlowCut
+
+__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens"]

@@ -1,0 +1,97 @@
+"""What every policy is: a validated budget, and decisions inside a vision encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .._ops import Select
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of the policies: how many visual tokens an image keeps.
+
+    Args:
+        target_tokens: tokens kept per image, at least 1; a number at or above the image's tokens keeps everything.
+        retain_ratio: the same as a share of the image's tokens, in (0, 1]. Give exactly one of the two.
+
+    Raises:
+        ValueError: both or neither budget, or a value outside its range.
+        TypeError: a budget of the wrong type.
+    """
+
+    target_tokens: int | None = None
+    retain_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.target_tokens is None) == (self.retain_ratio is None):
+            got = f"target_tokens={self.target_tokens!r}, retain_ratio={self.retain_ratio!r}"
+            raise ValueError(f"{name}: give exactly one of target_tokens and retain_ratio, got {got}")
+        if self.target_tokens is not None:
+            if isinstance(self.target_tokens, bool) or not isinstance(self.target_tokens, int):
+                raise TypeError(f"{name}: target_tokens={self.target_tokens!r} must be an int; for a share use retain_ratio")
+            if self.target_tokens < 1:
+                raise ValueError(f"{name}: target_tokens={self.target_tokens} must be at least 1")
+        else:
+            if isinstance(self.retain_ratio, bool) or not isinstance(self.retain_ratio, (int, float)):
+                raise TypeError(f"{name}: retain_ratio={self.retain_ratio!r} must be a number in (0, 1]")
+            if not 0 < self.retain_ratio <= 1:
+                raise ValueError(
+                    f"{name}: retain_ratio={self.retain_ratio} must lie in (0, 1]; for a count use target_tokens"
+                )
+
+    def budget(self, tokens: int) -> int:
+        """Tokens kept of an image that has `tokens`: at least 1, at most all, ratios rounded half to even."""
+        if self.target_tokens is not None:
+            return min(self.target_tokens, tokens)
+        assert self.retain_ratio is not None
+        return min(max(1, round(self.retain_ratio * tokens)), tokens)
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+        """What to do at an encoder layer whose output feeds the next one; None: run the layer as it is."""
+        raise NotImplementedError
+
+    def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
+        """Score the tokens of a layer and choose which rows go on."""
+        raise NotImplementedError
+
+
+class EncoderStep(NamedTuple):
+    """A layer at which a policy looks at the tokens."""
+
+    mode: Select
+    budget: int = 0  # patches to end with, for the pruning modes
+    divisor: float = 0.0  # sqrt of the remaining layers, for the adaptive modes
+
+    @property
+    def prunes(self) -> bool:
+        return self.mode != Select.SCORE_ONLY
+
+
+@dataclass
+class EncoderView:
+    """What a policy may see of one encoder layer, before its attention is applied."""
+
+    key: Tensor  # [B, H, N, d] strided view
+    value: Tensor  # [B, H, N, d] strided view
+    anchor: Callable[[str], tuple[Tensor, Tensor]]  # "cls" | "mean" -> query and value [B, H, 1, d]
+    protect: int  # leading tokens that are not patches (1 for CLS)
+    lengths: Tensor | None  # live tokens per image [B] where the batch is ragged, else None
+    history: Tensor | None  # cumulative score [B, N] of the layer before
+    grid: tuple[int, int]  # patches of the unpruned image: rows, columns
+    backend: str | None
+
+
+@dataclass
+class Selection:
+    """A policy's decision for a batch of images."""
+
+    index: Tensor | None  # int64 [B, M] rows to keep, ascending, then -1; None where the step does not prune
+    lengths: Tensor  # int32 [B] live rows afterwards; -1 marks scores that are not finite
+    score: Tensor | None = None  # cumulative score [B, N]
+    entropy: Tensor | None = None  # entropy ratio of the anchor's attention [B]

@@ -1,0 +1,67 @@
+"""Sanity floors: choose tokens without looking at them, at the same point as FlowCut's last cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._ops import Select
+from .base import EncoderStep, EncoderView, Policy, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlindPolicy(Policy):
+    feature_layer: int | None = None
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+        budget = self.budget(tokens)
+        return EncoderStep(Select.FIXED, budget) if layer == feature_layer - 1 and budget < tokens else None
+
+    def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
+        batch, device = view.key.shape[0], view.key.device
+        patches = self._patches(view.grid, step.budget).to(device)
+        index = torch.cat([torch.arange(view.protect, device=device), patches + view.protect]).expand(batch, -1)
+        return Selection(index, torch.full((batch,), index.shape[1], dtype=torch.int32, device=device))
+
+    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(_BlindPolicy):
+    """Keep a random subset of patches: a function of ``seed`` and the grid alone, the same for every image.
+
+    Args:
+        target_tokens, retain_ratio: the budget per image, exactly one of them (see :class:`Policy`).
+        seed: of the subset; vary it to average over subsets.
+        feature_layer: hidden_states index that is read; None: what the model's configuration says.
+    """
+
+    seed: int = 0
+
+    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(grid[0] * grid[1], generator=generator)[:budget].sort().values
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTokens(_BlindPolicy):
+    """Keep patches on a regular grid: about sqrt(T * rows / columns) rows, the budget spread evenly over them.
+
+    Args:
+        target_tokens, retain_ratio: the budget per image, exactly one of them (see :class:`Policy`).
+        feature_layer: hidden_states index that is read; None: what the model's configuration says.
+    """
+
+    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+        rows, columns = grid
+        # Enough rows that none has to hold more than all its columns.
+        lines = min(max(round((budget * rows / columns) ** 0.5), -(-budget // columns), 1), rows)
+        chosen = []
+        for i in range(lines):
+            row = (2 * i + 1) * rows // (2 * lines)
+            count = (i + 1) * budget // lines - i * budget // lines
+            chosen += [row * columns + (2 * j + 1) * columns // (2 * count) for j in range(count)]
+        return torch.tensor(chosen)

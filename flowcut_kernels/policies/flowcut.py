@@ -1,0 +1,124 @@
+"""FlowCut (NeurIPS 2025, arXiv 2505.19536): information flow decides, layer by layer, what to drop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .._ops import Relevance, Select, ValueNorm
+from ..ops import anchor_stats, score_select
+from .base import EncoderStep, EncoderView, Policy, Selection
+
+CRITERIA = ("attention", "relevance", "value_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowCut(Policy):
+    """Prune inside the vision encoder by cumulative score, as many tokens as the attention entropy allows.
+
+    At every layer up to the one before the feature layer: s = (a / sum a + r / sum r) * g from the anchor's attention
+    a, the relevance r of value vectors and their L1 norm g; S = history_weight * S + (1 - history_weight) * s. Every
+    `interval` layers, round((N - T) / sqrt(remaining) * (1 - h^2)) tokens of lowest S go, h being the entropy ratio
+    of a; the last cut leaves exactly the budget. The class token always stays.
+
+    Args:
+        target_tokens, retain_ratio: the budget T per image, exactly one of them (see :class:`Policy`).
+        criteria: which of "attention", "relevance", "value_norm" enter the score.
+        relevance: "cosine" (default), "scaled_softmax" (as the paper writes it) or "softmax" (released code).
+        value_norm: L1 norm of the "full" value vector (default) or of its "head_mean" (released code).
+        cumulative: False scores each pruning layer on its own.
+        history_weight: weight of the history in S, 0..1.
+        interval: layers between two cuts, counted back from the last.
+        adaptive: False prunes the same share at every cut instead of following the entropy.
+        batch: "independent" images, or the "max" count of the batch for all (released code).
+        anchor: "cls", "mean" (mean token), or "auto": CLS where the encoder has one.
+        feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
+    """
+
+    criteria: tuple[str, ...] = CRITERIA
+    relevance: Literal["cosine", "softmax", "scaled_softmax"] = "cosine"
+    value_norm: Literal["full", "head_mean"] = "full"
+    cumulative: bool = True
+    history_weight: float = 0.5
+    interval: int = 2
+    adaptive: bool = True
+    batch: Literal["independent", "max"] = "independent"
+    anchor: Literal["auto", "cls", "mean"] = "auto"
+    feature_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        criteria = self.criteria
+        if isinstance(criteria, str) or not criteria or not set(criteria) <= set(CRITERIA):
+            raise ValueError(f"FlowCut: criteria={criteria!r} must be a non-empty subset of {CRITERIA}")
+        object.__setattr__(self, "criteria", tuple(c for c in CRITERIA if c in criteria))
+        for name, allowed in (
+            ("relevance", ("cosine", "softmax", "scaled_softmax")),
+            ("value_norm", ("full", "head_mean")),
+            ("batch", ("independent", "max")),
+            ("anchor", ("auto", "cls", "mean")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"FlowCut: {name}={getattr(self, name)!r} must be one of {allowed}")
+        if not 0 <= self.history_weight <= 1:
+            raise ValueError(f"FlowCut: history_weight={self.history_weight} must lie in 0..1")
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"FlowCut: interval={self.interval!r} must be a whole number of layers, at least 1")
+
+    @classmethod
+    def release(cls, target_tokens: int | None = None, retain_ratio: float | None = None, **changes: Any) -> FlowCut:
+        """The same kept tokens as the authors' released code."""
+        settings = dict(relevance="softmax", value_norm="head_mean", batch="max") | changes
+        return cls(target_tokens, retain_ratio, **settings)
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+        remaining = feature_layer - 1 - layer
+        budget = self.budget(tokens)
+        if remaining < 0 or budget >= tokens:
+            return None
+        if remaining % self.interval:
+            return EncoderStep(Select.SCORE_ONLY) if self.cumulative else None
+        if remaining == 0:
+            return EncoderStep(Select.FIXED, budget)
+        if self.adaptive:
+            mode = Select.ADAPTIVE_BATCH if self.batch == "max" else Select.ADAPTIVE
+            return EncoderStep(mode, budget, math.sqrt(remaining))
+        # The same share at every cut: after cut i of m, N * (T/N)^(i/m) tokens are left.
+        cuts = (feature_layer - 1) // self.interval + 1
+        done = cuts - remaining // self.interval
+        return EncoderStep(Select.FIXED, max(budget, round(tokens * (budget / tokens) ** (done / cuts))))
+
+    def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
+        anchor = self.anchor if self.anchor != "auto" else ("cls" if view.protect else "mean")
+        query, value_anchor = view.anchor(anchor)
+        lengths = view.lengths
+        wants_relevance = "relevance" in self.criteria
+        attention, relevance, norm, entropy = anchor_stats(
+            query,
+            view.key,
+            view.value,
+            value_anchor if wants_relevance else None,
+            key_span=None if lengths is None else torch.stack((torch.zeros_like(lengths), lengths), 1),
+            protect=view.protect,
+            relevance=Relevance[self.relevance.upper()] if wants_relevance else Relevance.NONE,
+            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            backend=view.backend,
+        )
+        score, index, lengths = score_select(
+            attention[:, 0] if "attention" in self.criteria else None,
+            relevance[:, 0] if wants_relevance else None,
+            norm if "value_norm" in self.criteria else None,
+            history=view.history if self.cumulative else None,
+            entropy=entropy[:, 0],
+            lengths=lengths,
+            history_weight=self.history_weight,
+            protect=view.protect,
+            mode=step.mode,
+            budget=step.budget,
+            divisor=step.divisor,
+            backend=view.backend,
+        )
+        return Selection(index if step.prunes else None, lengths, score, entropy[:, 0])

@@ -1,0 +1,28 @@
+"""What a patched model kept, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Stage:
+    """One cut. B images; patches are numbered in raster order of the original grid of N patches."""
+
+    name: str  # "encoder"
+    layer: int  # 0-based layer whose output first holds fewer tokens
+    kept: list[int]  # patches kept per image
+    indices: Tensor  # int64 [B, K] kept patches, ascending, -1 after the last of a shorter image
+    lengths: Tensor  # int32 [B], as a tensor, the numbers of `kept`
+    scores: Tensor | None  # float [B, N] score the cut was made by, NaN for patches that were gone before
+    entropy: Tensor | None  # float [B] entropy ratio of the anchor's attention, 0..1
+
+
+@dataclass
+class Trace:
+    """The cuts of one forward pass of the vision encoder, in order, and the entropy of every scored layer."""
+
+    stages: list[Stage] = field(default_factory=list)
+    entropy: dict[int, Tensor] = field(default_factory=dict)  # layer -> entropy ratio [B]
