@@ -17,28 +17,36 @@ BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def native_error() -> str | None:
-    """Load the native library once; None when it is loaded, else the reason why it is not."""
-    if os.environ.get("FLOWCUT_NO_NATIVE") == "1":
-        return "FLOWCUT_NO_NATIVE=1 is set"
+# Plain globals, so that choosing a backend can be traced by torch.compile.
+_native_error: str | None = "it was not loaded yet"
+_triton_error = None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def load_native() -> None:
+    """Load the native library if it is there, which registers the C++ forms; remember why not otherwise."""
+    global _native_error
     folder = Path(__file__).parent
     found = sorted(folder.glob("flowcut_kernels_native*.so"))
-    if not found:
-        return f"no flowcut_kernels_native*.so in {folder.name}/: install with a C++ compiler to build it"
-    try:
-        torch.ops.load_library(str(found[0]))
-    except Exception as error:  # a library built for another torch or machine must not break the import
-        return f"{found[0].name} did not load: {error}"
-    return None
+    if os.environ.get("FLOWCUT_NO_NATIVE") == "1":
+        _native_error = "FLOWCUT_NO_NATIVE=1 is set"
+    elif not found:
+        _native_error = f"no flowcut_kernels_native*.so in {folder.name}/: install with a C++ compiler to build it"
+    else:
+        try:
+            torch.ops.load_library(str(found[0]))
+            _native_error = None
+        except Exception as error:  # a library built for another torch or machine must not break the import
+            _native_error = f"{found[0].name} did not load: {error}"
 
 
-@cache
+def native_error() -> str | None:
+    """None when the native library is loaded, else the reason why it is not."""
+    return _native_error
+
+
 def triton_error() -> str | None:
     """None when Triton can be imported, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    return _triton_error
 
 
 def _interpreted() -> bool:

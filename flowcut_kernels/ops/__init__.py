@@ -1,10 +1,10 @@
 """The package's operators; each folder holds its API, reference, Triton form, and is named like its C++ file."""
 
-from .._library import native_error as _native_error
+from .._library import load_native as _load_native
 from .anchor_stats import anchor_stats
 from .gather_tokens import gather_tokens
 from .score_select import score_select
 
-_native_error()  # loading registers the C++ forms; a failure is remembered for `flowcut_kernels.info`
+_load_native()  # a failure is remembered for `flowcut_kernels.info`
 
 __all__ = ["anchor_stats", "gather_tokens", "score_select"]

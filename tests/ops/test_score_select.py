@@ -1,0 +1,187 @@
+"""`score_select`: fusion, history, count and ordered top-k; properties and equality of all backends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from flowcut_kernels._library import native_error
+from flowcut_kernels._ops import Select
+from flowcut_kernels.ops import score_select
+from flowcut_kernels.ops.score_select import raise_if_not_finite
+
+PRUNING = [Select.ADAPTIVE, Select.ADAPTIVE_BATCH, Select.FIXED]
+
+
+def draw(batch=3, tokens=23, device="cpu"):
+    positive = lambda: torch.rand(batch, tokens, device=device) + 0.01  # noqa: E731
+    return dict(
+        attention=positive(),
+        relevance=positive(),
+        value_norm=positive(),
+        history=positive(),
+        entropy=torch.rand(batch, device=device),
+    )
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual[0], expected[0], rtol=2e-6, atol=0)
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("lengths", [None, [23, 1, 9]], ids=["full", "ragged"])
+@pytest.mark.parametrize("protect", [0, 1])
+@pytest.mark.parametrize("mode", list(Select), ids=lambda x: x.name)
+def test_equals_reference(backend, device, mode, protect, lengths):
+    inputs = draw(device=device)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
+    for budget, divisor in ((5, 1.7), (1, 0.0), (22, 3.0), (50, 1.0), (0, 2.0)):
+        options = dict(mode=mode, protect=protect, budget=budget, divisor=divisor, lengths=lengths)
+        same(score_select(**inputs, **options, backend=backend), score_select(**inputs, **options, backend="reference"))
+
+
+@pytest.mark.parametrize("drop", ["attention", "relevance", "value_norm", "history", "attention,relevance", "attention,value_norm"])
+def test_criteria_subsets(backend, device, drop):
+    inputs = {name: None if name in drop.split(",") else x for name, x in draw(device=device).items()}
+    options = dict(mode=Select.FIXED, budget=7, protect=1, history_weight=0.3)
+    actual = score_select(**inputs, **options, backend=backend)
+    same(actual, score_select(**inputs, **options, backend="reference"))
+    a, r, g, s = (inputs[k] for k in ("attention", "relevance", "value_norm", "history"))
+    share = sum(x[:, 1:] / x[:, 1:].sum(1, keepdim=True) for x in (a, r) if x is not None)
+    expected = (share if a is not None or r is not None else 1.0) * (1.0 if g is None else g[:, 1:])
+    expected = expected if s is None else 0.3 * s[:, 1:] + 0.7 * expected
+    torch.testing.assert_close(actual[0][:, 1:], expected)
+
+
+def test_count_follows_the_paper(backend, device):
+    """c = round_half_even((n - T) / sqrt(rem) * (1 - h^2)), each image its own."""
+    batch, tokens, budget, remaining = 64, 41, 8, 6
+    inputs = draw(batch, tokens, device)
+    *_, lengths = score_select(
+        **inputs, mode=Select.ADAPTIVE, budget=budget, divisor=math.sqrt(remaining), protect=1, backend=backend
+    )
+    for h, length in zip(inputs["entropy"].tolist(), lengths.tolist(), strict=True):
+        count = round((40 - budget) / math.sqrt(remaining) * (1 - h * h))
+        assert length == 1 + max(40 - count, budget)
+
+
+@pytest.mark.parametrize(("difference", "count"), [(5, 2), (7, 4), (9, 4), (11, 6)])
+def test_count_rounds_half_to_even(backend, device, difference, count):
+    inputs = draw(1, 30, device) | dict(entropy=torch.zeros(1, device=device))
+    *_, lengths = score_select(**inputs, mode=Select.ADAPTIVE, budget=30 - difference, divisor=2.0, backend=backend)
+    assert lengths.item() == 30 - count
+
+
+def test_ties_go_to_the_lower_index(backend, device):
+    """Equal scores, signed zeros included."""
+    score = torch.tensor([[0.0, 2.0, -0.0, 2.0, 0.0, 2.0, 1.0, 2.0]], device=device)
+    for budget, kept in ((2, [1, 3]), (3, [1, 3, 5]), (6, [0, 1, 3, 5, 6, 7]), (7, [0, 1, 2, 3, 5, 6, 7])):
+        _, index, _ = score_select(None, None, score, mode=Select.FIXED, budget=budget, backend=backend)
+        assert index.tolist() == [kept]
+
+
+def test_all_equal_scores(backend, device):
+    _, index, _ = score_select(torch.ones(2, 70, device=device), mode=Select.FIXED, budget=33, protect=1, backend=backend)
+    assert index.tolist() == [list(range(34))] * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", list(Select), ids=lambda x: x.name)
+def test_not_finite_is_marked_and_named(backend, device, mode, value):
+    inputs = draw(device=device)
+    inputs["value_norm"][1, 7] = value
+    _, index, lengths = score_select(**inputs, mode=mode, budget=4, divisor=1.0, protect=1, backend=backend)
+    assert lengths[1] == -1 and (index[1] == -1).all() and (lengths[[0, 2]] > 0).all()
+    with pytest.raises(ValueError, match=r"sample\(s\) \[1\] at layer 3 hold NaN or Inf"):
+        raise_if_not_finite(lengths.tolist(), "layer 3")
+
+
+def test_dead_and_protected_tokens_may_hold_anything(backend, device):
+    inputs = draw(device=device)
+    lengths = torch.tensor([23, 12, 5], device=device)
+    options = dict(mode=Select.ADAPTIVE, budget=3, divisor=1.1, protect=2, lengths=lengths, backend=backend)
+    clean = score_select(**inputs, **options)
+    for name in ("attention", "relevance", "value_norm", "history"):
+        for b, length in enumerate(lengths.tolist()):
+            inputs[name][b, length:] = math.nan
+            inputs[name][b, :2] = math.inf
+    for a, b in zip(score_select(**inputs, **options), clean, strict=True):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_selection_properties(data):
+    """Exact k, ascending unique indices, protected tokens kept, the k best kept, result independent of the slot."""
+    tokens = data.draw(st.integers(1, 60))
+    protect = data.draw(st.integers(0, min(2, tokens)))
+    budget = data.draw(st.integers(0, tokens))
+    values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]), min_size=tokens, max_size=tokens)
+    rows = torch.tensor(data.draw(st.lists(values, min_size=1, max_size=4)))
+    lengths = torch.tensor([data.draw(st.integers(protect, tokens)) for _ in rows])
+    options = dict(mode=Select.FIXED, budget=budget, protect=protect)
+    for backend in ("reference", *(() if native_error() else ("cpp",))):
+        score, index, new = score_select(None, None, rows, lengths=lengths, **options, backend=backend)
+        for b, length in enumerate(lengths.tolist()):
+            kept = [i for i in index[b].tolist() if i >= 0]
+            k = min(budget, length - protect)
+            assert index[b].tolist() == kept + [-1] * (index.shape[1] - len(kept))
+            assert len(kept) == protect + k == new[b] and kept == sorted(set(kept))
+            assert kept[:protect] == list(range(protect))
+            candidates = sorted(range(protect, length), key=lambda i: (-rows[b, i].item(), i))
+            assert kept[protect:] == sorted(candidates[:k])
+            alone = score_select(
+                None, None, rows[b : b + 1], lengths=lengths[b : b + 1], **options, backend=backend
+            )
+            assert torch.equal(alone[0][0], score[b]) and torch.equal(alone[1][0], index[b])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 2**31))
+def test_random_scores_match_the_reference(tokens, budget, seed):
+    if native_error():
+        pytest.skip(native_error())
+    score = torch.randn(2, tokens, generator=torch.Generator().manual_seed(seed))
+    for a, b in zip(
+        score_select(None, None, score, budget=budget, backend="cpp"),
+        score_select(None, None, score, budget=budget, backend="reference"),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", list(Select), ids=lambda x: x.name)
+def test_opcheck(mode):
+    inputs = draw(2, 9)
+    opcheck(
+        torch.ops.flowcut_kernels.score_select.default,
+        (*inputs.values(), torch.tensor([9, 6], dtype=torch.int32)),
+        dict(history_weight=0.5, protect=1, mode=int(mode), budget=3, divisor=1.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(attention=None, relevance=None, value_norm=None, history=None), "at least one"),
+        (dict(relevance=torch.ones(2, 4)), "relevance"),
+        (dict(history=torch.ones(2, 5).half()), "history"),
+        (dict(entropy=None), "entropy"),
+        (dict(entropy=torch.ones(3)), "entropy"),
+        (dict(lengths=torch.ones(2)), "lengths"),
+        (dict(history_weight=1.5), "history_weight=1.5"),
+        (dict(protect=6), "protect=6"),
+        (dict(budget=-1), "budget=-1"),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
+)
+def test_bad_input(change, message):
+    arguments = dict(draw(2, 5), mode=Select.ADAPTIVE, budget=2, divisor=1.0)
+    with pytest.raises(ValueError, match=message):
+        score_select(**(arguments | change))
