@@ -1,0 +1,48 @@
+# `make bench` and `make test` share one environment, .venv. Paths are relative, so the clone may lie anywhere.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+FLOOR := transformers==5.17.0
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: bench test test-newest test-floor lint build clean
+
+bench: .venv/built
+	$(PY) -m flowcut_kernels.bench.cli
+
+test: lint test-newest test-floor
+
+test-newest: .venv/built
+	$(PY) -m pytest tests
+
+# The oldest supported transformers, in front of the environment's own.
+test-floor: .venv/built .venv/floor/ready
+	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies
+
+lint: .venv/built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+build: .venv/built
+
+.venv/built: .venv/ready $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+# torch first: its pin decides whether the CPU or the CUDA build comes.
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt torch numpy
+	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
+	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis ruff mypy \
+		rich typer matplotlib scikit-learn pillow jinja2
+	touch $@
+
+.venv/floor/ready: .venv/ready
+	grep -v '^transformers' constraints.txt > .venv/floor-constraints.txt
+	$(PIP) --constraint .venv/floor-constraints.txt --target .venv/floor --upgrade "$(FLOOR)"
+	touch $@
+
+clean:
+	rm -rf .venv build flowcut_kernels/*.so

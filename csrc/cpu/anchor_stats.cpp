@@ -1,0 +1,320 @@
+// anchor_stats: one pass over K and V in fixed blocks of tokens, then a short pass over one number per token and head.
+//
+// A softmax keeps exp(logit - maximum of the block) per token and head, heads in the lanes, so that maximum, exponential
+// and sum need no horizontal step. The second pass joins the blocks in order: the number of threads changes no bit.
+#include <cfloat>
+
+#include "simd.h"
+
+namespace flowcut::FLOWCUT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 32;         // tokens of one unit of work
+constexpr int64_t kGrain = 64 * 1024;  // elements that are worth a thread
+constexpr int kRows = kLanes / 4;      // as many as the registers hold
+
+template <int kCount>
+struct Rows {
+  static constexpr int count = kCount;
+};
+
+// Head 0 of a token.
+template <class T>
+inline const T* at(const Heads& x, int64_t batch, int64_t token) {
+  return (const T*)x.data + batch * x.batch_stride + token * x.token_stride;
+}
+
+// Calls f(rows, t) for the tokens [begin, end), several rows at a time so that they share the loads of the anchor and
+// their sums are independent chains; a row's own arithmetic is the same in either size.
+template <class F>
+inline void for_rows(int64_t begin, int64_t end, const F& f) {
+  for (; begin + kRows <= end; begin += kRows) f(Rows<kRows>{}, begin);
+  for (; begin < end; ++begin) f(Rows<1>{}, begin);
+}
+
+// A row of an anchor as floats in load_pair's order.
+template <class T>
+void pack(float* out, const T* x, int64_t dim, float scale) {
+  for_pairs(dim, [&](int64_t i, int64_t live) {
+    const Pair v = load_pair(x + i, live);
+    store_pair(out + i, {v.a * scale, v.b * scale});
+  });
+}
+
+struct Shape {
+  const AnchorStats& p;
+  const int64_t blocks = (p.tokens + kBlock - 1) / kBlock;
+  // The cosine and the full norm see the heads of a token as one segment where they are contiguous.
+  const bool merged = p.value.head_stride == p.value_dim;
+  const int64_t segments = merged ? 1 : p.kv_heads;
+  const int64_t segment = merged ? p.kv_heads * p.value_dim : p.value_dim;
+};
+
+// Softmax over the live tokens of the products of `rows` with `heads` anchor rows per anchor, averaged over heads.
+struct Softmax {
+  const Shape& s;
+  const Heads &anchor, &rows;
+  const int64_t heads, dim;
+  const int64_t packed = round_up(dim, kPair), lanes = round_up(heads, kLanes), width = s.p.anchors * lanes;
+  const Buffer anchors{s.p.batch * s.p.anchors * heads * packed};
+  const Buffer weights{s.p.batch * s.p.tokens * width};                                        // [batch, tokens, width]
+  const Buffer peaks{s.p.batch * s.blocks * width}, sums{s.p.batch * s.blocks * width};  // [batch, blocks, width]
+
+  template <class T>
+  void pack_anchors(float scale) const {
+    float* out = anchors;
+    for (int64_t b = 0; b < s.p.batch; ++b)
+      for (int64_t r = 0; r < s.p.anchors; ++r)
+        for (int64_t h = 0; h < heads; ++h, out += packed)
+          pack(out, at<T>(anchor, b, r) + h * anchor.head_stride, dim, scale);
+  }
+
+  // Weights of tokens [begin, end) of a block, relative to the block's maximum, and their sum.
+  template <class T>
+  void add_block(int64_t batch, int64_t block, int64_t begin, int64_t end) const {
+    const int64_t group = heads / s.p.kv_heads;
+    float* weight = weights + batch * s.p.tokens * width;
+    for_rows(begin, end, [&](auto count, int64_t t) {
+      const float* q = anchors + batch * s.p.anchors * heads * packed;
+      for (int64_t r = 0; r < s.p.anchors; ++r) {
+        const T* x = at<T>(rows, batch, t);
+        for (int64_t lane = 0, member = 0; lane < lanes; lane += kLanes) {
+          F32 sum[count.count][kLanes] = {};
+          for (int64_t i = 0; i < min(kLanes, heads - lane); ++i, q += packed) {
+            F32 dot[count.count] = {};
+            for_pairs(dim, [&](int64_t j, int64_t live) {
+              const Pair b = load_pair(q + j);
+              for (int row = 0; row < count.count; ++row) {
+                const Pair a = load_pair(x + row * rows.token_stride + j, live);
+                dot[row] += a.a * b.a;
+                dot[row] += a.b * b.b;
+              }
+            });
+            for (int row = 0; row < count.count; ++row) sum[row][i] = dot[row];
+            if (++member == group) member = 0, x += rows.head_stride;
+          }
+          for (int row = 0; row < count.count; ++row)
+            store(weight + (t + row) * width + r * lanes + lane, reduce_lanes(sum[row]));
+        }
+      }
+    });
+    for (int64_t i = 0; i < width; i += kLanes) {
+      F32 peak = F32{} - FLT_MAX, sum{};
+      for (int64_t t = begin; t < end; ++t) peak = max(peak, load(weight + t * width + i));
+      for (int64_t t = begin; t < end; ++t) {
+        const F32 w = exp(load(weight + t * width + i) - peak);
+        store(weight + t * width + i, w);
+        sum += w;
+      }
+      store(peaks + (batch * s.blocks + block) * width + i, peak);
+      store(sums + (batch * s.blocks + block) * width + i, sum);
+    }
+  }
+
+  // out[t] for the scored tokens of one anchor.
+  void finish(int64_t batch, int64_t r, float* out) const {
+    const Span span = s.p.spans[batch];
+    const float* weight = weights + batch * s.p.tokens * width + r * lanes;
+    float* factor = peaks + batch * s.blocks * width + r * lanes;  // what a block's weights are multiplied with
+    const float* sum = sums + batch * s.blocks * width + r * lanes;
+    auto for_blocks = [&](auto f) {
+      for (int64_t k = span.begin / kBlock; k * kBlock < span.end; ++k) f(k * width);
+    };
+    for (int64_t lane = 0; lane < lanes; lane += kLanes, factor += kLanes, sum += kLanes) {
+      F32 peak = F32{} - FLT_MAX, total{}, inverse;
+      for_blocks([&](int64_t k) { peak = max(peak, load(factor + k)); });
+      for_blocks([&](int64_t k) {
+        const F32 f = exp(load(factor + k) - peak);
+        total += f * load(sum + k);
+        store(factor + k, f);
+      });
+      inverse = 1.0f / (total * (float)heads);
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (lane + i >= heads) inverse[i] = 0;  // a lane without a head
+      for_blocks([&](int64_t k) { store(factor + k, load(factor + k) * inverse); });
+    }
+    factor -= lanes;
+    for (int64_t t = span.scored, count; t < span.end; t += count) {
+      count = min(kLanes, min((t / kBlock + 1) * kBlock, span.end) - t);
+      F32 mean[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t lane = 0; lane < lanes; lane += kLanes)
+          mean[i] += load(weight + (t + i) * width + lane) * load(factor + t / kBlock * width + lane);
+      store(out + t, reduce_lanes(mean), count);
+    }
+  }
+};
+
+// Cosine relevance and value norms of single tokens.
+struct ValueStats {
+  const Shape& s;
+  const bool cosine = s.p.relevance == Relevance::Cosine, full = s.p.value_norm == ValueNorm::Full;
+  const int64_t packed = round_up(s.segment, kPair), width = s.segments * packed;
+  const Buffer anchors{cosine ? s.p.batch * s.p.anchors * width : 0};
+  const Buffer norms{cosine ? s.p.batch * s.p.anchors : 0};
+
+  template <class T>
+  void pack_anchors() const {
+    if (!cosine) return;
+    const Heads& x = s.p.value_anchor;
+    Buffer row(s.p.kv_heads * s.p.value_dim);
+    for (int64_t b = 0; b < s.p.batch; ++b)
+      for (int64_t r = 0; r < s.p.anchors; ++r) {
+        // The heads of an anchor need not be contiguous where those of a token are.
+        for (int64_t h = 0; h < s.p.kv_heads; ++h)
+          memcpy((T*)(float*)row + h * s.p.value_dim, at<T>(x, b, r) + h * x.head_stride, s.p.value_dim * sizeof(T));
+        float* out = anchors + (b * s.p.anchors + r) * width;
+        F32 square{};
+        for (int64_t i = 0; i < s.segments; ++i) pack(out + i * packed, (T*)(float*)row + i * s.segment, s.segment, 1);
+        for (int64_t i = 0; i < width; i += kLanes) square += load(out + i) * load(out + i);
+        norms[b * s.p.anchors + r] = __builtin_sqrtf(sum(square));
+      }
+  }
+
+  // Sums over the segments of some tokens: products with the anchor, squares, absolute values.
+  template <class T, bool kCosine, bool kFull, int kCount>
+  void add_rows(const T* x, const float* anchor, F32* product, F32* square, F32* absolute) const {
+    F32 products[kCount] = {}, squares[kCount] = {}, absolutes[kCount] = {};
+    for (int64_t i = 0; i < s.segments; ++i, x += s.p.value.head_stride, anchor += packed)
+      for_pairs(s.segment, [&](int64_t j, int64_t live) {
+        const Pair a = kCosine ? load_pair(anchor + j) : Pair{};
+        for (int row = 0; row < kCount; ++row) {
+          const Pair v = load_pair(x + row * s.p.value.token_stride + j, live);
+          if (kCosine) {
+            products[row] += v.a * a.a;
+            products[row] += v.b * a.b;
+            squares[row] += v.a * v.a;
+            squares[row] += v.b * v.b;
+          }
+          if (kFull) absolutes[row] += abs(v.a) + abs(v.b);
+        }
+      });
+    for (int row = 0; row < kCount; ++row) {
+      if (kCosine) product[row] = products[row], square[row] = squares[row];
+      if (kFull) absolute[row] = absolutes[row];
+    }
+  }
+
+  // Absolute values of the sum over heads.
+  template <class T, int kCount>
+  void add_head_sums(const T* x, F32* absolute) const {
+    for_pairs(s.p.value_dim, [&](int64_t j, int64_t live) {
+      for (int row = 0; row < kCount; ++row) {
+        Pair sum{};
+        for (int64_t h = 0; h < s.p.kv_heads; ++h) {
+          const Pair v = load_pair(x + row * s.p.value.token_stride + h * s.p.value.head_stride + j, live);
+          sum.a += v.a;
+          sum.b += v.b;
+        }
+        absolute[row] += abs(sum.a) + abs(sum.b);
+      }
+    });
+  }
+
+  // Scored tokens [begin, end), one vector of tokens at a time.
+  template <class T>
+  void add_block(int64_t batch, int64_t begin, int64_t end) const {
+    const F32 tiny = F32{} + FLT_MIN;
+    for (int64_t tile = begin; tile < end; tile += kLanes) {
+      const int64_t count = min(kLanes, end - tile);
+      F32 product[kLanes] = {}, square[kLanes] = {}, absolute[kLanes] = {}, norm{};
+      auto for_tile = [&](auto f) {
+        for_rows(0, count, [&](auto rows, int64_t t) { f(rows, t, at<T>(s.p.value, batch, tile + t)); });
+      };
+      for (int64_t r = 0; r < (cosine ? s.p.anchors : 0); ++r) {
+        const int64_t row = batch * s.p.anchors + r;
+        const float* anchor = anchors + row * width;
+        for_tile([&](auto rows, int64_t t, const T* x) {
+          if (full && r == 0)
+            add_rows<T, true, true, rows.count>(x, anchor, product + t, square + t, absolute + t);
+          else
+            add_rows<T, true, false, rows.count>(x, anchor, product + t, square + t, nullptr);
+        });
+        if (r == 0) norm = max(sqrt(reduce_lanes(square)), tiny);
+        const F32 cos = reduce_lanes(product) / max(F32{} + norms[row], tiny) / norm;
+        store(s.p.relevance_out + row * s.p.tokens + tile, (1.0f + cos) * 0.5f, count);
+      }
+      if (s.p.value_norm == ValueNorm::None) continue;
+      for_tile([&](auto rows, int64_t t, const T* x) {
+        if (!full)
+          add_head_sums<T, rows.count>(x, absolute + t);
+        else if (!cosine || s.p.anchors == 0)
+          add_rows<T, false, true, rows.count>(x, nullptr, nullptr, nullptr, absolute + t);
+      });
+      const float factor = full ? 1.0f : 1.0f / (float)s.p.kv_heads;
+      store(s.p.norm_out + batch * s.p.tokens + tile, reduce_lanes(absolute) * factor, count);
+    }
+  }
+};
+
+// -sum p ln p / ln n with p = x / sum x; 1 where that is undefined.
+float entropy_ratio(const float* x, int64_t n) {
+  auto for_vectors = [&](auto f) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F32 v{};
+      memcpy(&v, x + i, min(kLanes, n - i) * sizeof(float));
+      f(v);
+    }
+  };
+  F32 totals{}, products{};
+  for_vectors([&](F32 v) { totals += v; });
+  const float total = sum(totals);
+  if (n <= 1 || total == 0) return 1;
+  // 0 ln 0 = 0; beside a sum of 1 the terms below the normal floats are nothing either.
+  for_vectors([&](F32 v) {
+    const F32 p = v / total;
+    products += select(p < FLT_MIN, F32{}, p * log(p));
+  });
+  return -sum(products) / __builtin_logf((float)n);
+}
+
+void clear_unscored(float* row, Span span, int64_t tokens) {
+  memset(row, 0, span.scored * sizeof(float));
+  memset(row + span.end, 0, (tokens - span.end) * sizeof(float));
+}
+
+template <class T>
+void run_all(const AnchorStats& p, ParallelFor run) {
+  const Shape s{p};
+  const bool products = p.relevance == Relevance::Softmax || p.relevance == Relevance::ScaledSoftmax;
+  const Softmax attention{s, p.query, p.key, p.heads, p.dim};
+  const Softmax relevance{s, p.value_anchor, p.value, products ? p.kv_heads : 0, p.value_dim};
+  const ValueStats values{s};
+  attention.pack_anchors<T>(p.scale);
+  relevance.pack_anchors<T>(p.relevance == Relevance::Softmax ? 1 : 1 / __builtin_sqrtf((float)p.value_dim));
+  values.pack_anchors<T>();
+
+  const int64_t elements = kBlock * p.kv_heads * (p.dim + p.value_dim) * max(p.anchors, 1);
+  parallel_for(run, p.batch * s.blocks, max(1, kGrain / max(elements, 1)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t batch = i / s.blocks, block = i % s.blocks;
+      const Span span = p.spans[batch];
+      if (block == 0 && p.value_norm != ValueNorm::None) clear_unscored(p.norm_out + batch * p.tokens, span, p.tokens);
+      const int64_t begin = max(block * kBlock, span.begin), end = min((block + 1) * kBlock, span.end);
+      if (begin >= end) continue;
+      attention.add_block<T>(batch, block, begin, end);
+      if (products) relevance.add_block<T>(batch, block, begin, end);
+      values.add_block<T>(batch, max(begin, span.scored), end);
+    }
+  });
+  const int64_t width = attention.lanes + relevance.lanes;
+  parallel_for(run, p.batch * p.anchors, max(1, kGrain / max(p.tokens * width, 1)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Span span = p.spans[i / p.anchors];
+      float *a = p.attention_out + i * p.tokens, *r = p.relevance_out + i * p.tokens;
+      clear_unscored(a, span, p.tokens);
+      attention.finish(i / p.anchors, i % p.anchors, a);
+      p.entropy_out[i] = entropy_ratio(a + span.scored, span.end - span.scored);
+      if (p.relevance != Relevance::None) clear_unscored(r, span, p.tokens);
+      if (products) relevance.finish(i / p.anchors, i % p.anchors, r);
+    }
+  });
+}
+
+}  // namespace
+
+void anchor_stats(const AnchorStats& p, ParallelFor run) {
+  with_dtype(p.dtype, [&](auto type) { run_all<decltype(type)>(p, run); });
+}
+
+}  // namespace flowcut::FLOWCUT_ISA

@@ -1,0 +1,58 @@
+// Chooses the instruction set once per process.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace flowcut {
+
+#define FLOWCUT_DECLARE(isa)                              \
+  namespace isa {                                         \
+  void anchor_stats(const AnchorStats&, ParallelFor);     \
+  void score_select(const ScoreSelect&, ParallelFor);     \
+  void gather_tokens(const GatherTokens&, ParallelFor);   \
+  }
+#define FLOWCUT_TABLE(isa) {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens}
+
+FLOWCUT_DECLARE(scalar)
+#ifdef FLOWCUT_X86
+FLOWCUT_DECLARE(avx512)
+FLOWCUT_DECLARE(avx2)
+#endif
+
+namespace {
+
+struct Choice {
+  Kernels kernels;
+  bool supported;
+};
+
+const Kernels& choose() {
+  // Best first. Every processor with AVX2 and FMA has F16C too.
+  static const Choice choices[] = {
+#ifdef FLOWCUT_X86
+      {FLOWCUT_TABLE(avx512), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {FLOWCUT_TABLE(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {FLOWCUT_TABLE(scalar), true},
+  };
+  const char* request = std::getenv("FLOWCUT_CPU_ISA");
+  std::string offered;
+  for (const Choice& choice : choices) {
+    if (!choice.supported) continue;
+    if (!request || !*request || std::string(request) == choice.kernels.isa) return choice.kernels;
+    offered += (offered.empty() ? "" : ", ") + std::string(choice.kernels.isa);
+  }
+  throw std::runtime_error("FLOWCUT_CPU_ISA=" + std::string(request) + " cannot be had: this machine offers " + offered);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace flowcut

@@ -1,0 +1,101 @@
+// The CPU kernels on raw pointers: no torch header, so that any host program can drive them.
+#pragma once
+
+#include <cstdint>
+
+namespace flowcut {
+
+enum class DType { Float32, BFloat16, Float16 };
+
+// Integers as in flowcut_kernels/_ops.py.
+enum class Relevance : int64_t { None, Cosine, Softmax, ScaledSoftmax };
+enum class ValueNorm : int64_t { None, Full, HeadMean };
+enum class Select : int64_t { ScoreOnly, Adaptive, AdaptiveBatch, Fixed };
+
+// Runs body(begin, end, context) over pieces of [0, n) of at least `grain` items on the host's thread pool.
+using ParallelFor = void (*)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+template <class Body>
+void parallel_for(ParallelFor run, int64_t n, int64_t grain, const Body& body) {
+  run(
+      n, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const Body*>(f))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+// [batch, heads, tokens, dim]: strides in elements, the last one is 1.
+struct Heads {
+  const void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Live keys [begin, end) of one sample, of which [scored, end) get a result.
+struct Span {
+  int64_t begin, scored, end;
+};
+
+struct AnchorStats {
+  DType dtype;
+  int64_t batch, heads, kv_heads, anchors, tokens, dim, value_dim;
+  Heads query, key, value, value_anchor;
+  const Span* spans;  // [batch]
+  float scale;
+  Relevance relevance;
+  ValueNorm value_norm;
+  // Contiguous outputs [batch, anchors, tokens] twice, [batch, tokens], [batch, anchors].
+  float *attention_out, *relevance_out, *norm_out, *entropy_out;
+};
+
+// [batch, tokens] of floats, contiguous along tokens; null: not given.
+struct Criterion {
+  const float* data;
+  int64_t batch_stride;
+};
+
+struct ScoreSelect {
+  int64_t batch, tokens;
+  Criterion attention, relevance, value_norm, history;
+  const float* entropy;    // [batch] or null
+  const int64_t* lengths;  // [batch]
+  float history_weight, score_weight;
+  int64_t protect;
+  Select mode;
+  int64_t budget;
+  float divisor;
+  float* score_out;      // [batch, tokens]
+  int64_t* index_out;    // [batch, width]
+  int64_t width;
+  int32_t* lengths_out;  // [batch]
+};
+
+// One tensor to gather from: strides and row size in bytes, rows contiguous, `out` contiguous.
+struct Rows {
+  const char* data;
+  int64_t batch_stride, token_stride, row_bytes;
+  char* out;
+};
+
+struct GatherTokens {
+  const Rows* inputs;
+  int64_t count, batch, kept;
+  const int64_t* index;  // [batch, kept], values in -1..tokens-1
+  // Norm of the gathered rows of inputs[0]; norm_out null: none.
+  DType dtype;
+  int64_t dim;
+  const void *norm_weight, *norm_bias;
+  void* norm_out;
+  float eps;
+  bool rms;
+};
+
+// The kernels compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*anchor_stats)(const AnchorStats&, ParallelFor);
+  void (*score_select)(const ScoreSelect&, ParallelFor);
+  void (*gather_tokens)(const GatherTokens&, ParallelFor);
+};
+
+// The best set this machine runs, or the one FLOWCUT_CPU_ISA names; std::runtime_error if it cannot be had.
+const Kernels& kernels();
+
+}  // namespace flowcut

@@ -1,0 +1,234 @@
+// Vectors of kLanes floats for the instruction set this file is compiled for, on the compiler's vector extension;
+// intrinsics only where it has no word for what is needed. Everything lives in the namespace of the instruction set
+// and nothing from std:: is instantiated, so that the linker cannot merge code of two instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace flowcut::FLOWCUT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kPair = 2 * kLanes;
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+inline F32 load(const float* p) { return load_as<F32>(p); }
+inline void store(float* p, F32 v) { memcpy(p, &v, sizeof(v)); }
+inline void store(float* p, F32 v, int64_t count) { memcpy(p, &v, count * sizeof(float)); }
+
+inline F32 select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
+inline F32 max(F32 a, F32 b) { return select(a > b, a, b); }
+inline F32 abs(F32 x) { return (F32)((I32)x & 0x7fffffff); }
+inline F32 sqrt(F32 x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
+// kPair consecutive elements as two vectors, in an order that is the element type's own but always the same:
+// sums do not care, and products meet operands that came through the same door.
+struct Pair {
+  F32 a, b;
+};
+
+inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+inline void store_pair(float* p, Pair v) {
+  store(p, v.a);
+  store(p + kLanes, v.b);
+}
+
+// bfloat16 is the upper half of a float: a word of two gives both with a shift and a mask, without any shuffle.
+inline Pair load_pair(const BFloat16* p) {
+  const I32 words = load_as<I32>(p);
+  return {(F32)(words << 16), (F32)(words & (int32_t)0xffff0000)};
+}
+inline void store_pair(BFloat16* p, Pair v) {
+  auto round = [](F32 x) {  // to nearest even, in the upper half
+    const I32 bits = (I32)x;
+    const I32 even = bits + 0x7fff + ((bits >> 16) & 1);
+    return (x == x ? even : bits | 0x00400000) & (int32_t)0xffff0000;
+  };
+  const I32 low = (round(v.a) >> 16) & 0xffff, words = low | round(v.b);
+  memcpy(p, &words, sizeof(words));
+}
+
+#if defined(__AVX512F__)
+inline F32 widen(const Float16* p) { return (F32)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+inline void narrow(Float16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0)); }
+#elif defined(__AVX2__)
+inline F32 widen(const Float16* p) { return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void narrow(Float16* p, F32 x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#else
+inline F32 widen(const Float16* p) {
+  const I32 h = __builtin_convertvector(load_as<U16>(p), I32);
+  // Exponent and fraction in place, 2^112 corrects the bias and makes denormals normal; Inf and NaN keep exponent 255.
+  const F32 finite = (F32)((h & 0x7fff) << 13) * 0x1p112f;
+  const I32 magnitude = (h & 0x7c00) == 0x7c00 ? ((h & 0x7fff) << 13) | 0x7f800000 : (I32)finite;
+  return (F32)(magnitude | (h & 0x8000) << 16);
+}
+inline void narrow(Float16* p, F32 x) {
+  const I32 bits = (I32)x, magnitude = bits & 0x7fffffff;
+  const I32 normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 lets the adder round a result below 2^-14 to a multiple of 2^-24, the denormals' unit.
+  const I32 denormal = (I32)((F32)magnitude + 0.5f) - (I32)(F32{} + 0.5f);
+  const I32 finite = magnitude < (113 << 23) ? denormal : normal;
+  const I32 special = magnitude > 0x7f800000 ? I32{} + 0x7e00 : I32{} + 0x7c00;
+  const I32 half = (magnitude >= 0x477ff000 ? special : finite) | ((bits >> 16) & 0x8000);
+  const U16 out = __builtin_convertvector(half, U16);
+  memcpy(p, &out, sizeof(out));
+}
+#endif
+inline Pair load_pair(const Float16* p) { return {widen(p), widen(p + kLanes)}; }
+inline void store_pair(Float16* p, Pair v) {
+  narrow(p, v.a);
+  narrow(p + kLanes, v.b);
+}
+
+// The first `live` elements, zeros after them; nothing beyond them is touched.
+template <class T>
+inline Pair load_pair(const T* p, int64_t live) {
+  if (live == kPair) return load_pair(p);
+  T buffer[kPair] = {};
+  memcpy(buffer, p, live * sizeof(T));
+  return load_pair(buffer);
+}
+template <class T>
+inline void store_pair(T* p, Pair v, int64_t live) {
+  if (live == kPair) return store_pair(p, v);
+  T buffer[kPair];
+  store_pair(buffer, v);
+  memcpy(p, buffer, live * sizeof(T));
+}
+
+// Calls f(offset, live elements) for the pairs of a row.
+template <class F>
+__attribute__((always_inline)) inline void for_pairs(int64_t dim, const F& f) {
+  int64_t i = 0;
+  for (; i + kPair <= dim; i += kPair) f(i, kPair);
+  if (i < dim) f(i, dim - i);
+}
+
+// Lane i of the result is the sum of the lanes of x[i]: each level of the tree adds halves of two vectors.
+inline F32 reduce_lanes(const F32* x) {
+#if defined(__AVX512F__)
+  __m512 half[8], quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512 u = (__m512)x[i + 8 * j], v = (__m512)x[i + 8 * j + 4];
+      half[2 * i + j] = _mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x44), _mm512_shuffle_f32x4(u, v, 0xee));
+    }
+    const __m512 u = half[2 * i], v = half[2 * i + 1];
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x88), _mm512_shuffle_f32x4(u, v, 0xdd));
+  }
+  auto merge = [](__m512 u, __m512 v) { return _mm512_add_ps(_mm512_unpacklo_ps(u, v), _mm512_unpackhi_ps(u, v)); };
+  const __m512 u = merge(quarter[0], quarter[1]), v = merge(quarter[2], quarter[3]);
+  return (F32)_mm512_add_ps(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee));
+#elif defined(__AVX2__)
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 u = (__m256)x[i], v = (__m256)x[i + 4];
+    half[i] = _mm256_add_ps(_mm256_permute2f128_ps(u, v, 0x20), _mm256_permute2f128_ps(u, v, 0x31));
+  }
+  auto merge = [](__m256 u, __m256 v) { return _mm256_add_ps(_mm256_unpacklo_ps(u, v), _mm256_unpackhi_ps(u, v)); };
+  const __m256 u = merge(half[0], half[1]), v = merge(half[2], half[3]);
+  return (F32)_mm256_add_ps(_mm256_shuffle_ps(u, v, 0x44), _mm256_shuffle_ps(u, v, 0xee));
+#else
+  F32 sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = (x[i][0] + x[i][2]) + (x[i][1] + x[i][3]);
+  return sums;
+#endif
+}
+
+inline float sum(F32 x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// first x^n + ... + last.
+template <class... C>
+inline F32 polynomial(F32 x, float first, C... rest) {
+  F32 y = F32{} + first;
+  ((y = y * x + rest), ...);
+  return y;
+}
+
+// e^x for x <= 0 (NaN stays NaN), 0 below the smallest denormal; about 1 ulp. x = n ln2 + r with |r| <= ln2 / 2, the
+// Taylor series of e^r to r^7 (its rest is below 1e-8), and 2^n in two factors so that denormal results are right.
+inline F32 exp(F32 x) {
+  x = select(x < -104.0f, F32{} - 104.0f, x);
+  const F32 shifted = x * 1.44269504f + 0x1.8p23f;  // the low bits of the sum are the rounded integer
+  const F32 n = shifted - 0x1.8p23f;
+  const F32 r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln2 in two parts: n times the first is exact
+  const F32 y = polynomial(r, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f);
+  const I32 k = (I32)shifted - 0x4b400000, k0 = k >> 1, k1 = k - k0;
+  return y * (F32)((k0 + 127) << 23) * (F32)((k1 + 127) << 23);
+}
+
+// ln x for normal x > 0 (NaN stays NaN), about 2 ulp: x = 2^n m with m in [2/3, 4/3), ln m = 2 atanh((m-1)/(m+1)).
+inline F32 log(F32 x) {
+  const I32 n = ((I32)x - 0x3f2aaaab) >> 23;
+  const F32 m = (F32)((I32)x - (n << 23));
+  const F32 s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+  const F32 y = polynomial(s2, 2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3);
+  const F32 e = __builtin_convertvector(n, F32);
+  // NaN has no exponent to speak of; x - x carries it into the result.
+  return e * 0x1.62e4p-1f + (2.0f * s + (s * s2 * y + e * 0x1.7f7d1cp-20f)) + (x - x);
+}
+
+// Uninitialised floats for the time of one call, aligned to a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats) : data_((float*)::operator new(4 * floats, std::align_val_t(64))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator float*() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Calls f(T{}) with the element type.
+template <class F>
+inline void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::Float32: return f(float{});
+    case DType::BFloat16: return f(BFloat16{});
+    case DType::Float16: return f(Float16{});
+  }
+}
+
+}  // namespace flowcut::FLOWCUT_ISA

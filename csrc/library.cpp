@@ -1,0 +1,266 @@
+// The operators' CPU registration on the libtorch stable ABI. Schemas are defined in flowcut_kernels/_ops.py, arguments
+// are validated in flowcut_kernels/ops/; what is checked here again is what the kernels' memory safety rests on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace flowcut;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+std::ostream& operator<<(std::ostream& out, Sizes sizes) {
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "[") << sizes[i];
+  return out << "]";
+}
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+  const bool equal = std::equal(want.begin(), want.end(), x.sizes().begin(), x.sizes().end());
+  check(equal, name, " must be ", Sizes(want.begin(), want.size()), ", got ", x.sizes());
+}
+
+DType dtype_of(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Float16;
+    default: break;
+  }
+  throw std::runtime_error(std::string(name) + ": the C++ form takes float32, bfloat16 and float16; use backend='reference'");
+}
+
+int32_t dtype_code(const Tensor& x) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  return code;
+}
+
+// A contiguous, uninitialised CPU tensor.
+Tensor empty(Sizes sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_floats(std::initializer_list<int64_t> sizes) {
+  return empty(Sizes(sizes.begin(), sizes.size()), aoti_torch_dtype_float32());
+}
+
+Tensor unit_stride(const Tensor& x) {
+  return x.dim() == 0 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (n > 0) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+}
+
+// A small integer tensor of any width and strides.
+std::vector<int64_t> integers(const char* name, const Tensor& x) {
+  const Tensor dense = torch::stable::contiguous(x);
+  const int64_t n = dense.numel();
+  if (x.scalar_type() == ScalarType::Long) {
+    const auto* p = static_cast<const int64_t*>(dense.const_data_ptr());
+    return {p, p + n};
+  }
+  check(x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+  const auto* p = static_cast<const int32_t*>(dense.const_data_ptr());
+  return {p, p + n};
+}
+
+Heads heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(
+    Tensor query, Tensor key, Tensor value, std::optional<Tensor> value_anchor, std::optional<Tensor> key_span,
+    double scale, int64_t protect, int64_t relevance, int64_t value_norm) {
+  check(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+        "anchor_stats: query, key and value must be [batch, heads, tokens, dim]");
+  AnchorStats p{};
+  p.dtype = dtype_of("anchor_stats: key", key);
+  p.batch = key.size(0), p.kv_heads = key.size(1), p.tokens = key.size(2), p.dim = key.size(3);
+  p.heads = query.size(1), p.anchors = query.size(2), p.value_dim = value.size(3);
+  check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "anchor_stats: query has ", p.heads,
+        " heads, which must be a multiple of key's ", p.kv_heads);
+  check_shape("anchor_stats: query", query, {p.batch, p.heads, p.anchors, p.dim});
+  check_shape("anchor_stats: value", value, {p.batch, p.kv_heads, p.tokens, p.value_dim});
+  check(key.stride(3) == 1 || p.dim <= 1, "anchor_stats: key needs a contiguous last dimension");
+  check(value.stride(3) == 1 || p.value_dim <= 1, "anchor_stats: value needs a contiguous last dimension");
+  p.relevance = Relevance(relevance), p.value_norm = ValueNorm(value_norm);
+  check(p.relevance == Relevance::None || value_anchor, "anchor_stats: relevance needs value_anchor");
+  query = unit_stride(query);
+  if (p.relevance != Relevance::None) {
+    check_shape("anchor_stats: value_anchor", *value_anchor, {p.batch, p.kv_heads, p.anchors, p.value_dim});
+    value_anchor = unit_stride(*value_anchor);
+    p.value_anchor = heads(*value_anchor);
+  }
+  for (const Tensor* x : {&query, &key, &value, value_anchor ? &*value_anchor : &key})
+    check(x->is_cpu() && x->scalar_type() == key.scalar_type(),
+          "anchor_stats: query, key, value and value_anchor must be CPU tensors of one dtype");
+  p.query = heads(query), p.key = heads(key), p.value = heads(value);
+  p.scale = static_cast<float>(scale);
+
+  std::vector<Span> spans(p.batch, Span{0, std::min(protect, p.tokens), p.tokens});
+  if (key_span) {
+    check_shape("anchor_stats: key_span", *key_span, {p.batch, 2});
+    const std::vector<int64_t> ends = integers("anchor_stats: key_span", *key_span);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t begin = std::clamp<int64_t>(ends[2 * b], 0, p.tokens);
+      const int64_t end = std::clamp(ends[2 * b + 1], begin, p.tokens);
+      spans[b] = {begin, std::clamp(ends[2 * b] + protect, begin, end), end};
+    }
+  }
+  p.spans = spans.data();
+
+  Tensor attention = empty_floats({p.batch, p.anchors, p.tokens});
+  Tensor relevant = empty_floats({p.batch, p.anchors, p.relevance == Relevance::None ? 0 : p.tokens});
+  Tensor norm = empty_floats({p.batch, p.value_norm == ValueNorm::None ? 0 : p.tokens});
+  Tensor entropy = empty_floats({p.batch, p.anchors});
+  p.attention_out = floats(attention), p.relevance_out = floats(relevant);
+  p.norm_out = floats(norm), p.entropy_out = floats(entropy);
+  kernels().anchor_stats(p, run_parallel);
+  return {attention, relevant, norm, entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_select(
+    std::optional<Tensor> attention, std::optional<Tensor> relevance, std::optional<Tensor> value_norm,
+    std::optional<Tensor> history, std::optional<Tensor> entropy, std::optional<Tensor> lengths, double history_weight,
+    int64_t protect, int64_t mode, int64_t budget, double divisor) {
+  check(attention || relevance || value_norm, "score_select: attention, relevance and value_norm are all None");
+  const Tensor first = attention ? *attention : relevance ? *relevance : *value_norm;
+  check(first.dim() == 2, "score_select: criteria must be [batch, tokens]");
+  ScoreSelect p{};
+  p.batch = first.size(0), p.tokens = first.size(1);
+  auto criterion = [&](const char* name, std::optional<Tensor>& x) {
+    if (!x) return Criterion{};
+    check_shape(name, *x, {p.batch, p.tokens});
+    check(x->is_cpu() && x->scalar_type() == ScalarType::Float, name,
+          ": the C++ form takes float32 CPU tensors; use backend='reference'");
+    x = unit_stride(*x);
+    return Criterion{static_cast<const float*>(x->const_data_ptr()), x->stride(0)};
+  };
+  p.attention = criterion("score_select: attention", attention);
+  p.relevance = criterion("score_select: relevance", relevance);
+  p.value_norm = criterion("score_select: value_norm", value_norm);
+  p.history = criterion("score_select: history", history);
+  p.history_weight = static_cast<float>(history_weight), p.score_weight = static_cast<float>(1 - history_weight);
+  p.protect = protect, p.mode = Select(mode), p.budget = budget, p.divisor = static_cast<float>(divisor);
+  check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect, " or budget=", budget,
+        " does not fit ", p.tokens, " tokens");
+  if (entropy) {
+    check_shape("score_select: entropy", *entropy, {p.batch});
+    check(entropy->is_cpu() && entropy->scalar_type() == ScalarType::Float, "score_select: entropy must be float32");
+    entropy = torch::stable::contiguous(*entropy);
+    p.entropy = static_cast<const float*>(entropy->const_data_ptr());
+  }
+  check(entropy || p.mode == Select::ScoreOnly || p.mode == Select::Fixed || divisor == 0,
+        "score_select: entropy is None; the adaptive modes need it while divisor > 0");
+  std::vector<int64_t> live(p.batch, p.tokens);
+  if (lengths) {
+    check_shape("score_select: lengths", *lengths, {p.batch});
+    live = integers("score_select: lengths", *lengths);
+  }
+  p.lengths = live.data();
+
+  p.width = p.mode == Select::ScoreOnly ? 0 : p.mode == Select::Fixed ? std::min(protect + budget, p.tokens) : p.tokens;
+  Tensor score = empty_floats({p.batch, p.tokens});
+  const std::array<int64_t, 2> index_sizes{p.batch, p.width};
+  Tensor index = empty(Sizes(index_sizes.data(), 2), aoti_torch_dtype_int64());
+  Tensor new_lengths = empty(Sizes(index_sizes.data(), 1), aoti_torch_dtype_int32());
+  p.score_out = floats(score);
+  p.index_out = static_cast<int64_t*>(index.mutable_data_ptr());
+  p.lengths_out = static_cast<int32_t*>(new_lengths.mutable_data_ptr());
+  kernels().score_select(p, run_parallel);
+  return {score, index, new_lengths};
+}
+
+std::vector<Tensor> gather_tokens(std::vector<Tensor> inputs, Tensor index, std::optional<Tensor> norm_weight,
+                                  std::optional<Tensor> norm_bias, double eps, bool rms) {
+  check(!inputs.empty(), "gather_tokens: inputs is empty");
+  check(index.dim() == 2 && index.is_cpu() && index.scalar_type() == ScalarType::Long,
+        "gather_tokens: index must be an int64 CPU tensor [batch, kept]");
+  index = torch::stable::contiguous(index);
+  GatherTokens p{};
+  p.batch = index.size(0), p.kept = index.size(1), p.count = inputs.size();
+  p.index = static_cast<const int64_t*>(index.const_data_ptr());
+  const int64_t tokens = inputs[0].dim() < 2 ? 0 : inputs[0].size(1);
+  for (int64_t i = 0; i < p.batch * p.kept; ++i)
+    check(-1 <= p.index[i] && p.index[i] < tokens, "gather_tokens: index[", i / p.kept, ", ", i % p.kept,
+          "] = ", p.index[i], " must lie in -1..", tokens - 1);
+
+  std::vector<Rows> rows;
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor& x = inputs[i];
+    check(x.dim() >= 2 && x.is_cpu() && x.size(0) == p.batch && x.size(1) == tokens, "gather_tokens: inputs[", i,
+          "] must be a CPU tensor [", p.batch, ", ", tokens, ", ...], got ", x.sizes());
+    int64_t row = 1;
+    for (int64_t d = x.dim() - 1; d >= 2; --d) {
+      check(x.size(d) == 1 || x.stride(d) == row || x.numel() == 0, "gather_tokens: the rows of inputs[", i,
+            "] are not contiguous (stride ", x.stride(d), " along dimension ", d, "); call .contiguous() on it");
+      row *= x.size(d);
+    }
+    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    sizes[1] = p.kept;
+    outputs.push_back(empty(Sizes(sizes.data(), sizes.size()), dtype_code(x)));
+    const int64_t bytes = x.element_size();
+    rows.push_back({static_cast<const char*>(x.const_data_ptr()), x.stride(0) * bytes, x.stride(1) * bytes, row * bytes,
+                    static_cast<char*>(outputs.back().mutable_data_ptr())});
+  }
+  p.inputs = rows.data();
+
+  if (norm_weight) {
+    const Tensor& x = inputs[0];
+    p.dtype = dtype_of("gather_tokens: inputs[0] (for a norm)", x);
+    check(x.dim() == 3, "gather_tokens: inputs[0] must be [batch, tokens, dim] for a norm, got ", x.sizes());
+    p.dim = x.size(2);
+    auto parameter = [&](const char* name, std::optional<Tensor>& w) -> const void* {
+      if (!w) return nullptr;
+      check_shape(name, *w, {p.dim});
+      check(w->is_cpu() && w->scalar_type() == x.scalar_type(), name, " must have the dtype of inputs[0], on the CPU");
+      w = unit_stride(*w);
+      return w->const_data_ptr();
+    };
+    p.norm_weight = parameter("gather_tokens: norm_weight", norm_weight);
+    p.norm_bias = parameter("gather_tokens: norm_bias", norm_bias);
+    outputs.push_back(empty(outputs[0].sizes(), dtype_code(x)));
+    p.norm_out = outputs.back().mutable_data_ptr();
+    p.eps = static_cast<float>(eps), p.rms = rms;
+  }
+  kernels().gather_tokens(p, run_parallel);
+  return outputs;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
+  m.impl("anchor_stats", TORCH_BOX(&anchor_stats));
+  m.impl("score_select", TORCH_BOX(&score_select));
+  m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+}
+
+// For flowcut_kernels.info and the tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* flowcut_cpu_isa() { return kernels().isa; }

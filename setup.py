@@ -1,0 +1,102 @@
+"""Builds the native library with CMake and ninja; everything else is declared in pyproject.toml.
+
+FLOWCUT_NATIVE=0 installs the Python part alone. FLOWCUT_CUDA=0 leaves out the CUDA kernels, which are otherwise
+compiled when nvcc is found (a GPU need not be present) for FLOWCUT_CUDA_ARCHS (default "80;90;100").
+MAX_JOBS limits the compiler processes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = os.environ.get("FLOWCUT_NATIVE", "1") != "0"
+LIBRARY = "flowcut_kernels_native.so"
+GIB_PER_JOB = 2.0  # what nvcc needs for one file and several architectures
+
+
+def jobs() -> int:
+    """Compiler processes that fit into the free memory, at most one per processor."""
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / GIB_PER_JOB)))
+
+
+def program(name: str) -> str:
+    """CMake and ninja as Python packages or from the system."""
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"flowcut_kernels: {name} is needed to build the native library: pip install {name}")
+    return found
+
+
+class BuildNative(build_ext):
+    """One CMake build; its library and build facts land beside the Python modules."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise SystemExit(
+                "flowcut_kernels: torch is not installed where the build runs: install torch first and add "
+                "--no-build-isolation, or set FLOWCUT_NATIVE=0 for the Python part alone"
+            )
+        build = ROOT / "build" / "native"  # kept, so that a second build compiles only what changed
+        configure = [
+            program("cmake"),
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-GNinja",
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFLOWCUT_TORCH_DIR={Path(torch.origin).parent}",
+            f"-DFLOWCUT_CUDA={'OFF' if os.environ.get('FLOWCUT_CUDA') == '0' else 'ON'}",
+            f"-DFLOWCUT_CUDA_ARCHS={os.environ.get('FLOWCUT_CUDA_ARCHS', '80;90;100')}",
+        ]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([program("cmake"), "--build", str(build), f"-j{jobs()}"], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"flowcut_kernels: the native build failed ({error}); it needs a C++20 compiler (g++ >= 11 or "
+                "clang++ >= 14). FLOWCUT_NATIVE=0 installs the Python part alone."
+            ) from error
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / LIBRARY, target)
+        facts = json.loads((build / "build_info.json").read_text())
+        facts["torch"] = importlib.metadata.version("torch")
+        self.facts_file = target.with_name("_build_info.json")
+        self.facts_file.write_text(json.dumps(facts, indent=2) + "\n")
+
+    def copy_extensions_to_source(self) -> None:  # an editable install
+        super().copy_extensions_to_source()
+        shutil.copy2(self.facts_file, ROOT / "flowcut_kernels")
+
+
+class PlatformWheel(bdist_wheel):
+    """The library knows the machine but nothing of Python, so one wheel serves every Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    packages=[*find_packages(include=["flowcut_kernels", "flowcut_kernels.*"]), "flowcut_kernels.bench.mini_vlm"],
+    package_dir={"flowcut_kernels.bench.mini_vlm": "benchmarks/mini_vlm"},
+    ext_modules=[Extension("flowcut_kernels.flowcut_kernels_native", sources=[])] if NATIVE else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
