@@ -1,5 +1,6 @@
-// The operators' CPU registration on the libtorch stable ABI. Schemas are defined in flowcut_kernels/_ops.py, arguments
-// are validated in flowcut_kernels/ops/; what is checked here again is what the kernels' memory safety rests on.
+// The operators' CPU registration on the libtorch stable ABI. Schemas are defined in flowcut_kernels/_ops.py,
+// arguments are validated in flowcut_kernels/ops/; what is checked here again is what the kernels' memory
+// safety rests on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,7 +47,8 @@ DType dtype_of(const char* name, const Tensor& x) {
     case ScalarType::Half: return DType::Float16;
     default: break;
   }
-  throw std::runtime_error(std::string(name) + ": the C++ form takes float32, bfloat16 and float16; use backend='reference'");
+  throw std::runtime_error(std::string(name) +
+                           ": the C++ form takes float32, bfloat16 and float16; use backend='reference'");
 }
 
 int32_t dtype_code(const Tensor& x) {
@@ -60,8 +62,8 @@ Tensor empty(Sizes sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -94,9 +96,11 @@ Heads heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(
-    Tensor query, Tensor key, Tensor value, std::optional<Tensor> value_anchor, std::optional<Tensor> key_span,
-    double scale, int64_t protect, int64_t relevance, int64_t value_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(Tensor query, Tensor key, Tensor value,
+                                                        std::optional<Tensor> value_anchor,
+                                                        std::optional<Tensor> key_span, double scale,
+                                                        int64_t protect, int64_t relevance,
+                                                        int64_t value_norm) {
   check(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
         "anchor_stats: query, key and value must be [batch, heads, tokens, dim]");
   AnchorStats p{};
@@ -147,9 +151,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(
 
 std::tuple<Tensor, Tensor, Tensor> score_select(
     std::optional<Tensor> attention, std::optional<Tensor> relevance, std::optional<Tensor> value_norm,
-    std::optional<Tensor> history, std::optional<Tensor> entropy, std::optional<Tensor> lengths, double history_weight,
-    int64_t protect, int64_t mode, int64_t budget, double divisor) {
-  check(attention || relevance || value_norm, "score_select: attention, relevance and value_norm are all None");
+    std::optional<Tensor> history, std::optional<Tensor> entropy, std::optional<Tensor> lengths,
+    double history_weight, int64_t protect, int64_t mode, int64_t budget, double divisor) {
+  check(attention || relevance || value_norm,
+        "score_select: attention, relevance and value_norm are all None");
   const Tensor first = attention ? *attention : relevance ? *relevance : *value_norm;
   check(first.dim() == 2, "score_select: criteria must be [batch, tokens]");
   ScoreSelect p{};
@@ -166,13 +171,15 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   p.relevance = criterion("score_select: relevance", relevance);
   p.value_norm = criterion("score_select: value_norm", value_norm);
   p.history = criterion("score_select: history", history);
-  p.history_weight = static_cast<float>(history_weight), p.score_weight = static_cast<float>(1 - history_weight);
+  p.history_weight = static_cast<float>(history_weight),
+  p.score_weight = static_cast<float>(1 - history_weight);
   p.protect = protect, p.mode = Select(mode), p.budget = budget, p.divisor = static_cast<float>(divisor);
-  check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect, " or budget=", budget,
-        " does not fit ", p.tokens, " tokens");
+  check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect,
+        " or budget=", budget, " does not fit ", p.tokens, " tokens");
   if (entropy) {
     check_shape("score_select: entropy", *entropy, {p.batch});
-    check(entropy->is_cpu() && entropy->scalar_type() == ScalarType::Float, "score_select: entropy must be float32");
+    check(entropy->is_cpu() && entropy->scalar_type() == ScalarType::Float,
+          "score_select: entropy must be float32");
     entropy = torch::stable::contiguous(*entropy);
     p.entropy = static_cast<const float*>(entropy->const_data_ptr());
   }
@@ -185,7 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   }
   p.lengths = live.data();
 
-  p.width = p.mode == Select::ScoreOnly ? 0 : p.mode == Select::Fixed ? std::min(protect + budget, p.tokens) : p.tokens;
+  p.width = p.mode == Select::ScoreOnly ? 0
+            : p.mode == Select::Fixed   ? std::min(protect + budget, p.tokens)
+                                        : p.tokens;
   Tensor score = empty_floats({p.batch, p.tokens});
   const std::array<int64_t, 2> index_sizes{p.batch, p.width};
   Tensor index = empty(Sizes(index_sizes.data(), 2), aoti_torch_dtype_int64());
@@ -215,20 +224,21 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> inputs, Tensor index, std:
   std::vector<Tensor> outputs;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Tensor& x = inputs[i];
-    check(x.dim() >= 2 && x.is_cpu() && x.size(0) == p.batch && x.size(1) == tokens, "gather_tokens: inputs[", i,
-          "] must be a CPU tensor [", p.batch, ", ", tokens, ", ...], got ", x.sizes());
+    check(x.dim() >= 2 && x.is_cpu() && x.size(0) == p.batch && x.size(1) == tokens, "gather_tokens: inputs[",
+          i, "] must be a CPU tensor [", p.batch, ", ", tokens, ", ...], got ", x.sizes());
     int64_t row = 1;
     for (int64_t d = x.dim() - 1; d >= 2; --d) {
       check(x.size(d) == 1 || x.stride(d) == row || x.numel() == 0, "gather_tokens: the rows of inputs[", i,
-            "] are not contiguous (stride ", x.stride(d), " along dimension ", d, "); call .contiguous() on it");
+            "] are not contiguous (stride ", x.stride(d), " along dimension ", d,
+            "); call .contiguous() on it");
       row *= x.size(d);
     }
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes[1] = p.kept;
     outputs.push_back(empty(Sizes(sizes.data(), sizes.size()), dtype_code(x)));
     const int64_t bytes = x.element_size();
-    rows.push_back({static_cast<const char*>(x.const_data_ptr()), x.stride(0) * bytes, x.stride(1) * bytes, row * bytes,
-                    static_cast<char*>(outputs.back().mutable_data_ptr())});
+    rows.push_back({static_cast<const char*>(x.const_data_ptr()), x.stride(0) * bytes, x.stride(1) * bytes,
+                    row * bytes, static_cast<char*>(outputs.back().mutable_data_ptr())});
   }
   p.inputs = rows.data();
 
@@ -240,7 +250,8 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> inputs, Tensor index, std:
     auto parameter = [&](const char* name, std::optional<Tensor>& w) -> const void* {
       if (!w) return nullptr;
       check_shape(name, *w, {p.dim});
-      check(w->is_cpu() && w->scalar_type() == x.scalar_type(), name, " must have the dtype of inputs[0], on the CPU");
+      check(w->is_cpu() && w->scalar_type() == x.scalar_type(), name,
+            " must have the dtype of inputs[0], on the CPU");
       w = unit_stride(*w);
       return w->const_data_ptr();
     };

@@ -55,9 +55,9 @@ def ask(scenes: Scenes, index: int, rng: np.random.Generator) -> tuple[str, str,
             return "how many digits", str(count), kind
 
 
-def quiz(scenes: Scenes, per_scene: int, seed: int) -> list[list[tuple[str, str, str]]]:
+def quiz(scenes: Scenes, per_scene: int, seed: int | tuple[int, ...]) -> list[list[tuple[str, str, str]]]:
     """`per_scene` questions (question, answer, kind) about every scene."""
-    rng = np.random.default_rng([seed, 77])
+    rng = np.random.default_rng([*np.atleast_1d(seed), 77])
     return [[ask(scenes, i, rng) for _ in range(per_scene)] for i in range(len(scenes.images))]
 
 

@@ -18,7 +18,6 @@ GRID = SIZE // PATCH                     # patches per side
 CELLS = 4                                # objects sit in a jittered CELLS x CELLS layout
 CELL = SIZE // CELLS                     # pixels
 JITTER = 5                               # pixels
-MAX_DIGITS = 6
 SPLITS = {"train": (0.0, 0.65), "dev": (0.65, 0.80), "test": (0.80, 1.0)}    # share of the images of every class
 COLOURS = {"red": (235, 50, 45), "green": (45, 190, 60), "blue": (60, 90, 240), "yellow": (240, 220, 40),
            "purple": (190, 60, 220), "cyan": (40, 215, 225)}
@@ -32,17 +31,17 @@ LETTERS = ["0,1 .5,0 1,1|.2,.65 .8,.65", "1,0 0,0 0,1 1,1|0,.5 .8,.5", "1,0 0,0 
 
 @dataclasses.dataclass
 class Scenes:
-    """A batch of B scenes; unused digit slots hold -1."""
+    """A batch of B scenes with D digit slots, the most that a scene of the batch may hold; unused slots hold -1."""
 
     images: np.ndarray      # uint8   [B, SIZE, SIZE, 3]
-    digits: np.ndarray      # int64   [B, MAX_DIGITS]          0..9
-    colours: np.ndarray     # int64   [B, MAX_DIGITS]          index into COLOURS
-    boxes: np.ndarray       # float32 [B, MAX_DIGITS, 4]       x0, y0, x1, y1 in pixels, exclusive end
-    coverage: np.ndarray    # float32 [B, GRID*GRID, MAX_DIGITS]  mean ink of each digit inside each patch, 0..1
+    digits: np.ndarray      # int64   [B, D]                 0..9
+    colours: np.ndarray     # int64   [B, D]                 index into COLOURS
+    boxes: np.ndarray       # float32 [B, D, 4]              x0, y0, x1, y1 in pixels, exclusive end
+    coverage: np.ndarray    # float32 [B, GRID*GRID, D]      mean ink of each digit inside each patch, 0..1
 
     @property
     def centres(self) -> np.ndarray:
-        """Centres of the digit boxes, [B, MAX_DIGITS, 2] as x, y in pixels."""
+        """Centres of the digit boxes, [B, D, 2] as x, y in pixels."""
         return (self.boxes[..., :2] + self.boxes[..., 2:]) / 2
 
     @property
@@ -173,17 +172,18 @@ def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[
     """
     rng = np.random.default_rng([list(SPLITS).index(split), *np.atleast_1d(seed)])
     bank, labels = _digit_bank(split)
-    slots = MAX_DIGITS + clutter[1]
+    most = digits[1]
+    slots = most + clutter[1]
     n_digits = rng.integers(digits[0], digits[1] + 1, count)
     n_clutter = rng.integers(clutter[0], clutter[1] + 1, count)
-    live = np.concatenate([np.arange(MAX_DIGITS) < n_digits[:, None], np.arange(clutter[1]) < n_clutter[:, None]], 1)
+    live = np.concatenate([np.arange(most) < n_digits[:, None], np.arange(clutter[1]) < n_clutter[:, None]], 1)
     cell = rng.random((count, CELLS * CELLS)).argsort(1)[:, :slots]
     colour = rng.integers(len(COLOURS), size=(count, slots))
     if distinct:
-        digit = rng.random((count, 10)).argsort(1)[:, :MAX_DIGITS]
-        colour[:, :MAX_DIGITS] = rng.random((count, len(COLOURS))).argsort(1)[:, :MAX_DIGITS]
+        digit = rng.random((count, 10)).argsort(1)[:, :most]
+        colour[:, :most] = rng.random((count, len(COLOURS))).argsort(1)[:, :most]
     else:
-        digit = rng.integers(10, size=(count, MAX_DIGITS))
+        digit = rng.integers(10, size=(count, most))
 
     start = np.searchsorted(labels, np.arange(11))
     exemplar = start[digit] + (rng.random(digit.shape) * (start[digit + 1] - start[digit])).astype(np.int64)
@@ -196,14 +196,14 @@ def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[
     corner = np.stack([cell // CELLS, cell % CELLS], -1) * CELL + rng.integers(-JITTER, JITTER + 1, (count, slots, 2)) + JITTER
     padded = SIZE + 2 * JITTER
     image = np.pad(_background(rng, count), ((0, 0), (JITTER,) * 2, (JITTER,) * 2, (0, 0)))
-    ink = np.zeros((count, MAX_DIGITS, padded, padded), np.float32)
+    ink = np.zeros((count, most, padded, padded), np.float32)
     b = np.arange(count)[:, None, None]
     for slot in range(slots):
         y = corner[:, slot, 0, None, None] + np.arange(CELL)[:, None]
         x = corner[:, slot, 1, None, None] + np.arange(CELL)
         a = alpha[:, slot, ..., None]
         image[b, y, x] += a * (tint[:, slot, None, None] - image[b, y, x])
-        if slot < MAX_DIGITS:
+        if slot < most:
             ink[b, slot, y, x] = alpha[:, slot]
     inner = slice(JITTER, JITTER + SIZE)
     image = image[:, inner, inner] + rng.standard_normal((count, SIZE, SIZE, 1), np.float32) * 4
@@ -215,10 +215,10 @@ def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[
         line = on.any(axis)
         spans += [line.argmax(-1), SIZE - line[..., ::-1].argmax(-1)]
     boxes = np.stack([spans[0], spans[2], spans[1], spans[3]], -1).astype(np.float32)
-    used = live[:, :MAX_DIGITS]
+    used = live[:, :most]
     boxes[~used] = -1
-    coverage = ink.reshape(count, MAX_DIGITS, GRID, PATCH, GRID, PATCH).mean((3, 5)).reshape(count, MAX_DIGITS, -1).transpose(0, 2, 1)
-    return Scenes(np.clip(image, 0, 255).astype(np.uint8), np.where(used, digit, -1), np.where(used, colour[:, :MAX_DIGITS], -1),
+    coverage = ink.reshape(count, most, GRID, PATCH, GRID, PATCH).mean((3, 5)).reshape(count, most, -1).transpose(0, 2, 1)
+    return Scenes(np.clip(image, 0, 255).astype(np.uint8), np.where(used, digit, -1), np.where(used, colour[:, :most], -1),
                   boxes, np.ascontiguousarray(coverage))
 
 

@@ -7,11 +7,11 @@
 
 namespace flowcut {
 
-#define FLOWCUT_DECLARE(isa)                              \
-  namespace isa {                                         \
-  void anchor_stats(const AnchorStats&, ParallelFor);     \
-  void score_select(const ScoreSelect&, ParallelFor);     \
-  void gather_tokens(const GatherTokens&, ParallelFor);   \
+#define FLOWCUT_DECLARE(isa)                            \
+  namespace isa {                                       \
+  void anchor_stats(const AnchorStats&, ParallelFor);   \
+  void score_select(const ScoreSelect&, ParallelFor);   \
+  void gather_tokens(const GatherTokens&, ParallelFor); \
   }
 #define FLOWCUT_TABLE(isa) {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens}
 
@@ -45,7 +45,8 @@ const Kernels& choose() {
     if (!request || !*request || std::string(request) == choice.kernels.isa) return choice.kernels;
     offered += (offered.empty() ? "" : ", ") + std::string(choice.kernels.isa);
   }
-  throw std::runtime_error("FLOWCUT_CPU_ISA=" + std::string(request) + " cannot be had: this machine offers " + offered);
+  throw std::runtime_error("FLOWCUT_CPU_ISA=" + std::string(request) +
+                           " cannot be had: this machine offers " + offered);
 }
 
 }  // namespace

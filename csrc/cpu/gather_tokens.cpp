@@ -22,7 +22,7 @@ void norm_row(const GatherTokens& p, const T* x, T* out) {
       // Elements one by one, each in a vector of its own: none of the filling zeros may count.
       for (int64_t i = whole; i < p.dim; ++i) total.a[0] += f(load_pair(x + i, 1).a)[0];
     }
-    return sum(total.a + total.b) / (float)p.dim;
+    return (float)(sum(widen(total.a + total.b)) / (double)p.dim);
   };
   const float mean = p.rms ? 0 : mean_of([](F32 v) { return v; });
   const float variance = mean_of([&](F32 v) { return (v - mean) * (v - mean); });

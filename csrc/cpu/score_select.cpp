@@ -1,8 +1,9 @@
 // score_select: fusion, history, count and ordered top-k, a thread per image.
 //
-// The k-th largest score is found by bisection on the bits of the scores (32 passes of vector compares, whatever the
-// data), then one pass writes the kept rows in order. The loops are plain: the compiler vectorises them, and this file
-// is compiled without contraction, so that a product and a sum round as they do in torch.
+// The k-th largest score is found by bisection on the bits of the scores (32 passes of vector compares,
+// whatever the data), then one pass writes the kept rows in order. The loops are plain: the compiler
+// vectorises them, and this file is compiled without contraction, so that a product and a sum round as they
+// do in torch.
 #include "simd.h"
 
 namespace flowcut::FLOWCUT_ISA {
@@ -11,14 +12,12 @@ namespace {
 constexpr int64_t kGrain = 8 * 1024;  // tokens that are worth a thread
 
 float total(const float* x, int64_t n) {
-  typedef double F64 __attribute__((vector_size(8 * kLanes)));
   F64 lanes{};
+  double rest = 0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) lanes += __builtin_convertvector(load(x + i), F64);
-  double sum = 0;
-  for (; i < n; ++i) sum += x[i];
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  return (float)sum;
+  for (; i + kLanes <= n; i += kLanes) lanes += widen(load(x + i));
+  for (; i < n; ++i) rest += x[i];
+  return (float)(sum(lanes) + rest);
 }
 
 // score = x / sum x, or 0 for a sum of 0; `add` puts it on top of what is there.
@@ -70,7 +69,8 @@ void top_k(const float* score, int64_t n, int64_t k, int64_t offset, int32_t* __
     memcpy(&bits, score + i, sizeof(bits));
     keys[i] = bits ^ (bits >> 31 & 0x7fffffff);  // integers in the order of the floats
   }
-  // The largest threshold that at least k keys reach, bit by bit from the sign (whose bit counts upside down).
+  // The largest threshold that at least k keys reach, bit by bit from the sign (whose bit counts upside
+  // down).
   uint32_t threshold = 0;
   for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
     const int32_t trial = (int32_t)((threshold | bit) ^ 0x80000000);
@@ -101,7 +101,8 @@ void score_select(const ScoreSelect& p, ParallelFor run) {
   parallel_for(run, p.batch, max(1, kGrain / max(p.tokens, 1)), [&](int64_t first, int64_t last) {
     const Buffer keys(p.tokens);
     for (int64_t b = first; b < last; ++b) {
-      const int64_t n = candidates(b), end = max(min(p.lengths[b], p.tokens), p.protect), live = end - p.protect;
+      const int64_t n = candidates(b), end = max(min(p.lengths[b], p.tokens), p.protect),
+                    live = end - p.protect;
       float* score = p.score_out + b * p.tokens;
       const bool finite = update_score(p, b, p.protect, live);
       memset(score, 0, p.protect * sizeof(float));
@@ -119,7 +120,8 @@ void score_select(const ScoreSelect& p, ParallelFor run) {
       int64_t* index = p.index_out + b * p.width;
       if (finite) {
         for (int64_t i = 0; i < p.protect; ++i) index[i] = i;
-        top_k(score + p.protect, live, kept - p.protect, p.protect, (int32_t*)(float*)keys, index + p.protect);
+        top_k(score + p.protect, live, kept - p.protect, p.protect, (int32_t*)(float*)keys,
+              index + p.protect);
       }
       for (int64_t i = kept; i < p.width; ++i) index[i] = -1;
       p.lengths_out[b] = finite ? (int32_t)kept : -1;

@@ -61,8 +61,8 @@ struct ScoreSelect {
   Select mode;
   int64_t budget;
   float divisor;
-  float* score_out;      // [batch, tokens]
-  int64_t* index_out;    // [batch, width]
+  float* score_out;    // [batch, tokens]
+  int64_t* index_out;  // [batch, width]
   int64_t width;
   int32_t* lengths_out;  // [batch]
 };

@@ -1,6 +1,7 @@
-// Vectors of kLanes floats for the instruction set this file is compiled for, on the compiler's vector extension;
-// intrinsics only where it has no word for what is needed. Everything lives in the namespace of the instruction set
-// and nothing from std:: is instantiated, so that the linker cannot merge code of two instruction sets.
+// Vectors of kLanes floats for the instruction set this file is compiled for, on the compiler's vector
+// extension; intrinsics only where it has no word for what is needed. Everything lives in the namespace of
+// the instruction set and nothing from std:: is instantiated, so that the linker cannot merge code of two
+// instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +28,7 @@ constexpr int kPair = 2 * kLanes;
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef double F64 __attribute__((vector_size(8 * kLanes)));  // as many lanes, in more registers
 
 struct BFloat16 {
   uint16_t bits;
@@ -69,11 +71,10 @@ inline void store_pair(float* p, Pair v) {
   store(p + kLanes, v.b);
 }
 
-// bfloat16 is the upper half of a float: a word of two gives both with a shift and a mask, without any shuffle.
-inline Pair load_pair(const BFloat16* p) {
-  const I32 words = load_as<I32>(p);
-  return {(F32)(words << 16), (F32)(words & (int32_t)0xffff0000)};
-}
+// bfloat16 is the upper half of a float: a word of two gives both with a shift and a mask, without any
+// shuffle.
+inline Pair split(I32 words) { return {(F32)(words << 16), (F32)(words & (int32_t)0xffff0000)}; }
+inline Pair load_pair(const BFloat16* p) { return split(load_as<I32>(p)); }
 inline void store_pair(BFloat16* p, Pair v) {
   auto round = [](F32 x) {  // to nearest even, in the upper half
     const I32 bits = (I32)x;
@@ -85,15 +86,19 @@ inline void store_pair(BFloat16* p, Pair v) {
 }
 
 #if defined(__AVX512F__)
-inline F32 widen(const Float16* p) { return (F32)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
-inline void narrow(Float16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0)); }
+inline F32 widen(__m256i halves) { return (F32)_mm512_maskz_cvtph_ps(0xffff, halves); }
+inline F32 widen(const Float16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline void narrow(Float16* p, F32 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
+}
 #elif defined(__AVX2__)
 inline F32 widen(const Float16* p) { return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 inline void narrow(Float16* p, F32 x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
 #else
 inline F32 widen(const Float16* p) {
   const I32 h = __builtin_convertvector(load_as<U16>(p), I32);
-  // Exponent and fraction in place, 2^112 corrects the bias and makes denormals normal; Inf and NaN keep exponent 255.
+  // Exponent and fraction in place, 2^112 corrects the bias and makes denormals normal; Inf and NaN keep
+  // exponent 255.
   const F32 finite = (F32)((h & 0x7fff) << 13) * 0x1p112f;
   const I32 magnitude = (h & 0x7c00) == 0x7c00 ? ((h & 0x7fff) << 13) | 0x7f800000 : (I32)finite;
   return (F32)(magnitude | (h & 0x8000) << 16);
@@ -116,13 +121,42 @@ inline void store_pair(Float16* p, Pair v) {
   narrow(p + kLanes, v.b);
 }
 
-// The first `live` elements, zeros after them; nothing beyond them is touched.
+// The first `live` < kPair elements, zeros after them; nothing beyond them is touched.
+#if defined(__AVX512F__)
+inline Pair load_part(const float* p, int64_t live) {
+  const uint32_t mask = (1u << live) - 1;
+  return {(F32)_mm512_maskz_loadu_ps(mask, p), (F32)_mm512_maskz_loadu_ps(mask >> 16, p + kLanes)};
+}
+inline Pair load_part(const BFloat16* p, int64_t live) {
+  return split((I32)_mm512_maskz_loadu_epi16((1u << live) - 1, p));
+}
+inline Pair load_part(const Float16* p, int64_t live) {
+  const __m512i h = _mm512_maskz_loadu_epi16((1u << live) - 1, p);
+  return {widen(_mm512_castsi512_si256(h)), widen(_mm512_extracti64x4_epi64(h, 1))};
+}
+#else
+inline Pair load_half(const float* p) { return {load(p), F32{}}; }
+inline Pair load_half(const BFloat16* p) {
+#if defined(__AVX2__)
+  return split((I32)_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p)));
+#else
+  I32 words{};
+  memcpy(&words, p, kLanes * sizeof(*p));
+  return split(words);
+#endif
+}
+inline Pair load_half(const Float16* p) { return {widen(p), F32{}}; }
 template <class T>
-inline Pair load_pair(const T* p, int64_t live) {
-  if (live == kPair) return load_pair(p);
+inline Pair load_part(const T* p, int64_t live) {
+  if (live == kLanes) return load_half(p);  // the usual case: heads are multiples of 8
   T buffer[kPair] = {};
   memcpy(buffer, p, live * sizeof(T));
   return load_pair(buffer);
+}
+#endif
+template <class T>
+inline Pair load_pair(const T* p, int64_t live) {
+  return live == kPair ? load_pair(p) : load_part(p, live);
 }
 template <class T>
 inline void store_pair(T* p, Pair v, int64_t live) {
@@ -130,6 +164,11 @@ inline void store_pair(T* p, Pair v, int64_t live) {
   T buffer[kPair];
   store_pair(buffer, v);
   memcpy(p, buffer, live * sizeof(T));
+}
+
+template <class T>
+inline void prefetch_pair(const T* p) {
+  for (size_t byte = 0; byte < kPair * sizeof(T); byte += 64) __builtin_prefetch((const char*)p + byte);
 }
 
 // Calls f(offset, live elements) for the pairs of a row.
@@ -152,7 +191,9 @@ inline F32 reduce_lanes(const F32* x) {
     const __m512 u = half[2 * i], v = half[2 * i + 1];
     quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x88), _mm512_shuffle_f32x4(u, v, 0xdd));
   }
-  auto merge = [](__m512 u, __m512 v) { return _mm512_add_ps(_mm512_unpacklo_ps(u, v), _mm512_unpackhi_ps(u, v)); };
+  auto merge = [](__m512 u, __m512 v) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(u, v), _mm512_unpackhi_ps(u, v));
+  };
   const __m512 u = merge(quarter[0], quarter[1]), v = merge(quarter[2], quarter[3]);
   return (F32)_mm512_add_ps(_mm512_shuffle_ps(u, v, 0x44), _mm512_shuffle_ps(u, v, 0xee));
 #elif defined(__AVX2__)
@@ -161,7 +202,9 @@ inline F32 reduce_lanes(const F32* x) {
     const __m256 u = (__m256)x[i], v = (__m256)x[i + 4];
     half[i] = _mm256_add_ps(_mm256_permute2f128_ps(u, v, 0x20), _mm256_permute2f128_ps(u, v, 0x31));
   }
-  auto merge = [](__m256 u, __m256 v) { return _mm256_add_ps(_mm256_unpacklo_ps(u, v), _mm256_unpackhi_ps(u, v)); };
+  auto merge = [](__m256 u, __m256 v) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(u, v), _mm256_unpackhi_ps(u, v));
+  };
   const __m256 u = merge(half[0], half[1]), v = merge(half[2], half[3]);
   return (F32)_mm256_add_ps(_mm256_shuffle_ps(u, v, 0x44), _mm256_shuffle_ps(u, v, 0xee));
 #else
@@ -171,8 +214,10 @@ inline F32 reduce_lanes(const F32* x) {
 #endif
 }
 
-inline float sum(F32 x) {
-  float total = 0;
+inline F64 widen(F32 x) { return __builtin_convertvector(x, F64); }
+
+inline double sum(F64 x) {
+  double total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
 }
@@ -185,8 +230,9 @@ inline F32 polynomial(F32 x, float first, C... rest) {
   return y;
 }
 
-// e^x for x <= 0 (NaN stays NaN), 0 below the smallest denormal; about 1 ulp. x = n ln2 + r with |r| <= ln2 / 2, the
-// Taylor series of e^r to r^7 (its rest is below 1e-8), and 2^n in two factors so that denormal results are right.
+// e^x for x <= 0 (NaN stays NaN), 0 below the smallest denormal; about 1 ulp. x = n ln2 + r with |r| <= ln2 /
+// 2, the Taylor series of e^r to r^7 (its rest is below 1e-8), and 2^n in two factors so that denormal
+// results are right.
 inline F32 exp(F32 x) {
   x = select(x < -104.0f, F32{} - 104.0f, x);
   const F32 shifted = x * 1.44269504f + 0x1.8p23f;  // the low bits of the sum are the rounded integer
@@ -197,7 +243,8 @@ inline F32 exp(F32 x) {
   return y * (F32)((k0 + 127) << 23) * (F32)((k1 + 127) << 23);
 }
 
-// ln x for normal x > 0 (NaN stays NaN), about 2 ulp: x = 2^n m with m in [2/3, 4/3), ln m = 2 atanh((m-1)/(m+1)).
+// ln x for normal x > 0 (NaN stays NaN), about 2 ulp: x = 2^n m with m in [2/3, 4/3), ln m = 2
+// atanh((m-1)/(m+1)).
 inline F32 log(F32 x) {
   const I32 n = ((I32)x - 0x3f2aaaab) >> 23;
   const F32 m = (F32)((I32)x - (n << 23));

@@ -10,13 +10,35 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+_PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 
 
 class Shrunk(NamedTuple):
     """Which columns of a [B, L] prompt are left."""
 
     columns: Tensor  # int64 [B, L'], -1 where a row is padded
-    length: int  # L
+    dropped: Tensor  # bool [B, L] placeholders that no feature fills
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> Shrunk:
+        """All columns of a prompt."""
+        columns = torch.arange(length, device=device).expand(batch, -1)
+        return cls(columns, torch.zeros_like(columns, dtype=torch.bool))
+
+    @property
+    def length(self) -> int:
+        return self.dropped.shape[1]
+
+    @property
+    def kept(self) -> int:
+        return self.columns.shape[1]
+
+    def then(self, more: Shrunk) -> Shrunk:
+        """This prompt, continued by another."""
+        columns = torch.where(more.columns < 0, more.columns, more.columns + self.length)
+        return Shrunk(torch.cat([self.columns, columns], 1), torch.cat([self.dropped, more.dropped], 1))
 
     def take(self, x: Tensor, pad: int) -> Tensor:
         """The columns of x [B, L, ...], `pad` where a row is padded."""
@@ -25,14 +47,9 @@ class Shrunk(NamedTuple):
         out = x.gather(1, index.view(*index.shape, *trailing).expand(*index.shape, *x.shape[2:]))
         return out.masked_fill(absent.view(*absent.shape, *trailing), pad)
 
-    def removed(self, attention_mask: Tensor | None) -> Tensor:
+    def removed(self) -> Tensor:
         """Placeholders dropped before each column [B, L']: original minus new position."""
-        kept = torch.zeros(len(self.columns), self.length + 1, dtype=torch.int64, device=self.columns.device)
-        kept.scatter_(1, self.columns.masked_fill(self.columns < 0, self.length), 1)
-        kept = kept[:, :-1]
-        if attention_mask is not None:  # trimmed padding columns were never positions
-            kept = kept | (attention_mask == 0).long()
-        return self.take((1 - kept).cumsum(1), 0)
+        return self.take(self.dropped.long().cumsum(1), 0)
 
 
 @dataclass(frozen=True)
@@ -43,51 +60,49 @@ class PromptShrinker:
     full: int  # placeholders per image as the processor writes them
     kept: int  # features per image after pruning
 
-    def shrink(self, is_image: Tensor, attention_mask: Tensor | None, images: int | None) -> Shrunk | None:
+    def shrink(self, is_image: Tensor, attention_mask: Tensor | None, images: int) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
         Args:
             is_image: bool [B, L], placeholders.
             attention_mask: [B, L] or None.
-            images: images given with the prompt; None when unknown (a later turn, whose images are in the cache).
+            images: images given with the prompt.
 
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        counts = is_image.sum(1).tolist()
-        if self.kept == self.full or not any(counts):
+        if self.kept == self.full:
             return None
+        counts = is_image.sum(1).tolist()
 
         def fits(per_image: int) -> bool:
-            total = images is None or sum(counts) == images * per_image
-            return total and all(count % per_image == 0 for count in counts)
+            return sum(counts) == images * per_image and all(count % per_image == 0 for count in counts)
 
         if not fits(self.full):
             if fits(self.kept):
                 return None
-            given = "" if images is None else f" for {images} image(s)"
             raise ValueError(
-                f"input_ids hold {counts} image placeholders per row{given}; each image needs {self.full} (the "
-                f"processor's output) or {self.kept} (already pruned), id {self.image_token_id}"
+                f"input_ids hold {counts} image placeholders per row for {images} image(s); each image needs {self.full} "
+                f"(the processor's output) or {self.kept} (already pruned), id {self.image_token_id}"
             )
         if attention_mask is not None and attention_mask.shape != is_image.shape:
             raise ValueError(
                 f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
             )
-        keep = ~(is_image & ((is_image.cumsum(1) - 1) % self.full >= self.kept))
+        dropped = is_image & ((is_image.cumsum(1) - 1) % self.full >= self.kept)
         if attention_mask is None and len(set(counts)) > 1:
             raise ValueError(
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
             )
-        live = keep if attention_mask is None else keep & attention_mask.bool()
+        live = ~dropped if attention_mask is None else ~dropped & attention_mask.bool()
         right = attention_mask is not None and bool((attention_mask[:, -1] == 0).any() and attention_mask[:, 0].all())
-        order = (~keep if right else keep).long().argsort(dim=1, stable=True)
-        columns = order.masked_fill(~keep.gather(1, order), -1)
+        order = (dropped if right else ~dropped).long().argsort(dim=1, stable=True)
+        columns = order.masked_fill(dropped.gather(1, order), -1)
         # Padding columns that no row needs any more go too.
         used = live.gather(1, order).any(0).nonzero().flatten()
         columns = columns[:, : int(used[-1]) + 1] if right else columns[:, int(used[0]) :]
-        return Shrunk(columns, is_image.shape[1])
+        return Shrunk(columns, dropped)
 
 
 class _Bound:
@@ -107,6 +122,8 @@ class _Bound:
 
 
 class _PromptMethod(_Bound):
+    may_repeat_cache = False  # generate takes the cached conversation again, in front of the new tokens
+
     def __init__(self, model: nn.Module, shrinker: PromptShrinker) -> None:
         super().__init__(model)
         self.shrinker = shrinker
@@ -120,28 +137,71 @@ class _PromptMethod(_Bound):
         token = torch.tensor(self.shrinker.image_token_id, device=embeds.device)
         return (embeds == self.model.get_input_embeddings()(token)).all(-1)
 
-    def _shrink(self, arguments: dict[str, Any], images: int | None) -> Shrunk | None:
-        """Shrink every prompt-shaped argument in place of `arguments`."""
-        is_image = self._placeholders(arguments)
-        mask = arguments.get("attention_mask")
-        shrunk = None if is_image is None else self.shrinker.shrink(is_image, mask, images)
-        if shrunk is None:
+    def _shrink(self, arguments: dict[str, Any]) -> tuple[Shrunk, Shrunk] | None:
+        """Shrink every prompt-shaped argument in place of `arguments`.
+
+        Returns:
+            The prompt, and the whole conversation it ends (with what is in the cache before it); None where nothing
+            has to go.
+        """
+        images, cache, mask = _images(arguments), arguments.get("past_key_values"), arguments.get("attention_mask")
+        if images is None and getattr(cache, _PROMPT, None) is None:
             return None
-        pad_id = self.model.config.get_text_config().pad_token_id
+        is_image = self._placeholders(arguments)
+        if is_image is None:
+            return None
+        (batch, length), device = is_image.shape, is_image.device
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        cached, past = Shrunk.whole(batch, seen, device), _cached_prompt(cache, seen, batch, device)
+
+        new, repeats = is_image, False
+        if self.may_repeat_cache and seen:
+            repeats = arguments.get("inputs_embeds") is not None or mask is None or mask.shape[1] == length
+        if repeats:
+            old = past or cached
+            if past is not None and not (length > past.length and is_image[:, : past.length][past.dropped].all()):
+                old, past = cached, None  # the pruned conversation is repeated, not the original one
+            new = is_image[:, old.length :]
+        new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
+        piece = None if images is None else self.shrinker.shrink(new, new_mask, images)
+        if piece is None and past is None:
+            return None
+        if images is None and bool((new[:, 1:] & new[:, :-1]).any()):
+            raise ValueError(
+                f"the new part of input_ids ({new.shape[1]} of {length} columns) holds image placeholders but no image came "
+                f"with it; the cache holds {past.length} columns of the prompt as it was given, pruned to {seen}: "
+                "cut input_ids by the former"
+            )
+        drops = piece is not None
+        piece = piece or Shrunk.whole(*new.shape, device)
+        short, talk = cached.then(piece), (past or cached).then(piece)
+        prompt = talk if repeats else piece
+
+        if mask is not None and mask.dim() == 2 and mask.shape[1] in (talk.length, short.length):
+            arguments["attention_mask"] = (talk if mask.shape[1] == talk.length else short).take(mask, 0)
+        elif mask is not None and drops:
+            raise ValueError(
+                f"attention_mask must be [{batch}, {talk.length}] like the conversation so far, got {tuple(mask.shape)}"
+            )
+        positions = arguments.get("position_ids")
+        if positions is not None:
+            if mask is None:
+                original = repeats or bool(positions.max() >= seen + length)
+            else:
+                original = mask.shape[1] == talk.length
+            removed = (talk if original else short).removed()[:, -prompt.kept :]
+            arguments["position_ids"] = (prompt.take(positions.expand(batch, -1), 0) - removed).clamp_min(0)
+        pad_id, image_id = self.model.config.get_text_config().pad_token_id, self.shrinker.image_token_id
         pads = dict(
-            input_ids=0 if pad_id is None or pad_id == self.shrinker.image_token_id else pad_id,
+            input_ids=pad_id if pad_id not in (None, image_id) else int(image_id == 0),
             inputs_embeds=0,
-            attention_mask=0,
             labels=-100,
             token_type_ids=0,
         )
         for name, pad in pads.items():
             if arguments.get(name) is not None:
-                arguments[name] = shrunk.take(arguments[name], pad)
-        if arguments.get("position_ids") is not None:
-            positions = arguments["position_ids"].expand(*is_image.shape)
-            arguments["position_ids"] = (shrunk.take(positions, 0) - shrunk.removed(mask)).clamp_min(0)
-        return shrunk
+                arguments[name] = prompt.take(arguments[name], pad)
+        return prompt, talk
 
 
 def _images(arguments: dict[str, Any]) -> int | None:
@@ -152,44 +212,51 @@ def _images(arguments: dict[str, Any]) -> int | None:
     return None if encoded is None else len(encoded.pooler_output)
 
 
+def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> Shrunk | None:
+    """The conversation whose `seen` rows of keys and values a cache holds; None where nothing was pruned from it."""
+    prompt = getattr(cache, _PROMPT, None)
+    if prompt is None:
+        return None
+    if seen < prompt.kept:  # the cache was reset
+        delattr(cache, _PROMPT)
+        return None
+    rows = len(prompt.columns)
+    if batch % rows:
+        raise ValueError(f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch")
+    prompt = Shrunk(*(x.to(device).repeat_interleave(batch // rows, 0) for x in prompt))
+    return prompt.then(Shrunk.whole(batch, seen - prompt.kept, device))
+
+
 class PrunedForward(_PromptMethod):
-    """Replacement ``forward`` of a VLM: unchanged processor output in, outputs of the shrunk sequence out."""
+    """Replacement ``forward`` of a VLM: unchanged processor output in, outputs of the shrunk sequence out.
+
+    A decoding loop of the caller's own may go on with masks and positions of the full prompt: the cache remembers.
+    """
 
     method = "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(self.__signature__, args, kwargs)
-        images = _images(arguments)
-        if images is None:
-            self._shrink_old_mask(arguments)
+        shrunk = self._shrink(arguments)
+        if shrunk is None:
             return self.original(**arguments)
-        shrunk = self._shrink(arguments, images)
-        if shrunk is not None and isinstance(arguments.get("logits_to_keep"), Tensor):
+        prompt, talk = shrunk
+        if prompt.kept == prompt.length:  # a later step: what the cache remembers still holds
+            return self.original(**arguments)
+        if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep as a tensor indexes the unpruned prompt: pass an int, or a pruned prompt")
         output = self.original(**arguments)
-        cache = getattr(output, "past_key_values", None)
-        if shrunk is not None and cache is not None:
-            cache._flowcut_prompt = shrunk  # a caller's own decoding loop keeps growing the full mask
+        values = output if isinstance(output, tuple) else output.values()
+        for cache in (x for x in values if hasattr(x, "get_seq_length")):
+            setattr(cache, _PROMPT, talk)
         return output
-
-    def _shrink_old_mask(self, arguments: dict[str, Any]) -> None:
-        """A decoding loop of the caller's own passes masks and positions of the full prompt: translate them."""
-        shrunk = getattr(arguments.get("past_key_values"), "_flowcut_prompt", None)
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        new = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
-        if shrunk is None or mask is None or mask.dim() != 2 or new is None:
-            return
-        if mask.shape[1] != arguments["past_key_values"].get_seq_length() + new.shape[1]:
-            prompt = shrunk.take(mask[:, : shrunk.length], 0)
-            arguments["attention_mask"] = torch.cat([prompt, mask[:, shrunk.length :]], 1)
-            if positions is not None:
-                arguments["position_ids"] = positions - shrunk.removed(mask[:, : shrunk.length])[:, -1:]
 
 
 class PrunedGenerate(_PromptMethod):
     """Replacement ``generate`` of a VLM: returned sequences start with the prompt as it was given."""
 
     method = "generate"
+    may_repeat_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(self.__signature__, args, kwargs)
@@ -198,37 +265,89 @@ class PrunedGenerate(_PromptMethod):
             if arguments.get("input_ids") is not None:
                 raise ValueError("generate: give the prompt as inputs or as input_ids, not both")
             arguments["input_ids"] = prompt
-        prompt = arguments.get("input_ids")
-        shrunk = self._shrink(arguments, _images(arguments))
+        prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        shrunk = self._shrink(arguments)
         if shrunk is None:
             return self.original(**arguments)
-        self._shift_lengths(arguments, shrunk.length - shrunk.columns.shape[1])
-        if arguments.get("streamer") is not None and prompt is not None:
-            arguments["streamer"] = _PromptStreamer(arguments["streamer"], prompt)
-        output = self.original(**arguments)
+        skip, talk = shrunk[0].kept, shrunk[1]
+        self._shift_lengths(arguments, shrunk[0].length - skip)
+        if prompt is not None:
+            self._show_prompt(arguments, prompt, skip)
+        remembered = vars(cache).pop(_PROMPT, None) if cache is not None else None
+        try:
+            # What generate passes to forward fits the cache as it is.
+            output = self.original(**arguments)
+        except BaseException:
+            if remembered is not None:
+                setattr(cache, _PROMPT, remembered)
+            raise
+        for used in (cache, getattr(output, "past_key_values", None)):
+            if used is not None:
+                setattr(used, _PROMPT, talk)
         if prompt is None:  # inputs_embeds: the sequences hold new tokens only
             return output
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        new = sequences[:, shrunk.columns.shape[1] :]
-        full = torch.cat([prompt.to(new.device).repeat_interleave(len(new) // len(prompt), 0), new], 1)
         if isinstance(output, Tensor):
-            return full
-        output.sequences = full
+            return _with_prompt(prompt, output[:, skip:])
+        output.sequences = _with_prompt(prompt, output.sequences[:, skip:])
         return output
+
+    def _setting(self, arguments: dict[str, Any], name: str) -> Any:
+        """A generation setting, wherever it was given."""
+        configs = arguments.get("generation_config"), self.model.generation_config
+        values = arguments.get(name), *(getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
 
     def _shift_lengths(self, arguments: dict[str, Any], removed: int) -> None:
         """max_length and min_length count the prompt, so they shrink with it."""
-        config = arguments.get("generation_config") or self.model.generation_config
-        for name in ("max_length", "min_length"):
-            value = arguments.get(name)
-            if value is None:
-                value = getattr(config, name, None)
-            if value and (name != "max_length" or arguments.get("max_new_tokens") is None):
-                if arguments.get("generation_config") is None or name in arguments:
-                    arguments[name] = max(value - removed, 0)
-                else:
-                    arguments["generation_config"] = config = copy.copy(config)
-                    setattr(config, name, max(value - removed, 0))
+        for name, overrides in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self._setting(arguments, name)
+            if not value or self._setting(arguments, overrides) is not None:
+                continue
+            if arguments.get("generation_config") is None or arguments.get(name) is not None:
+                arguments[name] = max(value - removed, 0)
+            else:
+                arguments["generation_config"] = copy.copy(arguments["generation_config"])
+                setattr(arguments["generation_config"], name, max(value - removed, 0))
+
+    def _show_prompt(self, arguments: dict[str, Any], prompt: Tensor, skip: int) -> None:
+        """Whatever the caller has look at the ids sees them behind the prompt as it was given."""
+        if arguments.get("streamer") is not None:
+            arguments["streamer"] = _PromptStreamer(arguments["streamer"], prompt)
+        for name, kind, view in (
+            ("logits_processor", LogitsProcessorList, _ShownToProcessor),
+            ("stopping_criteria", StoppingCriteriaList, _ShownToCriterion),
+        ):
+            if arguments.get(name) is not None:
+                arguments[name] = kind(view(x, prompt, skip) for x in arguments[name])
+        allowed = arguments.get("prefix_allowed_tokens_fn")
+        if allowed is not None:
+            beams = self._setting(arguments, "num_beams") or 1
+            copies = 1 if beams > 1 else self._setting(arguments, "num_return_sequences") or 1
+
+            def shown(row: int, ids: Tensor) -> list[int]:
+                return allowed(row, torch.cat([prompt[row // copies].to(ids.device), ids[skip:]]))
+
+            arguments["prefix_allowed_tokens_fn"] = shown
+
+
+def _with_prompt(prompt: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([prompt.to(new.device).repeat_interleave(len(new) // len(prompt), 0), new], 1)
+
+
+class _ShownToProcessor(LogitsProcessor):
+    def __init__(self, processor: Callable, prompt: Tensor, skip: int) -> None:
+        self.processor, self.prompt, self.skip = processor, prompt, skip
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.processor(_with_prompt(self.prompt, input_ids[:, self.skip :]), scores)
+
+
+class _ShownToCriterion:
+    def __init__(self, criterion: Callable, prompt: Tensor, skip: int) -> None:
+        self.criterion, self.prompt, self.skip = criterion, prompt, skip
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return self.criterion(_with_prompt(self.prompt, input_ids[:, self.skip :]), scores, **kwargs)
 
 
 class _PromptStreamer:
@@ -257,10 +376,11 @@ class FixedFeatureLayer(_Bound):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(self.__signature__, args, kwargs)
         for name, value in self.fixed.items():
-            if arguments.get(name) not in (None, value):
+            given = arguments.get(name)
+            given = getattr(self.model.config, name) if given is None else given
+            if given != value:
                 raise ValueError(
-                    f"{name}={arguments[name]!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
-                    "patch again"
+                    f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, patch again"
                 )
         return self.original(**arguments)
 

@@ -41,6 +41,8 @@ class Tower:
                 f"feature_layer={index} of {len(layers)} layers leaves no layer to prune before it: use "
                 f"2..{states - 1} or {2 - states}..-1"
             )
+        if getattr(policy, "anchor", None) == "cls" and not self.protect:
+            raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
         encoder = PrunedEncoder(
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
         )

@@ -54,6 +54,19 @@ class EncoderState:
     history: Tensor | None = None  # [B, M] cumulative score
     most: int | None = None  # rows of the fullest image
     trace: Trace | None = None
+    entries: dict[int, tuple] | None = None  # with gradient checkpointing: what each layer found on entry
+
+    def enter(self, layer: int) -> None:
+        """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
+        if self.entries is None:
+            return
+        travels = ("patches", "lengths", "mask", "history", "most")
+        if layer in self.entries:
+            for name, value in zip(travels, self.entries[layer], strict=True):
+                setattr(self, name, value)
+            self.trace = None  # recorded the first time
+        else:
+            self.entries[layer] = tuple(getattr(self, name) for name in travels)
 
     def step(self, layer: int) -> EncoderStep | None:
         """The policy's step at `layer`; None once every image is down to its budget."""
@@ -130,6 +143,7 @@ class PrunedEncoderLayer:
     def __call__(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, pruning: EncoderState, **kwargs: Any
     ) -> Tensor:
+        pruning.enter(self.number)
         step = pruning.step(self.number)
         if step is None and pruning.mask is None:
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kwargs)
@@ -184,9 +198,8 @@ class PrunedEncoderLayer:
             mask = mask[:, None, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.parts.eager)
         dropout = attention.dropout if attention.training else 0.0
-        output, _ = attend(
-            attention, query, key, value, mask, scaling=attention.scale, dropout=dropout, is_causal=False, **kwargs
-        )
+        options = kwargs | dict(scaling=attention.scale, dropout=dropout, is_causal=False)
+        output, _ = attend(attention, query, key, value, mask, **options)
         return self.parts.out_proj(output.flatten(2))
 
 
@@ -217,10 +230,10 @@ class PrunedEncoder:
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         if attention_mask is not None:
             raise ValueError("attention_mask was passed to a patched vision encoder; only unmasked images are supported")
-        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers):
+        if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
             raise ValueError(
-                "gradient checkpointing would run a pruning layer twice: call gradient_checkpointing_disable() on the "
-                "vision tower before training a patched model"
+                "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
+                "map: unpatch first, or look at trace(model).stages[i].scores"
             )
         state = EncoderState(
             policy=self.policy,
@@ -229,8 +242,10 @@ class PrunedEncoder:
             protect=self.protect,
             backend=self.backend,
             trace=Trace() if self.record else None,
+            entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
         )
-        hidden_states = inputs_embeds
+        # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers.
+        hidden_states = inputs_embeds.contiguous()
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
         self.trace = state.trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Policy:
             got = f"target_tokens={self.target_tokens!r}, retain_ratio={self.retain_ratio!r}"
             raise ValueError(f"{name}: give exactly one of target_tokens and retain_ratio, got {got}")
         if self.target_tokens is not None:
-            if isinstance(self.target_tokens, bool) or not isinstance(self.target_tokens, int):
+            if not is_whole(self.target_tokens):
                 raise TypeError(f"{name}: target_tokens={self.target_tokens!r} must be an int; for a share use retain_ratio")
             if self.target_tokens < 1:
                 raise ValueError(f"{name}: target_tokens={self.target_tokens} must be at least 1")
@@ -59,6 +59,19 @@ class Policy:
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         """Score the tokens of a layer and choose which rows go on."""
         raise NotImplementedError
+
+
+def is_whole(value: object) -> bool:
+    """True for an int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_feature_layer(policy: Any) -> None:
+    """TypeError unless ``policy.feature_layer`` is None or an int."""
+    index = policy.feature_layer
+    if index is not None and not is_whole(index):
+        name = type(policy).__name__
+        raise TypeError(f"{name}: feature_layer={index!r} must be an int such as -2; None: the model's configuration")
 
 
 class EncoderStep(NamedTuple):

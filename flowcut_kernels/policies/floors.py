@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from .._ops import Select
-from .base import EncoderStep, EncoderView, Policy, Selection
+from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BlindPolicy(Policy):
     feature_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_feature_layer(self)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         budget = self.budget(tokens)
@@ -40,6 +44,11 @@ class RandomTokens(_BlindPolicy):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_whole(self.seed):
+            raise TypeError(f"RandomTokens: seed={self.seed!r} must be an int")
 
     def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

@@ -10,7 +10,7 @@ import torch
 
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats, score_select
-from .base import EncoderStep, EncoderView, Policy, Selection
+from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -52,7 +52,8 @@ class FlowCut(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         criteria = self.criteria
-        if isinstance(criteria, str) or not criteria or not set(criteria) <= set(CRITERIA):
+        listed = isinstance(criteria, (tuple, list, set, frozenset)) and len(criteria) > 0
+        if not listed or any(c not in CRITERIA for c in criteria):
             raise ValueError(f"FlowCut: criteria={criteria!r} must be a non-empty subset of {CRITERIA}")
         object.__setattr__(self, "criteria", tuple(c for c in CRITERIA if c in criteria))
         for name, allowed in (
@@ -63,10 +64,15 @@ class FlowCut(Policy):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FlowCut: {name}={getattr(self, name)!r} must be one of {allowed}")
-        if not 0 <= self.history_weight <= 1:
-            raise ValueError(f"FlowCut: history_weight={self.history_weight} must lie in 0..1")
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+        for name in ("cumulative", "adaptive"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"FlowCut: {name}={getattr(self, name)!r} must be True or False")
+        weight = self.history_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+            raise ValueError(f"FlowCut: history_weight={weight!r} must be a number in 0..1")
+        if not is_whole(self.interval) or self.interval < 1:
             raise ValueError(f"FlowCut: interval={self.interval!r} must be a whole number of layers, at least 1")
+        check_feature_layer(self)
 
     @classmethod
     def release(cls, target_tokens: int | None = None, retain_ratio: float | None = None, **changes: Any) -> FlowCut:

@@ -1,0 +1,87 @@
+"""What the trained model knows: accuracy per question type, with all visual tokens and with a few, and what CLS attends to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import torch
+
+from .language import TOKENS, LanguageTask, encode, features
+from .model import pixels
+from .quiz import MIX, quiz
+from .scenes import Scenes, contrast, generate
+
+KEPT = {"33 %": 107, "22 %": 71, "11 %": 36, "6 %": 19}        # of 324 visual tokens
+
+
+def exam(split: str, scenes: int, seed: int, per_scene: int = 8) -> tuple[Scenes, list[list[tuple[str, str, str]]]]:
+    """Scenes of one split and the questions about them."""
+    drawn = generate(split, scenes, (seed, 3))
+    return drawn, quiz(drawn, per_scene, seed)
+
+
+def answers(model, visual: torch.Tensor, asked: list, size: int = 50) -> np.ndarray:
+    """Whether every question is answered right from the given visual tokens [B, K, D]: bool [B, Q]."""
+    ids, last = encode(asked)
+    task, right = LanguageTask(model), []
+    with torch.no_grad():
+        for i in range(0, len(ids), size):
+            some, at = ids[i:i + size], last[i:i + size, :, None]
+            guess = task.logits(visual[i:i + size].float(), some).argmax(-1).gather(2, at)
+            right.append(guess == some.gather(2, at + 1))
+    return torch.cat(right)[..., 0].numpy()
+
+
+def per_kind(right: np.ndarray, asked: list) -> dict[str, float]:
+    """Share of right answers, overall and per question type."""
+    kinds = np.array([[kind for *_, kind in row] for row in asked])
+    return {"all": float(right.mean()), **{kind: float(right[kinds == kind].mean()) for kind in MIX}}
+
+
+def blind_floor(asked: list, seed: int) -> float:
+    """Accuracy of the best answer that looks at the wording alone, learnt on training questions."""
+    table: dict[str, Counter] = {}
+    for row in exam("train", 4000, seed)[1]:
+        for text, answer, _ in row:
+            table.setdefault(text, Counter())[answer] += 1
+    return float(np.mean([table[text].most_common(1)[0][0] == answer for row in asked for text, answer, _ in row]))
+
+
+def cls_attention(tower, images: np.ndarray, size: int = 32) -> torch.Tensor:
+    """Attention of the CLS token to the patches, mean over heads, renormalised: float32 [layers, B, N]."""
+    usual = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        chunks = [torch.stack([a[:, :, 0, 1:].mean(1) for a in tower(pixels(images[i:i + size]), output_attentions=True).attentions])
+                  for i in range(0, len(images), size)]
+    tower.set_attn_implementation(usual)
+    attention = torch.cat(chunks, 1)
+    return attention / attention.sum(-1, keepdim=True)
+
+
+def top(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` highest scores, ascending: [B, N] -> [B, count]."""
+    return score.topk(count).indices.sort().values
+
+
+def report(model, split: str, scenes: int, seed: int) -> dict:
+    """Every figure of training.json that describes the trained model."""
+    drawn, asked = exam(split, scenes, seed)
+    tower = model.model.vision_tower
+    visual = features(tower, drawn.images)
+    attention = cls_attention(tower, drawn.images)
+    entropy = -(attention * attention.clamp_min(1e-20).log()).sum(-1).mean(1) / math.log(TOKENS)
+    on_digits = (attention * torch.from_numpy(drawn.patch_mask)).sum(-1).mean(1)
+    rules = {"CLS attention": attention[-2], "pixel contrast": torch.from_numpy(contrast(drawn.images)),
+             "random": torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(seed))}
+    kept = {rule: {share: per_kind(answers(model, visual.gather(1, top(score, count)[..., None].expand(-1, -1, visual.shape[-1])), asked),
+                                   asked) for share, count in KEPT.items()} for rule, score in rules.items()}
+    return {"split": split, "scenes": scenes, "questions": scenes * len(asked[0]),
+            "accuracy": per_kind(answers(model, visual, asked), asked),
+            "accuracy from the wording alone": blind_floor(asked, seed),
+            "accuracy with visual tokens kept after the encoder": kept,
+            "patches that show a digit": float(drawn.patch_mask.mean()),
+            "CLS attention by layer: entropy / ln N": entropy.tolist(),
+            "CLS attention by layer: share on digit patches": on_digits.tolist()}

@@ -1,0 +1,127 @@
+"""Train the mini-VLM from nothing: `python -m benchmarks.mini_vlm.train` from the root of a clone.
+
+Stage A trains the vision tower, stage B the projector and language model on cached features. An interrupted run goes on where its
+last checkpoint left it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import WEIGHTS, language, vision
+from .evaluate import report
+from .loop import fit, now
+from .model import build, processor
+from .quiz import MIX, quiz
+from .scenes import generate
+
+RECIPE = {
+    "vision": {"steps": 1500, "batch": 16, "rate": 2e-3, "crowded": 0.45},
+    "language": {"steps": 1500, "batch": 8, "rate": 2e-3, "scenes": 2500, "questions": 16},
+}
+
+
+def rounded(value):
+    """The same JSON value with four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def train(seed: int, work: Path, progress: Progress):
+    """The trained model (float32) and the time of every stage as `now` counts it."""
+    model = build(seed)
+    tower = model.model.vision_tower
+    model.set_attn_implementation("plain")
+    recipe = RECIPE["vision"]
+    vision.initialise(tower)
+    task = vision.VisionTask(tower)
+    spent = {"vision": fit("vision", task, lambda step: task(vision.batch(seed, step, recipe["batch"],
+                                                                           step < recipe["crowded"] * recipe["steps"])),
+                             recipe["steps"], recipe["rate"], work, progress)}
+
+    recipe = RECIPE["language"]
+    started = now()
+    chunk = 250
+    visual, ids, last = [], [], []
+    for part in progress.track(range(recipe["scenes"] // chunk), description="features"):
+        scenes = generate("train", chunk, (seed, 2, part))
+        visual.append(language.features(tower, scenes.images))
+        for store, tensor in zip((ids, last), language.encode(quiz(scenes, recipe["questions"], (seed, part)))):
+            store.append(tensor)
+    visual, ids, last = torch.cat(visual), torch.cat(ids), torch.cat(last)
+    spent["features"] = now() - started
+
+    language.initialise(model, visual[:100])
+    task_b = language.LanguageTask(model)
+
+    def loss(step: int):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        rows = torch.randint(len(ids), (recipe["batch"],), generator=generator)
+        return task_b(language.thin(visual[rows].float(), generator), ids[rows], last[rows])
+
+    spent["language"] = fit("language", task_b, loss, recipe["steps"], recipe["rate"], work, progress)
+    model.set_attn_implementation("sdpa")
+    return model.eval(), spent
+
+
+def export(model, notes: dict, folder: Path) -> None:
+    """Write weights (float16), configuration, processor and notes to `folder`, which appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.half().save_pretrained(partial)
+    processor().save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps(rounded(notes), indent=1) + "\n")
+    for file in partial.iterdir():
+        file.chmod(0o644)
+    partial.chmod(0o755)
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(dir=folder.parent))
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, folder)
+
+
+def main() -> None:
+    """Parse the command line, train, evaluate on the development split, write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the trained model")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints (default: next to --out)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    work = options.work or options.out.parent / f"checkpoints-{options.seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        model, spent = train(options.seed, work, progress)
+    model = model.half().float()                                                       # judge the weights that are written
+    started = now()
+    found = report(model, "dev", 500, options.seed)
+    spent["evaluation"] = now() - started
+    notes = {"seed": options.seed, "recipe": RECIPE, "question mix": MIX, "parameters": sum(p.numel() for p in model.parameters()),
+             "minutes": {stage: {"wall": wall / 60, "cpu": cpu / 60} for stage, (wall, cpu) in {**spent, "all": sum(spent.values())}.items()},
+             "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "development": found}
+    export(model, notes, options.out)
+    print(json.dumps(rounded(found["accuracy"]), indent=1))
+
+
+if __name__ == "__main__":
+    main()

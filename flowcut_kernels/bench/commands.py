@@ -1,0 +1,297 @@
+"""Subcommands of flowcut-bench: options, progress, output files and the exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from . import machine
+from .report import Report, Section, write_page
+from .tables import show_report
+from .terminal import Tick, progress, terminal, typed
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to this CSV file.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch and the kernels use.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16, fp16, or several separated by commas.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Interleaved rounds per figure.")]
+Backend = Annotated[str | None, typer.Option(help="auto, reference, cpp or triton.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Counts = Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")]
+Split = Annotated[str, typer.Option(help="dev, or test: scored once, for figures that are committed.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for report.json, report.html and the plots.")]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    out: Out = Path("flowcut-report"),
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    toy: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """What choosing visual tokens costs and saves on this machine.
+
+    Without a command: the main job, about two minutes on two cores. It checks and times the operators, measures the
+    vision encoder and the way to the first token, and lets the trained stand-in answer questions with all tokens and
+    with few. It writes report.json, report.html and PNG plots.
+    """
+    if context.invoked_subcommand is None:
+        main_job(out, threads, device, backend, toy)
+
+
+def main_job(out: Path, threads: int | None, device: str, backend: str | None, toy: bool) -> None:
+    from . import job, plots
+
+    prepare(threads)
+    with progress("flowcut-bench") as tick:
+        report = job.measure(typed(), device=device, backend=backend, toy=toy, tick=tick)
+        tick("drawing")
+        pictures = plots.draw(report, out)
+        pictures["quality"].append(job.sample(out / "kept.png"))
+    console = terminal()
+    show_report(report, console, details=False)
+    report.save(out / "report.json")
+    write_page(report, pictures, out / "report.html")
+    plotted = sum(map(len, pictures.values()))
+    console.print(f"{report.seconds:.0f} s; wrote {out}/report.html, report.json and {plotted} plots")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ops(
+    only: Annotated[str | None, typer.Option(help="Only operators whose name contains this.")] = None,
+    cold: Annotated[bool, typer.Option(help="Flush the cache before every call.")] = False,
+    dtype: Dtype = "fp32,bf16",
+    repeats: Repeats = 9,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    toy: Annotated[bool, typer.Option(hidden=True)] = False,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Operators: time against the best vectorised torch, GB/s against the copy bandwidth."""
+    from .ops import measure
+
+    options = dict(backend=backend, repeats=repeats, cold=cold, only=only, toy=toy, dtypes=dtypes(dtype))
+    section("ops", measure, options, threads, device, json, csv)
+
+
+@app.command()
+def encoder(
+    weights: Annotated[
+        str, typer.Option(help="How random weights are scaled: paper-like, golden-like.")
+    ] = "paper-like",
+    tokens: Counts = "192,128,64",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
+    image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
+    hidden: Annotated[int, typer.Option(min=64, help="Width; heads of 64, MLP 4 x as wide.")] = 1024,
+    dtype: Dtype = "fp32,bf16",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Vision encoder: stock on SDPA against FlowCut, time and FLOPs."""
+    from .encoder import WEIGHTS, measure
+
+    if weights not in WEIGHTS:
+        raise typer.BadParameter(f"--weights {weights!r} is unknown: use {' or '.join(WEIGHTS)}")
+    options = dict(
+        dtypes=dtypes(dtype), batches=numbers(batch, "--batch"), tokens=numbers(tokens, "--tokens"), weights=weights,
+        layers=layers, repeats=repeats, backend=backend, shape=width(image_size, hidden),
+    )  # fmt: skip
+    section("encoder", measure, options, threads, device, json, csv)
+
+
+@app.command()
+def prefill(
+    tokens: Counts = "192,64",
+    layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
+    text_layers: Annotated[int, typer.Option(min=1, help="Layers of the language model.")] = 8,
+    image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
+    hidden: Annotated[int, typer.Option(min=64, help="Width of both; heads of 64.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per repeat.")] = 4,
+    dtype: Dtype = "bf16",
+    repeats: Repeats = 3,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Image to first token and decoding: encoder, projector, language model, KV cache."""
+    from .prefill import measure
+
+    text = dict(hidden_size=hidden, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64)
+    options = dict(
+        dtypes=dtypes(dtype), tokens=numbers(tokens, "--tokens"), layers=layers, text_layers=text_layers, steps=steps,
+        repeats=repeats, backend=backend, vision_shape=width(image_size, hidden), text_shape=text,
+    )  # fmt: skip
+    section("prefill", measure, options, threads, device, json, csv)
+
+
+@app.command()
+def quality(
+    split: Split = "dev",
+    questions: Annotated[int, typer.Option(min=8, help="Questions to answer.")] = 2000,
+    per_scene: Annotated[int, typer.Option(min=1, help="Questions about one scene.")] = 4,
+    policies: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Which scenes are drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    threads: Threads = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the accuracy and entropy plots.")] = None,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Accuracy of the trained stand-in with all tokens, and with 33, 22, 11 and 6 % of them under each policy."""
+    from .quality import POLICIES, measure
+
+    chosen = tuple(policies.split(",")) if policies else tuple(POLICIES)
+    unknown = [name for name in chosen if name not in POLICIES]
+    if unknown:
+        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(POLICIES)}")
+    if split not in ("dev", "test"):
+        raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
+    options = dict(
+        split=split, questions=questions, per_scene=per_scene, policies=chosen, seed=seed, dtype=dtypes(dtype)[0]
+    )
+    section("quality", measure, options, threads, device, json, csv, out)
+
+
+@app.command()
+def look(
+    image: Annotated[Path, typer.Argument(help="A picture.", exists=True, dir_okay=False)],
+    out: Out = Path("flowcut-report"),
+    model: Annotated[str, typer.Option(help="mini, or a folder or hub name of a supported model.")] = "mini",
+    policy: Annotated[str, typer.Option(help="flowcut, flowcut-release, random or uniform.")] = "flowcut",
+    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens to keep.")] = 64,
+) -> None:
+    """A PNG of what is kept after each cut."""
+    from PIL import Image
+
+    from . import look as pictures
+
+    if policy not in pictures.POLICIES:
+        raise typer.BadParameter(f"--policy {policy!r} is unknown: use {', '.join(pictures.POLICIES)}")
+    prepare(None)
+    with progress("look") as tick:
+        tick("loading the model")
+        loaded, processor = pictures.load_model(model)
+        tick("encoding")
+        seen, stages = pictures.look(loaded, processor, Image.open(image), pictures.POLICIES[policy](tokens))
+        config = getattr(loaded.config, "vision_config", loaded.config)
+        patches = (config.image_size // config.patch_size) ** 2
+        path = out / pictures.file_name(image, policy, tokens)
+        pictures.draw(seen, stages, patches, path, f"{policy}, {min(tokens, patches)} of {patches} visual tokens")
+    for stage in stages.stages:
+        print(f"layer {stage.layer:2}: {stage.kept[0]} kept")
+    print(f"wrote {path}")
+
+
+@app.command()
+def compile(
+    arch: Annotated[str, typer.Option(help="GPU architectures, separated by commas.")] = "80,90,100",
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Triton kernels compiled for GPUs this machine need not have: registers, spills, shared memory."""
+    if importlib.util.find_spec("triton") is None:
+        raise typer.BadParameter("compile needs triton: pip install triton")
+    section("compile", compiled, dict(architectures=numbers(arch, "--arch")), None, "cpu", json, csv)
+
+
+def compiled(*, architectures: tuple[int, ...], device: str, command: str, tick: Tick) -> Section:
+    from .compile import compile_all
+
+    tick("Triton kernels")
+    rows = []
+    for found in compile_all(architectures):
+        row = asdict(found)
+        rows.append(row | dict(ok=not (row["stack"] or row["local"]), refcheck="spills"))
+    failed = [f"{row['kernel']} {row['variant']} sm_{row['arch']} spills" for row in rows if not row["ok"]]
+    notes = ["stack and local bytes are spills and fail; nothing runs, so no GPU is needed"]
+    return Section(
+        "compile", "Triton kernels compiled", command, rows, dict(architectures=architectures), notes, failed
+    )
+
+
+def section(
+    title: str,
+    measure: Callable[..., Section],
+    options: dict,
+    threads: int | None,
+    device: str,
+    json: Path | None,
+    csv: Path | None,
+    out: Path | None = None,
+) -> None:
+    """Measure one section, show it, write the files, and exit with 1 when a check failed."""
+    prepare(threads)
+    start = time.perf_counter()
+    with progress(title) as tick:
+        found = measure(**options, device=device, command=typed(), tick=tick)
+    found.seconds = time.perf_counter() - start
+    report = Report(machine.facts(device), typed(), [found], found.seconds)
+    show_report(report, terminal())
+    if json:
+        report.save(json)
+    if csv:
+        report.save_csv(csv)
+    if out:
+        from . import plots
+
+        plots.draw(report, out)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def width(image_size: int, hidden: int) -> dict:
+    if hidden % 64 or image_size % 14:
+        raise typer.BadParameter("--hidden must be a multiple of 64 and --image-size of 14")
+    return dict(
+        image_size=image_size, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=hidden // 64
+    )
+
+
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{name} {text!r} must be whole numbers of at least 1, separated by commas")
+    return found
+
+
+def dtypes(text: str) -> tuple[torch.dtype, ...]:
+    unknown = [part for part in text.split(",") if part not in DTYPES]
+    if unknown:
+        raise typer.BadParameter(f"--dtype {unknown[0]!r} is unknown: use {', '.join(DTYPES)}")
+    return tuple(DTYPES[part] for part in text.split(","))
+
+
+def prepare(threads: int | None) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is a bar of our own
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,130 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and reports registers, spills and shared memory.
+
+Real launches are prepared from meta tensors, so that what is compiled (specialisation, block sizes, warps) is what a
+launch of these sizes would run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from .._ops import Relevance, Select, ValueNorm
+from ..ops._triton_common import Launch
+from ..ops.anchor_stats.triton import prepare as prepare_stats
+from ..ops.gather_tokens.triton import prepare as prepare_gather
+from ..ops.score_select.triton import prepare as prepare_select
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as compiled for one architecture; `stack` and `local` bytes are spills, and should be 0."""
+
+    kernel: str
+    variant: str
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def compile_launch(launch: Launch, arch: int) -> triton.compiler.CompiledKernel:
+    """What `launch` would run on ``sm_<arch>``, compiled by the path of a real launch."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kernel, meta = launch.kernel, dict(launch.meta, debug=False)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.arguments, **meta)
+    options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=dict(options.__dict__)
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED of the only kernel of a cubin, read by the cuobjdump that ships with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Launches at the sizes of real models: CLIP-L/336, a 48 x 48 grid, 128 x 128 tokens; SigLIP-so400m and ViT-H heads."""
+    for dim, dtype, tokens, batch, relevance, norm in (
+        (64, torch.bfloat16, 577, 8, Relevance.COSINE, ValueNorm.FULL),
+        (64, torch.bfloat16, 577, 64, Relevance.SOFTMAX, ValueNorm.HEAD_MEAN),
+        (64, torch.bfloat16, 2305, 64, Relevance.COSINE, ValueNorm.FULL),
+        (72, torch.bfloat16, 2305, 8, Relevance.COSINE, ValueNorm.FULL),
+        (80, torch.bfloat16, 577, 64, Relevance.SCALED_SOFTMAX, ValueNorm.FULL),
+        (128, torch.bfloat16, 16384, 1, Relevance.COSINE, ValueNorm.FULL),
+        (64, torch.float32, 577, 64, Relevance.COSINE, ValueNorm.FULL),
+        (128, torch.float32, 16384, 64, Relevance.COSINE, ValueNorm.HEAD_MEAN),
+    ):
+        heads = 16
+        key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
+        key = key.view(batch, tokens, heads, dim).transpose(1, 2)
+        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
+        selection = dict(
+            history=torch.empty(batch, tokens, device="meta"), lengths=None, history_weight=0.5,
+            mode=Select.ADAPTIVE, budget=64, divisor=2.0,
+        )  # fmt: skip
+        for fused in (None, selection):
+            yield name + " select" * (fused is not None), prepare_stats(
+                key[:, :, :1], key, key, key[:, :, :1], None,
+                scale=dim**-0.5, protect=1, relevance=relevance, value_norm=norm, selection=fused,
+            )  # fmt: skip
+    for tokens, mode in (
+        (577, Select.FIXED), (577, Select.ADAPTIVE_BATCH), (2305, Select.ADAPTIVE), (16384, Select.ADAPTIVE),
+    ):  # fmt: skip
+        row = torch.empty(64, tokens, device="meta")
+        lengths = torch.empty(64, dtype=torch.int32, device="meta")
+        yield f"B=64 N={tokens} {mode.name.lower()}", prepare_select(
+            row, row, row, row, row[:, 0], lengths,
+            history_weight=0.5, protect=1, mode=mode, budget=64, divisor=2.0,
+        )  # fmt: skip
+    for dim, tokens, dtype, norm, rms in (
+        (1024, 577, torch.bfloat16, True, False), (1152, 2305, torch.bfloat16, False, False),
+        (4096, 2305, torch.float32, True, True),
+    ):  # fmt: skip
+        hidden = torch.empty(64, tokens, dim, dtype=dtype, device="meta")
+        rotary = torch.empty(1, tokens, 72, dtype=dtype, device="meta").expand(64, -1, -1)
+        score = torch.empty(64, tokens, device="meta")
+        position = torch.empty(64, tokens, dtype=torch.int64, device="meta")
+        index = torch.empty(64, 64, dtype=torch.int64, device="meta")
+        weight = torch.empty(dim, dtype=dtype, device="meta") if norm else None
+        name = f"B=64 N={tokens} D={dim} {str(dtype)[6:]} norm={'none' if not norm else 'rms' if rms else 'layer'}"
+        yield name, prepare_gather(
+            [hidden, rotary, rotary, score, position], index, weight, None if rms else weight, rms=rms
+        )
+
+
+def compile_all(architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
+    """One row per launch of :func:`launches` and architecture."""
+    rows = []
+    for variant, launch in launches():
+        for arch in architectures:
+            used = resources(compile_launch(launch, arch).asm["cubin"])
+            rows.append(
+                Row(
+                    launch.kernel.fn.__name__.lstrip("_"), variant, arch, launch.meta["num_warps"],
+                    used["REG"], used["STACK"], used["LOCAL"], used["SHARED"],
+                )
+            )  # fmt: skip
+    return rows

@@ -1,0 +1,241 @@
+"""A CLIP-L-shaped tower, stock on SDPA against FlowCut: time, FLOPs, and where the rest of the time goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..models import patch, patched, trace
+from ..modules import encoder as blocks
+from ..policies import FlowCut
+from ..policies import flowcut as scoring
+from ..trace import Trace
+from .entropy import cls_entropy
+from .flops import Schedule, encoder_flops
+from .report import Section
+from .shapes import WEIGHTS, clip_large, llava, random_pixels, twin
+from .timing import Clock, Samples, interleave, synchronise
+
+Tick = Callable[..., object]
+TARGET = 1.10
+SCORING = {"anchor_stats": scoring, "score_select": scoring, "gather_tokens": blocks}
+
+
+def measure(
+    *,
+    device: torch.device | str = "cpu",
+    dtypes=(torch.float32, torch.bfloat16),
+    batches=(1, 4),
+    tokens=(192, 128, 64),
+    weights: str = "paper-like",
+    layers: int = 24,
+    repeats: int = 5,
+    backend: str | None = None,
+    shape: dict | None = None,
+    command: str = "flowcut-bench encoder",
+    tick: Tick = lambda label, share=None: None,
+) -> Section:
+    """Stock tower against patched tower through ``get_image_features`` of a LLaVA that reads layer -2.
+
+    Args:
+        shape: changes to the CLIP-L configuration, for tests.
+    """
+    device, gains = torch.device(device), WEIGHTS[weights]
+    config = clip_large(layers, **(shape or {}))
+    patches = (config.image_size // config.patch_size) ** 2
+    failed, checks = [], {}
+    shallow = clip_large(4, **(shape or {}))
+    for dtype in dtypes:
+        tick(f"check {_short(dtype)}")
+        checks[dtype] = refcheck(shallow, gains, dtype, device, backend, keep=max(2, patches // 9))
+        if checks[dtype] != "ok":
+            failed.append(f"{_short(dtype)}: {checks[dtype]}")
+
+    stock = llava(config, gains=gains).to(device)
+    rows, entropy = [], cls_entropy(stock, random_pixels(config, 1).to(device))
+    for dtype in dtypes:
+        if checks[dtype] != "ok":
+            rows += [dict(dtype=_short(dtype), batch=b, tokens=t, ok=False, refcheck=f"FAILED: {checks[dtype]}")
+                     for b in batches for t in tokens]  # fmt: skip
+            continue
+        stock = stock.to(dtype)
+        for batch in batches:
+            tick(f"{_short(dtype)} B={batch}", len(rows) / (len(dtypes) * len(batches) * len(tokens)))
+            rows += _rows(stock, random_pixels(config, batch).to(device, dtype), tokens, backend, repeats)
+    schedule = [kept[0] for kept in rows[-1]["schedule"]] if not failed else []
+    return Section(
+        "encoder",
+        f"Vision encoder, CLIP-L/14-336 shape, {layers} layers, {weights} weights",
+        command,
+        rows,
+        facts=dict(
+            weights=weights, layers=layers, repeats=repeats, patches=patches, entropy=entropy, schedule=schedule
+        ),
+        notes=[
+            "get_image_features of a LLaVA reading layer -2; stock on SDPA; interleaved; scoring included",
+            "FLOPs: matrix products at the traced token counts; time/FLOPs = 1.00: choosing is free",
+            f"CLS entropy / ln N by layer: {' '.join(f'{x:.2f}'.removeprefix('0') for x in entropy)}",
+            f"kept after each cut, {patches}→{tokens[-1]}, first image: {' '.join(str(k) for k in schedule)}",
+            "scoring: share of time in anchor_stats, score_select and gather_tokens (a separate pass)",
+            f"target: time at most {TARGET:.2f}x of stock time x FLOPs ratio",
+        ],
+        failed=failed,
+    )
+
+
+def refcheck(config, gains, dtype, device, backend, keep: int) -> str:
+    """ "ok", or what differs on a shallow tower: all kept is stock; kept rows equal pruning after the layer."""
+    model = llava(config, gains=gains).to(device)
+    tower, patches = model.model.vision_tower, (config.image_size // config.patch_size) ** 2
+    pixels = random_pixels(config, 2).to(device)
+    with torch.inference_mode():
+        model.to(dtype)
+        plain = model.get_image_features(pixels.to(dtype)).pooler_output
+        with patched(model, FlowCut(target_tokens=patches), backend=backend):
+            whole = model.get_image_features(pixels.to(dtype)).pooler_output
+        if not all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True)):
+            return "keeping all tokens differs from the stock model"
+        # Without the entropy rule a shallow tower cuts at every second layer too.
+        policy = FlowCut(target_tokens=keep, adaptive=False)
+        with patched(model, policy, record=True, backend=backend):
+            features = _read(model, pixels.to(dtype))
+            stages = trace(model).stages
+        if dtype == torch.float32:
+            with patched(model, policy, record=True, backend="reference"):
+                _read(model, pixels)
+                wanted = trace(model).stages
+            if not all(torch.equal(a.indices, b.indices) for a, b in zip(stages, wanted, strict=True)):
+                return "kept tokens differ from the reference"
+        late = _prune_after(tower, pixels.to(dtype), stages)
+        exact = _prune_after(tower.double(), pixels.to(dtype).double(), stages)
+    scale = exact.abs().max()
+    error, budget = ((features - exact).abs().max() / scale).item(), 2 * ((late - exact).abs().max() / scale).item()
+    return "ok" if error <= budget else f"kept tokens' features: error {error:.1e} exceeds {budget:.1e}"
+
+
+def _read(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Features before the projector, class token included: the patched tower's ``hidden_states[-2]``."""
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+def _prune_after(tower: nn.Module, pixels: Tensor, stages) -> Tensor:
+    """The textbook order: every layer runs on all its tokens, then the chosen rows are cut out."""
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    cuts = {stage.layer: stage.indices + 1 for stage in stages}
+    where = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+    for number, layer in enumerate(list(tower.encoder.layers)[:-1]):
+        hidden = type(layer).forward(layer, hidden, None)
+        if number in cuts:
+            kept = torch.cat([torch.zeros_like(cuts[number][:, :1]), cuts[number]], 1)
+            row = torch.searchsorted(where.contiguous(), kept)
+            hidden = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
+            where = kept
+    return hidden
+
+
+def _rows(stock, pixels: Tensor, tokens, backend: str | None, repeats: int) -> list[dict]:
+    """One row per budget; their rounds share one measurement of the stock model."""
+    runs: dict[str, Callable[[], object]] = {"stock": lambda: stock.get_image_features(pixels)}
+    seen, split = {}, {}
+    for budget in tokens:
+        pruned = twin(stock)
+        policy = FlowCut(target_tokens=budget)
+        with torch.inference_mode(), patched(pruned, policy, record=True, backend=backend):
+            pruned.get_image_features(pixels)
+            seen[budget] = trace(pruned)
+        patch(pruned, policy, backend=backend)
+        runs[str(budget)] = lambda pruned=pruned: pruned.get_image_features(pixels)
+    times = interleave(runs, repeats=repeats, clock=Clock(pixels.device), warmup=1)
+    for budget in tokens:
+        split[budget] = spent(runs[str(budget)], pixels.device, max(1, repeats // 2))
+    return [
+        _row(pixels, budget, times, seen[budget], split[budget], flop_ratio(seen[budget], stock.config.vision_config))
+        for budget in tokens
+    ]
+
+
+def _row(pixels: Tensor, budget: int, times: dict[str, Samples], seen: Trace, split: dict, ratio: float) -> dict:
+    ours, stock = times[str(budget)], times["stock"]
+    relative = ours.per(stock)
+    inside = sum(split[op] for op in SCORING)
+    return dict(
+        dtype=_short(pixels.dtype),
+        batch=len(pixels),
+        tokens=budget,
+        ok=True,
+        refcheck="ok",
+        seconds=ours.median,
+        spread=ours.spread,
+        stock_seconds=stock.median,
+        stock_spread=stock.spread,
+        time_ratio=relative.median,
+        time_ratio_low=relative.quartiles[0],
+        time_ratio_high=relative.quartiles[1],
+        flop_ratio=ratio,
+        overhead=relative.median / ratio,
+        met=relative.median / ratio <= TARGET,
+        scoring_share=inside / split["total"],
+        **{f"{op}_seconds": split[op] for op in SCORING},
+        split_seconds=split["total"],
+        rest_seconds=split["total"] - inside,
+        expected_seconds=stock.median * ratio,
+        schedule=[stage.kept for stage in seen.stages],
+    )
+
+
+def flop_ratio(seen: Trace, config) -> float:
+    """FLOPs of the traced schedule over those of the stock encoder, whose last layer nobody reads; mean over images."""
+    patches, layers = (config.image_size // config.patch_size) ** 2, config.num_hidden_layers
+    sizes = (config.hidden_size, config.intermediate_size, patches, config.patch_size)
+    whole = encoder_flops(Schedule.stock(layers, patches + 1), *sizes)
+    parts = []
+    batch = len(seen.stages[0].kept)
+    for image in range(batch):
+        kept = {stage.layer: stage.kept[image] + 1 for stage in seen.stages}
+        parts.append(encoder_flops(Schedule.cut(layers - 1, patches + 1, kept), *sizes))
+    return math.fsum(parts) / batch / whole
+
+
+def spent(run: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds per call of `run`, in all and inside each scoring operator; medians of a separate, instrumented pass."""
+    passes = []
+    for _ in range(repeats):
+        inside = dict.fromkeys(SCORING, 0.0)
+        with torch.inference_mode(), _timed_operators(inside, device):
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+        passes.append(inside | {"total": time.perf_counter() - start})
+    middle = sorted(passes, key=lambda p: p["total"])[len(passes) // 2]
+    return middle
+
+
+@contextmanager
+def _timed_operators(inside: dict[str, float], device: torch.device) -> Iterator[None]:
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            synchronise(device)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronise(device)
+                inside[name] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in SCORING.items():
+            stack.enter_context(mock.patch.object(module, name, timed(name, getattr(module, name))))
+        yield
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,57 @@
+"""The main job: every table at the size that fits two minutes on two cores."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+from . import encoder, machine, ops, prefill, quality
+from .look import draw, look
+from .report import Report
+from .terminal import Tick
+
+POLICIES = ("FlowCut", "FlowCut release", "CLS attention", "random", "uniform grid")
+SMALL = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
+SMALL_TEXT = dict(hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64)
+
+
+def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: Tick) -> Report:
+    """Fewer cases and repeats than the subcommands take; each section names the command that repeats it."""
+    common = dict(device=device, backend=backend)
+    sized = dict(shape=SMALL, layers=6, tokens=(16, 8)) if toy else dict(tokens=(64,))
+    chain = dict(vision_shape=SMALL, text_shape=SMALL_TEXT, layers=6, tokens=(8,)) if toy else dict(tokens=(64,))
+    asked = dict(questions=64 if toy else 2000, per_scene=8, policies=POLICIES)
+    names = shlex.quote(",".join(POLICIES))
+    jobs = (
+        (quality.measure, f"quality --per-scene 8 --policies {names}", dict(device=device, **asked)),
+        (encoder.measure, "encoder --batch 1 --tokens 64 --repeats 3", common | dict(batches=(1,), repeats=3) | sized),
+        (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3) | chain),
+        (ops.measure, "ops --repeats 5", common | dict(repeats=5, toy=toy)),
+    )
+    start, sections = time.perf_counter(), []
+    for number, (run, again, options) in enumerate(jobs, 1):
+        began = time.perf_counter()
+        label = f"{number}/{len(jobs)} {again.split()[0]}:"
+        section = run(
+            command=f"flowcut-bench {again}",
+            tick=lambda what, share=None, label=label: tick(f"{label} {what}", share),
+            **options,
+        )
+        section.seconds = time.perf_counter() - began
+        sections.append(section)
+    return Report(machine.facts(device), command, sections, time.perf_counter() - start)
+
+
+def sample(path: Path, share: float = 0.11) -> Path:
+    """A scene of the development split and what FlowCut keeps of it."""
+    from ..policies import FlowCut
+    from . import mini_vlm
+
+    model, processor = mini_vlm.load()
+    config = model.config.vision_config
+    patches = (config.image_size // config.patch_size) ** 2
+    policy = FlowCut(retain_ratio=share)
+    picture, seen = look(model, processor.image_processor, mini_vlm.questions("dev", 1)[0].image, policy)
+    draw(picture, seen, patches, path, f"FlowCut keeps {policy.budget(patches)} of {patches} visual tokens")
+    return path

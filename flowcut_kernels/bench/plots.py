@@ -1,0 +1,194 @@
+"""The report's figures: one idea each, colours that survive colour blindness and grey printing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .report import Report, Section
+
+INK, MUTED, GRID = "#1b1f24", "#667080", "#e3e7ec"
+# Okabe and Ito's palette; a policy has the same colour and marker everywhere.
+STYLE = {
+    "FlowCut": ("#0072b2", "o", "-"),
+    "FlowCut release": ("#56b4e9", "s", "-"),
+    "CLS attention": ("#d55e00", "^", "-"),
+    "CLS staged": ("#e69f00", "v", "-"),
+    "uniform grid": ("#009e73", "D", "--"),
+    "random": ("#8a8f98", "X", "--"),
+}
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#b8bec7"
+
+
+def _axes(width: float = 7.2, height: float = 4.2):
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _head(axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=12)
+    axes.set_xlabel(x, fontsize=9.5, color=MUTED)
+    axes.set_ylabel(y, fontsize=9.5, color=MUTED)
+
+
+def _legend(axes) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.figure.legend(frameon=False, fontsize=9, labelcolor=INK, loc="outside lower center", ncols=3)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, facecolor="white")
+    plt.close(figure)
+    return path
+
+
+def figure_grid(count: int, aspect: float):
+    """A grid of bare panels for pictures."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 3.3 * rows / aspect + 0.4), squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat:
+        panel.axis("off")
+    return figure, list(panels.flat)
+
+
+def accuracy(section: Section, path: Path) -> Path:
+    """Accuracy over kept tokens, a line per policy, 95 % intervals."""
+    figure, axes = _axes(6.6, 4.8)
+    full = next((row for row in section.rows if row["policy"] == "all tokens"), None)
+    if full:
+        axes.axhspan(100 * full["low"], 100 * full["high"], color=GRID, alpha=0.7, linewidth=0)
+        axes.axhline(100 * full["accuracy"], color=INK, linewidth=1)
+        text = f"all {full['tokens']} tokens: {full['accuracy']:.1%}"
+        axes.annotate(text, (0, 100 * full["accuracy"]), xytext=(4, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", fontsize=9, color=INK)  # fmt: skip
+    names = [name for name in STYLE if any(row["policy"] == name for row in section.rows)]
+    for i, name in enumerate(names):
+        colour, marker, dash = STYLE[name]
+        rows = sorted((r for r in section.rows if r["policy"] == name), key=lambda r: r["tokens"])
+        shift = 1 + 0.012 * (i - len(names) / 2)  # side by side, so that intervals stay apart
+        x = [row["tokens"] * shift for row in rows]
+        y = [100 * row["accuracy"] for row in rows]
+        error = [
+            [100 * (row["accuracy"] - row["low"]) for row in rows],
+            [100 * (row["high"] - row["accuracy"]) for row in rows],
+        ]
+        axes.errorbar(x, y, error, color=colour, marker=marker, linestyle=dash, label=name, markersize=5.5, capsize=2.5,
+                      linewidth=2.2 if name == "FlowCut" else 1.4, zorder=4 if name == "FlowCut" else 3)  # fmt: skip
+    ticks = sorted({row["tokens"] for row in section.rows if row["policy"] != "all tokens"})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{t}\n{t / section.facts['patches']:.0%}" for t in ticks])
+    axes.minorticks_off()
+    _head(axes, "Accuracy with few visual tokens", "visual tokens kept per image", "accuracy, %")
+    _legend(axes)
+    return save(figure, path)
+
+
+def entropy(section: Section, path: Path) -> Path:
+    """CLS entropy / ln N over the layers."""
+    figure, axes = _axes(6.6, 3.0)
+    values = section.facts["entropy"]
+    axes.plot(range(len(values)), values, color=BLUE, marker="o", markersize=4.5, linewidth=2)
+    axes.set_ylim(min(0.5, min(values) - 0.05), 1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _head(axes, "Attention of the class token sharpens with depth", "encoder layer", "entropy / ln N")
+    return save(figure, path)
+
+
+def encoder(section: Section, path: Path) -> Path | None:
+    """Time ratio against FLOPs ratio: on the diagonal, choosing tokens is free."""
+    rows = [row for row in section.rows if "time_ratio" in row]
+    if not rows:
+        return None
+    figure, axes = _axes(6.0, 5.6)
+    top = 1.08 * max(max(row["time_ratio"], row["flop_ratio"]) for row in rows)
+    low = 0.92 * min(min(row["time_ratio"], row["flop_ratio"]) for row in rows)
+    axes.plot([low, top], [low, top], color=MUTED, linewidth=1, label="time follows FLOPs")
+    axes.fill_between(
+        [low, top], [low, top], [1.1 * low, 1.1 * top], color=GRID, linewidth=0, label="up to the target, 1.10"
+    )
+    markers = dict(zip(dict.fromkeys(row["batch"] for row in rows), "osD^vP*X", strict=False))
+    colours = {"float32": BLUE, "bfloat16": ORANGE}
+    for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in rows):
+        some = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch)]
+        error = [[row["time_ratio"] - row["time_ratio_low"] for row in some],
+                 [row["time_ratio_high"] - row["time_ratio"] for row in some]]  # fmt: skip
+        x, y = [row["flop_ratio"] for row in some], [row["time_ratio"] for row in some]
+        axes.errorbar(x, y, error, linestyle="", capsize=2.5, marker=markers[batch], markersize=7, zorder=3,
+                      color=colours.get(dtype, "#009e73"), label=f"{dtype}, batch {batch}")  # fmt: skip
+    highest = {row["tokens"]: row for row in sorted(rows, key=lambda r: r["time_ratio_high"])}
+    for row in highest.values():
+        axes.annotate(f"→ {row['tokens']}", (row["flop_ratio"], row["time_ratio_high"]), xytext=(0, 6),
+                      textcoords="offset points", ha="center", fontsize=8.5, color=MUTED)  # fmt: skip
+    axes.set_xlim(low, top)
+    axes.set_ylim(low, top)
+    _head(
+        axes,
+        f"Encoder, {section.facts['patches']} tokens → few: time against arithmetic",
+        "FLOPs, pruned / stock",
+        "time, pruned / stock",
+    )
+    _legend(axes)
+    return save(figure, path)
+
+
+def ops(section: Section, path: Path) -> Path | None:
+    """Achieved bandwidth of every case against the copy bandwidth of the same run."""
+    rows = [row for row in section.rows if "gbs" in row][::-1]
+    if not rows:
+        return None
+    figure, axes = _axes(7.6, 0.27 * len(rows) + 1.4)
+    names = [
+        f"{row['op']}  {row['case']}  {row['dtype'].replace('bfloat', 'bf').replace('float', 'fp')}" for row in rows
+    ]
+    position = range(len(rows))
+    plain = [row["bytes"] / row["torch_seconds"] / 1e9 for row in rows]
+    axes.barh([i + 0.19 for i in position], [row["gbs"] for row in rows], 0.38, color=BLUE, label="flowcut_kernels")
+    axes.barh([i - 0.19 for i in position], plain, 0.38, color=GREY, label="best vectorised torch")
+    limit = section.facts["copy GB/s"]
+    axes.axvline(limit, color=ORANGE, linewidth=1.4)
+    axes.annotate(f"copy {limit:.0f} GB/s", (limit, 1), xycoords=("data", "axes fraction"), xytext=(4, 2),
+                  textcoords="offset points", fontsize=8.5, color=ORANGE)  # fmt: skip
+    axes.set_yticks(list(position), names, fontsize=8)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.grid(axis="y", visible=False)
+    _head(axes, "", "GB/s by the formula's bytes (data in cache may exceed the copy line)", "")
+    axes.legend(
+        frameon=False, fontsize=9, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2
+    )
+    return save(figure, path)
+
+
+def draw(report: Report, folder: Path) -> dict[str, list[Path]]:
+    """Every figure the report has data for: section name -> files."""
+    found: dict[str, list[Path | None]] = {}
+    for section in report.sections:
+        files: list[Path | None] = []
+        if section.name == "quality" and section.rows:
+            files.append(accuracy(section, folder / "accuracy.png"))
+        if section.name == "encoder":
+            files.append(encoder(section, folder / "encoder.png"))
+        if section.name == "ops":
+            files.append(ops(section, folder / "operators.png"))
+        if section.facts.get("entropy"):
+            files.append(entropy(section, folder / f"entropy-{section.name}.png"))
+        found[section.name] = files
+    return {name: [file for file in files if file] for name, files in found.items()}

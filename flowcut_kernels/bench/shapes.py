@@ -1,0 +1,145 @@
+"""Models of real shapes with random weights, whose class token loses entropy with depth as a trained CLIP's does."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Weights are uniform; a linear weight has standard deviation gain / sqrt(fan_in).
+
+    `qk` are (layer, gain) points joined by straight lines: the larger, the sharper the attention.
+    """
+
+    qk: tuple[tuple[int, float], ...]
+    value: float
+    output: float
+    mlp: float
+    position: float = 0.5
+    cls: float = 0.7
+    patch: float = 1.0
+    seed: int = 501
+
+
+# CLS entropy / ln N falls from 0.99 to about 0.65 with depth, the shape FlowCut's paper shows for CLIP-L.
+PAPER = Gains(qk=((0, 0.9), (10, 1.6), (23, 2.8)), value=0.35, output=0.4, mlp=0.5)
+# The stored recipe of a published comparison: FlowCut cuts 576 -> 570 -> 561 -> ... -> 299 -> 64.
+GOLDEN_LIKE = Gains(qk=((0, 1.2), (23, 1.9)), value=0.35, output=0.4, mlp=0.5)
+WEIGHTS = {"paper-like": PAPER, "golden-like": GOLDEN_LIKE}
+
+
+def clip_large(layers: int = 24, **changes) -> CLIPVisionConfig:
+    """CLIP-L/14-336: 24 layers, 16 heads of 64, 576 patches and CLS."""
+    shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=336, patch_size=14)
+    return CLIPVisionConfig(num_hidden_layers=layers, **(shape | changes))
+
+
+def small_llama(layers: int = 8, **changes) -> LlamaConfig:
+    """A decoder that fits a CPU: 8 layers, hidden 1,024, 16 heads of 64."""
+    shape = dict(
+        hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16, vocab_size=32000
+    )
+    return LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, **(shape | changes))
+
+
+def llava(
+    vision: CLIPVisionConfig, text: LlamaConfig | None = None, gains: Gains = PAPER
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with that tower, read at layer -2; without `text` a decoder too small to matter."""
+    text = text or LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=64,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1, vision_feature_layer=-2,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+    )  # fmt: skip
+    with _NoInit():
+        model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        fill(model.model.vision_tower, gains)
+        rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+        generator = torch.Generator().manual_seed(gains.seed)
+        for parameter in rest:
+            if parameter.dim() > 1:
+                bound = math.sqrt(3 / parameter.shape[1])
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif parameter.ne(1).any():  # norms keep their ones
+                parameter.zero_()
+    return model.requires_grad_(False)
+
+
+def fill(tower: nn.Module, gains: Gains) -> None:
+    """Draw every weight of a CLIP tower from numpy's frozen stream: the same numbers on every machine."""
+    points = np.array(gains.qk)
+    for name, parameter in tower.named_parameters():
+        shape = tuple(parameter.shape)
+        offset, bound = 0.0, math.sqrt(3.0)
+        if "norm" in name or "layrnorm" in name:
+            offset, bound = (1.0, 0.1) if name.endswith("weight") else (0.0, 0.05)
+        elif name.endswith("bias"):
+            bound = 0.02
+        elif "class_embedding" in name:
+            bound *= gains.cls
+        elif "position_embedding" in name:
+            bound *= gains.position
+        elif "patch_embedding" in name:
+            bound *= gains.patch / np.sqrt(np.prod(shape[1:]))
+        else:
+            if "q_proj" in name or "k_proj" in name:
+                gain = float(np.interp(int(name.split("layers.")[1].split(".")[0]), points[:, 0], points[:, 1]))
+            else:
+                gain = next(
+                    g
+                    for key, g in (("v_proj", gains.value), ("out_proj", gains.output), ("", gains.mlp))
+                    if key in name
+                )
+            bound *= gain / np.sqrt(shape[1])
+        # The recipe's names carry the prefix that older checkpoints have.
+        full = name if name.startswith("vision_model.") else f"vision_model.{name}"
+        parameter.copy_(draw(full, gains.seed, shape, bound, offset))
+
+
+def draw(name: str, seed: int, shape: tuple[int, ...], bound: float, offset: float = 0.0) -> Tensor:
+    """offset + bound * uniform(-1, 1), a function of the name and the seed."""
+    stream = np.random.RandomState((seed * 1000003 + zlib.crc32(name.encode())) % 2**32)
+    values = stream.random_sample(shape)
+    values *= 2
+    values -= 1
+    values *= bound
+    values += offset
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def random_pixels(config: CLIPVisionConfig, batch: int, seed: int = 33) -> Tensor:
+    """Normalised pixels [B, 3, S, S], uniform noise."""
+    return draw("pixel_values", seed, (batch, 3, config.image_size, config.image_size), 1.8)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second instance on the same parameters, so that stock and patched model can be timed in turns."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips drawing initial weights that are overwritten anyway (300 M normals take seconds)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,229 @@
+"""How a section is shown: which columns, in which order, with which units; the same for terminal and page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .machine import line
+from .report import Report, Section
+
+DASH = "-"
+
+
+class Column(NamedTuple):
+    """A column: header, the cell's text from a row, and whether it holds figures."""
+
+    header: str
+    show: Callable[[dict[str, Any]], str]
+    figure: bool = True
+
+
+class View(NamedTuple):
+    """One table of a section; `group`: rows with the same value of this key stand together."""
+
+    columns: list[Column]
+    group: str | None = None
+    title: str | None = None  # None: the section's own
+    detail: bool = False  # not part of the overview
+
+
+def duration(seconds: float) -> str:
+    """Three digits with a unit that fits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale or unit == "µs":
+            value = seconds / scale
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    return DASH
+
+
+def _sizes(before: float, after: float) -> str:
+    unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if before >= s), ("KiB", 2**10))
+    return f"{before / scale:.3g}→{after / scale:.3g} {unit}"
+
+
+def _cell(key: str, form: Callable[[Any], str] = str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: DASH if row.get(key) is None else form(row[key])
+
+
+def _time(key: str, spread: str | None = None) -> Callable[[dict[str, Any]], str]:
+    def show(row: dict[str, Any]) -> str:
+        if row.get(key) is None:
+            return DASH
+        return duration(row[key]) + (f" ±{row[spread]:.0%}" if spread else "")
+
+    return show
+
+
+def _verdict(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: (
+        row["refcheck"] if not row.get("ok", True) else _cell(key, lambda met: "yes" if met else "NO")(row)
+    )
+
+
+def _points(key: str) -> Callable[[dict[str, Any]], str]:
+    """A difference in percentage points with half its interval."""
+
+    def show(row: dict[str, Any]) -> str:
+        if row.get(key) is None:
+            return DASH
+        return f"{100 * row[key]:+.1f} ±{50 * (row[f'{key}_high'] - row[f'{key}_low']):.1f}"
+
+    return show
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f} % ±{50 * (row['high'] - row['low']):.1f}"
+
+
+def _type(row: dict[str, Any]) -> str:
+    return str(row["dtype"]).replace("bfloat", "bf").replace("float", "fp")
+
+
+times = "{:.2f}x".format
+percent = "{:.0%}".format
+
+KEPT = [
+    Column("kept", lambda row: f"{row['tokens']} ({row['share']:.0%})", False),
+    Column("policy", _cell("policy"), False),
+]
+TABLES: dict[str, list[Column]] = {
+    "ops": [
+        Column("operator", _cell("op"), False),
+        Column("case", _cell("case"), False),
+        Column("type", _type, False),
+        Column("time", _time("seconds", "spread")),
+        Column("torch", _time("torch_seconds")),
+        Column("faster", _cell("speedup", times)),
+        Column("GB/s", _cell("gbs", "{:.0f}".format)),
+        Column("of copy", _cell("of_copy", percent)),
+        Column("target", _verdict("met"), False),
+    ],
+    "encoder": [
+        Column("type", _type, False),
+        Column("B", _cell("batch")),
+        Column("kept", _cell("tokens")),
+        Column("stock", _time("stock_seconds", "stock_spread")),
+        Column("FlowCut", _time("seconds", "spread")),
+        Column("time", _cell("time_ratio", times)),
+        Column("FLOPs", _cell("flop_ratio", times)),
+        Column("time/FLOPs", _cell("overhead", times)),
+        Column("scoring", _cell("scoring_share", "{:.1%}".format)),
+        Column("target", _verdict("met"), False),
+    ],
+    "encoder split": [
+        Column("type", _type, False),
+        Column("B", _cell("batch")),
+        Column("kept", _cell("tokens")),
+        Column("in all", _time("split_seconds")),
+        Column("anchor_stats", _time("anchor_stats_seconds")),
+        Column("score_select", _time("score_select_seconds")),
+        Column("gather_tokens", _time("gather_tokens_seconds")),
+        Column("everything else", _time("rest_seconds")),
+        Column("stock x FLOPs ratio", _time("expected_seconds")),
+    ],
+    "prefill": [
+        Column("type", _type, False),
+        Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
+        Column("encoder", lambda r: _pair(r, "encoder")),
+        Column("LLM prefill", lambda r: _pair(r, "llm")),
+        Column("1st token", lambda r: _pair(r, "first")),
+        Column("faster", _cell("speedup", times)),
+        Column("a token", lambda r: _pair(r, "decode")),
+        Column("KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"]),
+    ],
+    "quality": [
+        *KEPT,
+        Column("accuracy", _accuracy),
+        Column("against random", _points("over_random")),
+        Column("against FlowCut", _points("over_flowcut")),
+        Column("encoder/image", _time("encoder_seconds")),
+    ],
+    "compile": [
+        Column("kernel", _cell("kernel"), False),
+        Column("case", _cell("variant"), False),
+        Column("arch", _cell("arch", "sm_{}".format), False),
+        Column("warps", _cell("warps")),
+        Column("registers", _cell("registers")),
+        Column("stack", _cell("stack")),
+        Column("local", _cell("local")),
+        Column("shared", _cell("shared")),
+    ],
+}
+
+
+def views(section: Section) -> list[View]:
+    """The tables of a section: the main one, then details."""
+    groups = {"ops": "op", "quality": "tokens", "compile": "kernel"}
+    found = [View(TABLES[section.name], groups.get(section.name))]
+    if section.name == "encoder":
+        found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
+    if section.name == "quality" and section.rows:
+        kinds = [
+            Column(kind, lambda row, kind=kind: f"{100 * row['kinds'][kind]:.1f}") for kind in section.rows[0]["kinds"]
+        ]
+        found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))
+    return found
+
+
+def _pair(row: dict[str, Any], key: str) -> str:
+    if row.get(f"{key}_seconds") is None:
+        return DASH
+    before, after = row[f"stock_{key}_seconds"], row[f"{key}_seconds"]
+    digits = ".3g" if max(before, after) < 1 else ".0f"
+    return f"{1e3 * before:{digits}}→{1e3 * after:{digits}} ms"
+
+
+def cells(view: View, row: dict[str, Any]) -> list[str]:
+    return [column.show(row) for column in view.columns]
+
+
+def alarming(text: str) -> bool:
+    """A missed target or a failed check."""
+    return text == "NO" or text.startswith("FAILED")
+
+
+def starts(view: View, rows: list[dict[str, Any]]) -> list[bool]:
+    """Whether each row begins a new group."""
+    keys = [row.get(view.group) if view.group else None for row in rows]
+    return [i > 0 and keys[i] != keys[i - 1] for i in range(len(rows))]
+
+
+def show(section: Section, console: Console, details: bool = True) -> None:
+    """The section's tables, readable at 100 columns."""
+    for view in views(section):
+        if view.detail and not details:
+            continue
+        table = Table(
+            title=view.title or section.title,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            title_style="bold",
+            pad_edge=False,
+        )
+        for column in view.columns:
+            justify: Any = "right" if column.figure else "left"
+            table.add_column(column.header, justify=justify, no_wrap=view.title is None and column.figure)
+        for row, new in zip(section.rows, starts(view, section.rows), strict=True):
+            if new:
+                table.add_section()
+            table.add_row(*(Text(text, style="red" if alarming(text) else "") for text in cells(view, row)))
+        console.print(table)
+    for note in section.notes:
+        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+    for what in section.failed:
+        console.print(Padding(Text(f"check failed: {what}", style="bold red"), (0, 0, 0, 2)))
+    console.print()
+
+
+def show_report(report: Report, console: Console, details: bool = True) -> None:
+    console.print(line(report.machine), style="dim", highlight=False)
+    console.print()
+    for section in report.sections:
+        show(section, console, details)

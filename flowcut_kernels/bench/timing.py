@@ -1,0 +1,134 @@
+"""Medians of interleaved repeats, ratios that share their noise, and the copy bandwidth as the limit."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .machine import cache_bytes
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Samples:
+    """Repeats of one figure (seconds per call, or a ratio of two such)."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.values) < 2:
+            return self.values[0], self.values[0]
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        low, high = self.quartiles
+        return (high - low) / 2 / self.median
+
+    def per(self, other: Samples) -> Samples:
+        """Ratios self / other, round by round: both sides of a round ran within moments of each other."""
+        return Samples([a / b for a, b in zip(self.values, other.values, strict=True)])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until everything queued on `device` is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Clock:
+    """Times calls on one device: events on CUDA, the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device | str = "cpu", cold: bool = False) -> None:
+        self.device = torch.device(device)
+        # Two caches' worth: reading and writing it leaves nothing of the data behind.
+        size = 2 * cache_bytes(self.device) if cold else 0
+        self.trash = torch.zeros(size // 4, device=self.device) if cold else None
+
+    def seconds(self, run: Run, calls: int = 1) -> float:
+        """Seconds per call of `run`, averaged over `calls` calls in a row (each alone when the cache is flushed)."""
+        if self.trash is None:
+            return self._span(run, calls) / calls
+        total = 0.0
+        for _ in range(calls):
+            self.trash.add_(1)
+            total += self._span(run, 1)
+        return total / calls
+
+    def _span(self, run: Run, calls: int) -> float:
+        synchronise(self.device)
+        if self.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def interleave(
+    runs: Mapping[str, Run],
+    *,
+    repeats: int,
+    clock: Clock | None = None,
+    warmup: int = 2,
+    least: float = 2e-3,
+    tick: Callable[[], object] | None = None,
+) -> dict[str, Samples]:
+    """Time several functions in turns, so that a slow moment of the machine meets all of them.
+
+    Args:
+        runs: name -> function without arguments.
+        repeats: rounds; every second round runs in reverse order.
+        clock: device and cache state; None: the CPU, caches warm.
+        warmup: calls of each before the first round.
+        least: seconds one sample should last; shorter functions are called several times per sample.
+        tick: called after every round, for a progress bar.
+    """
+    clock = clock or Clock()
+    calls = {}
+    for name, run in runs.items():
+        once = min(clock.seconds(run) for _ in range(max(warmup, 1)))
+        calls[name] = max(1, min(200, round(least / max(once, 1e-7))))
+    samples = {name: Samples() for name in runs}
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(repeats):
+            for name in list(runs) if i % 2 == 0 else reversed(list(runs)):
+                samples[name].values.append(clock.seconds(runs[name], calls[name]))
+            if tick:
+                tick()
+    finally:
+        if collects:
+            gc.enable()
+    return samples
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", repeats: int = 7) -> Samples:
+    """Bytes per second, read plus written, of ``Tensor.copy_`` on data that fits no cache."""
+    device = torch.device(device)
+    size = max(4 * cache_bytes(device), 2**27)
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    times = interleave({"copy": lambda: target.copy_(source)}, repeats=repeats, clock=Clock(device))["copy"]
+    return Samples([2 * size / t for t in times.values])

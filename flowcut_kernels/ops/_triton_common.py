@@ -1,0 +1,324 @@
+"""What the Triton forms share: launches, arrival counters, and the two tails that finish an image.
+
+`head_mean_softmax` is the statistics tail and `select_image` the selection tail. Both work on one image from device
+memory, so that the same body serves a launch of its own and the last program of a fused launch.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._ops import Select
+
+# Programs that fill a large GPU about three times over (132 multiprocessors); launchers shrink their blocks until a
+# launch has as many. Only a heuristic: fewer multiprocessors just see more waves.
+ENOUGH_PROGRAMS = 400
+
+_SCORE_ONLY = tl.constexpr(int(Select.SCORE_ONLY))
+_ADAPTIVE_BATCH = tl.constexpr(int(Select.ADAPTIVE_BATCH))
+_FIXED = tl.constexpr(int(Select.FIXED))
+# The most negative float32: a maximum that is finite even when nothing lives.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# The least normal float32: smaller numbers may be flushed to 0 by the logarithm.
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@dataclass
+class Launch:
+    """One prepared kernel launch. Built from meta tensors, it can be compiled without a GPU (``bench/compile.py``)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    meta: dict[str, Any]  # constexpr arguments and compile options
+    device: torch.device
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __call__(self) -> list[Tensor]:
+        """Launch on the device's current stream (nothing for an empty grid); returns the outputs."""
+        if all(self.grid):
+            with device_guard(self.device):
+                self.kernel[self.grid](*self.arguments, **self.meta)
+        return self.outputs
+
+
+def device_guard(device: torch.device):
+    """Make `device` current if it is a GPU: Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def steps(x: Tensor, dims: int) -> tuple[int, ...]:
+    """The leading `dims` strides of x; 0 where a dimension of size 1 makes the stride meaningless."""
+    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:dims], x.shape[:dims], strict=True))
+
+
+def vector_unit(itemsize: int, *sizes: int) -> int:
+    """Elements of the widest access (at most 16 bytes) that all sizes are a multiple of.
+
+    Sizes and strides go to the kernels divided by it and are multiplied again inside: the compiler then knows that
+    rows of 72 or 88 elements are 16-byte aligned, which it cannot see in the numbers themselves.
+    """
+    return gcd(16 // itemsize, *sizes)
+
+
+# Zeroed counters by (device, stream), and by device those that captured launches take from.
+_counters: dict[tuple[int, int], Tensor] = {}
+_reserve: dict[int, Tensor] = {}
+_RESERVE = 1 << 16
+
+
+def arrival_counters(count: int, device: torch.device) -> Tensor:
+    """`count` int32 zeros for one launch, which must leave them at zero again; no memset in the steady state.
+
+    Launches of a stream run one after another and share their counters. A captured launch may be replayed beside
+    anything, so it gets counters of its own from a reserve of 65,536 made before the capture; only a capture that
+    nothing warmed up, or one that exhausts the reserve, pays a memset node.
+    """
+    count = -(-count // 4) * 4  # slices stay 16-byte aligned
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    with device_guard(device):
+        if torch.cuda.is_current_stream_capturing():
+            reserve = _reserve.get(device.index)
+            if reserve is None or reserve.numel() < count:
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            _reserve[device.index] = reserve[count:]
+            return reserve[:count]
+        key = (device.index, torch.cuda.current_stream().cuda_stream)
+        if key not in _counters or _counters[key].numel() < count:
+            _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+            _reserve.setdefault(device.index, torch.zeros(_RESERVE, dtype=torch.int32, device=device))
+        return _counters[key]
+
+
+def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:
+    """Unwritten score, index and new lengths of `score_select` on the device of `like`."""
+    width = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}.get(mode, tokens)
+    return [
+        like.new_empty((batch, tokens), dtype=torch.float32),
+        like.new_empty((batch, width), dtype=torch.int64),
+        like.new_empty((batch,), dtype=torch.int32),
+    ]
+
+
+@triton.jit
+def head_mean_softmax(
+    logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).
+
+    logits [heads, pitch], -inf where dead, pitch a multiple of TOKENS; out [tokens] is 0 outside the scored tokens
+    [scored_from, end). Two passes over tiles of TOKENS tokens (16 heads of 577 tokens are 37 KB, in L2), pipelined.
+    """
+    # Padded heads read the last one and weigh nothing: loads need no mask.
+    head = tl.arange(0, HEADS)
+    row = logits + (tl.minimum(head, heads - 1) * pitch)[:, None]
+    peak = tl.full([HEADS], LOWEST, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    for start in tl.range(0, tokens, TOKENS, num_stages=4):
+        token = start + tl.arange(0, TOKENS)
+        # Between the tokens and the pitch lies nothing that anybody wrote.
+        logit = tl.where((token < tokens)[None, :], tl.load(row + token[None, :]), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logit - new_peak[:, None]), 1)
+        peak = new_peak
+    # A span without live keys sums to 0; a NaN stays and spreads over the image, as in the definition.
+    weight = tl.where(head < heads, 1.0 / (tl.where(total == 0, 1.0, total) * heads), 0.0)
+
+    mass = tl.zeros([TOKENS], tl.float32)
+    surprise = tl.zeros([TOKENS], tl.float32)
+    for start in tl.range(0, tokens, TOKENS, num_stages=4):
+        token = start + tl.arange(0, TOKENS)
+        logit = tl.where((token < tokens)[None, :], tl.load(row + token[None, :]), float("-inf"))
+        mean = tl.sum(tl.exp2(logit - peak[:, None]) * weight[:, None], 0)
+        mean = tl.where((token >= scored_from) & (token < end), mean, 0.0)
+        tl.store(out + token, mean, mask=token < tokens)
+        mass += mean
+        surprise += mean * tl.log2(tl.maximum(mean, TINY))
+    return tl.sum(mass, 0), tl.sum(surprise, 0)
+
+
+@triton.jit
+def entropy_ratio(mass, surprise, count):
+    """Entropy of a / sum a over log(count), from sum a and sum a log2 a; 1 where there is nothing to choose from."""
+    some = tl.where(mass == 0, 1.0, mass)
+    ratio = (tl.log2(some) - surprise / some) / tl.log2(tl.maximum(count, 2).to(tl.float32))
+    return tl.where((count <= 1) | (mass == 0), 1.0, ratio)
+
+
+@triton.jit
+def _product(x, y):
+    """The float32 product, rounded: by way of float64, so that no compiler contracts it with a neighbour into an fma."""
+    return (x.to(tl.float64) * y.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _adaptive_count(live, entropy, tokens, protect, budget, divisor):
+    """round_half_even((n - budget) / divisor * (1 - h^2)) within 0..tokens, in the definition's float32 arithmetic."""
+    n = tl.maximum(live - protect, 0)
+    count = _product(tl.div_rn((n - budget).to(tl.float32), divisor), 1.0 - _product(entropy, entropy))
+    count = tl.where(count > 0, tl.minimum(count, tokens), 0.0)
+    whole = tl.floor(count)
+    rest = count - whole
+    odd = whole - 2 * tl.floor(whole * 0.5)
+    return (whole + tl.where((rest > 0.5) | ((rest == 0.5) & (odd > 0)), 1.0, 0.0)).to(tl.int32)
+
+
+@triton.jit
+def _live_tokens(lengths, b, tokens, mask):
+    if lengths is None:
+        return tl.where(mask, tokens, 0)
+    else:
+        return tl.minimum(tl.load(lengths + b, mask=mask, other=0), tokens).to(tl.int32)
+
+
+@triton.jit
+def _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, BATCH: tl.constexpr):
+    """The largest count of the batch; every image works it out for itself."""
+    image = tl.arange(0, BATCH)
+    known = image < batch
+    live = _live_tokens(lengths, image, tokens, known)
+    counts = _adaptive_count(live, tl.load(entropy + image, mask=known, other=1.0), tokens, protect, budget, divisor)
+    return tl.max(tl.where(known, counts, 0), 0)
+
+
+@triton.jit
+def _share(criterion, total, column, candidate):
+    """criterion / total over the candidates, 0 where the total is 0."""
+    x = tl.load(criterion + column, mask=candidate, other=0.0)
+    return tl.where(total == 0, 0.0, tl.div_rn(x, tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def _keys(score, column, candidate):
+    """Candidates' scores as unsigned integers in the same order, everything else 0 (below any finite score)."""
+    bits = tl.load(score + column, mask=candidate, other=0.0).to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    return tl.where(candidate, ordered, 0)
+
+
+@triton.jit
+def _digit_counts(key, prefix, shift):
+    """1 in three fields of 21 bits for each key that starts with `prefix` and whose next two bits are >= 1, >= 2, >= 3."""
+    high = key >> shift
+    digit = high & 3
+    counts = (digit >= 1).to(tl.int64) | (digit >= 2).to(tl.int64) << 21 | (digit >= 3).to(tl.int64) << 42
+    return tl.where(high >> 2 == prefix, counts, 0)
+
+
+@triton.jit
+def select_image(
+    b, attention, relevance, value_norm, history, entropy, lengths, score, index, new_lengths,
+    batch, tokens, width, history_weight, score_weight, protect, budget, divisor,
+    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    """`score_select` for image b (int64), in tiles of TILE tokens; reference.py of that operator is the definition.
+
+    The k-th largest score is found digit by digit (two bits a step, counts of the three upper digits in one packed
+    sum), ties go to the lower index through a prefix sum, and a second field of the same sum gives each kept token
+    its place. One tile keeps its keys in registers; more tiles read them again from `score`.
+    """
+    row = b * tokens
+    live = _live_tokens(lengths, b, tokens, b >= 0)
+    n = tl.maximum(live - protect, 0)
+
+    attention_sum = tl.zeros([TILE], tl.float32)
+    relevance_sum = tl.zeros([TILE], tl.float32)
+    for tile in range(TILES):
+        column = tile * TILE + tl.arange(0, TILE)
+        candidate = (column >= protect) & (column < live)
+        if attention is not None:
+            attention_sum += tl.load(attention + row + column, mask=candidate, other=0.0)
+        if relevance is not None:
+            relevance_sum += tl.load(relevance + row + column, mask=candidate, other=0.0)
+    attention_total = tl.sum(attention_sum, 0)
+    relevance_total = tl.sum(relevance_sum, 0)
+
+    broken = tl.zeros([TILE], tl.int32)
+    for tile in range(TILES):
+        column = tile * TILE + tl.arange(0, TILE)
+        candidate = (column >= protect) & (column < live)
+        if attention is None and relevance is None:
+            s = tl.full([TILE], 1.0, tl.float32)
+        else:
+            s = tl.zeros([TILE], tl.float32)
+        if attention is not None:
+            s += _share(attention + row, attention_total, column, candidate)
+        if relevance is not None:
+            s += _share(relevance + row, relevance_total, column, candidate)
+        if value_norm is not None:
+            s *= tl.load(value_norm + row + column, mask=candidate, other=0.0)
+        if history is not None:
+            s = history_weight * tl.load(history + row + column, mask=candidate, other=0.0) + score_weight * s
+        # -0.0 becomes +0.0, so that the two tie.
+        s = tl.where(candidate & (s != 0), s, 0.0)
+        broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
+        tl.store(score + row + column, s, mask=column < tokens)
+    finite = tl.max(broken, 0) == 0
+
+    if MODE == _SCORE_ONLY:
+        tl.store(new_lengths + b, tl.where(finite, live, -1))
+    else:
+        keep = tl.minimum(n, budget)
+        if MODE != _FIXED and entropy is not None:
+            if MODE == _ADAPTIVE_BATCH:
+                dropped = _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, BATCH)
+            else:
+                dropped = _adaptive_count(live, tl.load(entropy + b), tokens, protect, budget, divisor)
+            keep = tl.maximum(n - dropped, keep)
+
+        # Other threads' scores are read from here on.
+        tl.debug_barrier()
+        if TILES == 1:
+            column = tl.arange(0, TILE)
+            key = _keys(score + row, column, (column >= protect) & (column < live))
+        prefix = tl.full([], 0, tl.uint32)
+        need = keep.to(tl.int64)
+        for step in range(16):
+            if TILES == 1:
+                counted = _digit_counts(key, prefix, 30 - 2 * step)
+            else:
+                counted = tl.zeros([TILE], tl.int64)
+                for tile in range(TILES):
+                    column = tile * TILE + tl.arange(0, TILE)
+                    tile_key = _keys(score + row, column, (column >= protect) & (column < live))
+                    counted += _digit_counts(tile_key, prefix, 30 - 2 * step)
+            counts = tl.sum(counted, 0)
+            least_1, least_2, least_3 = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+            digit = (least_1 >= need).to(tl.uint32) + (least_2 >= need).to(tl.uint32) + (least_3 >= need).to(tl.uint32)
+            # The largest of these counts that falls short is the number of keys above the digit.
+            above = tl.maximum(tl.where(least_1 < need, least_1, 0), tl.where(least_2 < need, least_2, 0))
+            need -= tl.maximum(above, tl.where(least_3 < need, least_3, 0))
+            prefix = prefix * 4 + digit
+
+        kept_length = tl.where(finite, protect + keep, 0)
+        before = tl.full([], 0, tl.int64)
+        for tile in range(TILES):
+            column = tile * TILE + tl.arange(0, TILE)
+            candidate = (column >= protect) & (column < live)
+            if TILES == 1:
+                tile_key = key
+            else:
+                tile_key = _keys(score + row, column, candidate)
+            greater = (candidate & (tile_key > prefix)).to(tl.int64)
+            equal = (candidate & (tile_key == prefix)).to(tl.int64)
+            packed = greater | equal << 32
+            earlier = before + tl.cumsum(packed, 0) - packed
+            ties = earlier >> 32
+            chosen = (greater > 0) | ((equal > 0) & (ties < need))
+            place = protect + (earlier & 0xFFFFFFFF) + tl.minimum(ties, need)
+            place = tl.where(column < protect, column, place)
+            chosen = (chosen | (column < protect)) & (place < kept_length)
+            tl.store(index + b * width + place, column.to(tl.int64), mask=chosen)
+            tl.store(index + b * width + column, tl.full([TILE], -1, tl.int64),
+                     mask=(column >= kept_length) & (column < width))  # fmt: skip
+            before += tl.sum(packed, 0)
+        tl.store(new_lengths + b, tl.where(finite, kept_length, -1))

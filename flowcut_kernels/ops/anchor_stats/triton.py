@@ -1,0 +1,376 @@
+"""Triton form of `anchor_stats`: one launch; the last program of an image to arrive finishes it.
+
+Programs stream a block of tokens of one image, all heads of it (the usual layout [B, N, H * D] keeps a token's heads
+together, so a block is one contiguous piece of K and one of V). Cosines and value norms are final there. Softmaxes need
+the whole image: each program leaves its logits, an integer counter per image tells the last program, and that one does
+`head_mean_softmax`. No float atomics: results do not depend on the order.
+
+Bytes: K and V once, and 4 bytes per token and head for the logits (written, then read from L2): 1.6 % of bf16 K and V
+at D = 64. At 4.8 TB/s a CLIP-L layer (N = 577, H * D = 1024) takes 0.5 us per image.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._ops import Relevance, Select, ValueNorm
+from .._triton_common import (
+    ENOUGH_PROGRAMS,
+    TINY,
+    Launch,
+    arrival_counters,
+    entropy_ratio,
+    head_mean_softmax,
+    select_image,
+    select_outputs,
+    steps,
+    vector_unit,
+)
+
+_LOG2_E = 1.4426950408889634
+_NO_RELEVANCE = tl.constexpr(int(Relevance.NONE))
+_COSINE = tl.constexpr(int(Relevance.COSINE))
+_NO_NORM = tl.constexpr(int(ValueNorm.NONE))
+_FULL = tl.constexpr(int(ValueNorm.FULL))
+_HEAD_MEAN = tl.constexpr(int(ValueNorm.HEAD_MEAN))
+
+
+@triton.jit
+def _rows(pointer, offset, mask, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Rows of D elements at offset [x, y, 1]: a tile of MAIN and, where D is no power of 2, one of REST columns.
+
+    Two tiles waste fewer lanes than one padded to the next power of 2 (D = 72: 64 + 8 instead of 128).
+    """
+    d = tl.arange(0, MAIN)[None, None, :]
+    main = tl.load(pointer + offset + d, mask=mask, other=0.0)
+    if REST == 0:
+        return (main,)
+    else:
+        d = MAIN + tl.arange(0, REST)[None, None, :]
+        if MAIN + REST > D:
+            mask = mask & (d < D)
+        return main, tl.load(pointer + offset + d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _offset(steps, b, head, row, UNIT: tl.constexpr):
+    """Where row `row` of each head of image b begins, [., HEADS, 1] in 64 bits."""
+    return (b * steps[0] + head.to(tl.int64)[None, :, None] * steps[1] + row.to(tl.int64) * steps[2]) * UNIT
+
+
+@triton.jit
+def _dot(x, y):
+    """Products of rows, summed over the last dimension in fp32."""
+    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 2)
+    if len(x) > 1:
+        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 2)
+    return total
+
+
+@triton.jit
+def _leave(logit, live, token, channel, valid, pitch, logits):
+    """Leave base-2 logits [TOKENS, HEADS] of the channels, dead ones -inf, as rows of `pitch` tokens."""
+    logit = tl.where(live[:, None], logit, float("-inf"))
+    tl.store(logits + (channel[None, :] * pitch + token[:, None]), logit, mask=valid[None, :])
+
+
+@triton.jit
+def stream_block(
+    query, key, value, anchor, relevance, value_norm, logits,
+    query_steps, key_steps, value_steps, anchor_steps, b, block, pitch, tokens, anchors,
+    start, scored_from, end, scale, factor,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
+    DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr, UNIT: tl.constexpr,
+    RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, ANCHORS: tl.constexpr,
+):  # fmt: skip
+    """Everything that one block of tokens contributes; `b` is int64, steps are strides over (batch, head, token)."""
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    live = (token >= start) & (token < end)
+    anchor_id = tl.arange(0, ANCHORS)
+
+    # Sums over the head dimension stay apart by head of the tile until the end: fewer shuffles.
+    dot = tl.zeros([TOKENS, HEADS, ANCHORS], tl.float32)
+    anchor_square = tl.zeros([1, HEADS, ANCHORS], tl.float32)
+    square = tl.zeros([TOKENS, HEADS], tl.float32)
+    norm = tl.zeros([TOKENS, HEADS], tl.float32)
+    head_sum = tl.zeros([TOKENS, DV_MAIN], tl.float32)
+    head_sum_rest = tl.zeros([TOKENS, DV_REST if DV_REST else 1], tl.float32)
+
+    for first in tl.range(0, G, HEADS, num_stages=STAGES):
+        head = first + tl.arange(0, HEADS)
+        valid = head < G
+        mask = live[:, None, None]
+        head_mask = head[None, :, None] >= 0
+        if G % HEADS:
+            mask = mask & valid[None, :, None]
+            head_mask = valid[None, :, None]
+        # Anchors beyond the first find the tile in L1. Their rows are loaded before the tile, so that the compiler
+        # brings them to the tile's layout and not the other way round.
+        for r in range(anchors):
+            if RELEVANCE != _NO_RELEVANCE:
+                a = _rows(anchor, _offset(anchor_steps, b, head, b * 0 + r, UNIT), head_mask, DV, DV_MAIN, DV_REST)
+            if RELEVANCE != _NO_RELEVANCE or VALUE_NORM != _NO_NORM:
+                v = _rows(value, _offset(value_steps, b, head, token[:, None, None], UNIT), mask, DV, DV_MAIN, DV_REST)
+            for j in tl.static_range(H // G):
+                query_head = head * (H // G) + j
+                q = _rows(query, _offset(query_steps, b, query_head, b * 0 + r, UNIT), head_mask, D, D_MAIN, D_REST)
+                k = _rows(key, _offset(key_steps, b, head, token[:, None, None], UNIT), mask, D, D_MAIN, D_REST)
+                _leave(_dot(k, q) * scale, live, token, r * H + query_head, valid, pitch, logits)
+            if RELEVANCE == _COSINE:
+                mine = (anchor_id == r)[None, None, :]
+                dot += tl.where(mine, _dot(v, a)[:, :, None], 0.0)
+                anchor_square += tl.where(mine, _dot(a, a)[:, :, None], 0.0)
+            elif RELEVANCE != _NO_RELEVANCE:
+                _leave(_dot(v, a) * factor, live, token, anchors * H + r * G + head, valid, pitch, logits)
+            if r == 0:
+                if RELEVANCE == _COSINE:
+                    square += _dot(v, v)
+                if VALUE_NORM == _FULL:
+                    norm += tl.sum(tl.abs(v[0].to(tl.float32)), 2)
+                    if DV_REST:
+                        norm += tl.sum(tl.abs(v[1].to(tl.float32)), 2)
+                if VALUE_NORM == _HEAD_MEAN:
+                    head_sum += tl.sum(v[0].to(tl.float32), 1)
+                    if DV_REST:
+                        head_sum_rest += tl.sum(v[1].to(tl.float32), 1)
+
+    scored = live & (token >= scored_from)
+    if RELEVANCE == _COSINE:
+        anchor_norm = tl.maximum(tl.sqrt(tl.sum(anchor_square, 1)), TINY)
+        token_norm = tl.maximum(tl.sqrt(tl.sum(square, 1)), TINY)
+        cosine = tl.sum(dot, 1) / anchor_norm / token_norm[:, None]
+        tl.store(
+            relevance + (b * anchors + anchor_id[None, :]) * tokens + token[:, None],
+            tl.where(scored[:, None], (1 + cosine) * 0.5, 0.0),
+            mask=(anchor_id < anchors)[None, :] & (token < tokens)[:, None],
+        )
+    if VALUE_NORM != _NO_NORM:
+        if VALUE_NORM == _FULL:
+            total = tl.sum(norm, 1)
+        else:
+            total = tl.sum(tl.abs(head_sum), 1) / G
+            if DV_REST:
+                total += tl.sum(tl.abs(head_sum_rest), 1) / G
+        tl.store(value_norm + b * tokens + token, tl.where(scored, total, 0.0), mask=token < tokens)
+
+
+@triton.jit
+def finish_image(
+    attention, relevance, entropy, logits, b, pitch, tokens, anchors, scored_from, end,
+    H: tl.constexpr, G: tl.constexpr, RELEVANCE: tl.constexpr, TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Softmaxes and entropy of an image all of whose blocks are in."""
+    count = tl.maximum(end - scored_from, 0)
+    for r in range(anchors):
+        row = (b * anchors + r) * tokens
+        mass, surprise = head_mean_softmax(
+            logits + r * H * pitch, H, pitch, attention + row, tokens, scored_from, end, TAIL_HEADS, TAIL_TOKENS
+        )
+        tl.store(entropy + b * anchors + r, entropy_ratio(mass, surprise, count))
+        if RELEVANCE != _NO_RELEVANCE and RELEVANCE != _COSINE:
+            head_mean_softmax(
+                logits + (anchors * H + r * G) * pitch, G, pitch, relevance + row, tokens, scored_from, end,
+                TAIL_HEADS, TAIL_TOKENS,
+            )  # fmt: skip
+
+
+@triton.jit
+def read_span(key_span, b, tokens, protect):
+    """Live span [start, end) of image b within the tokens, and where its scored part begins."""
+    if key_span is None:
+        start, end = b.to(tl.int32) * 0, tokens
+    else:
+        start = tl.load(key_span + 2 * b).to(tl.int32)
+        end = tl.minimum(tl.load(key_span + 2 * b + 1), tokens).to(tl.int32)
+    return start, tl.maximum(start + protect, 0), end
+
+
+# Pruning changes the number of tokens from layer to layer: it must not mean a new kernel each time.
+@triton.jit(do_not_specialize=["tokens"])
+def _anchor_stats(
+    query, key, value, anchor, key_span, attention, relevance, value_norm, entropy, scratch, counters, selection,
+    query_steps, key_steps, value_steps, anchor_steps, pitch, image_size, tokens, anchors, protect, scale, factor,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
+    DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr, UNIT: tl.constexpr,
+    RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, ANCHORS: tl.constexpr,
+    TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
+    MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
+):  # fmt: skip
+    """`selection` None: statistics alone; else the arguments of `select_image` that only it needs (one anchor)."""
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, scored_from, end = read_span(key_span, b, tokens, protect)
+    logits = scratch + b * image_size
+    stream_block(
+        query, key, value, anchor, relevance, value_norm, logits,
+        query_steps, key_steps, value_steps, anchor_steps, b, block, pitch, tokens, anchors,
+        start, scored_from, end, scale, factor,
+        H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM, TOKENS, HEADS, STAGES, ANCHORS,
+    )  # fmt: skip
+    # The barrier gathers this program's stores before the one thread that announces them.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + b, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        finish_image(
+            attention, relevance, entropy, logits, b, pitch, tokens, anchors, scored_from, end,
+            H, G, RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
+        )  # fmt: skip
+        if selection is not None:
+            # The scores are made from what other threads of this program have just written.
+            tl.debug_barrier()
+            select_image(
+                b, attention, relevance if RELEVANCE != _NO_RELEVANCE else None,
+                value_norm if VALUE_NORM != _NO_NORM else None, selection[0], entropy, selection[1], selection[2],
+                selection[3], selection[4], tl.num_programs(1), tokens, selection[5], selection[6], selection[7], protect,
+                selection[8], selection[9], MODE, 1024, SELECT_TILES, 1,
+            )  # fmt: skip
+        tl.store(counters + b, 0)
+
+
+def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Tokens per program, heads per tile and pipeline stages (`dim`: the power of 2 that a row's main tile has).
+
+    Enough work: 32 or 16 tokens, 8 KiB tiles of K and of V, three stages. Four such programs of 8 warps fit a Hopper
+    multiprocessor (64 registers, 34 KiB) with 128 KiB of loads in flight. Tiles span at most 128 elements of a token:
+    an anchor tile smaller than a program has threads costs no layout conversion.
+    Little work: blocks of 8 or 4 tokens and all of a block in one tile, so that everything is in flight at once.
+    """
+    for block in (32, 16):
+        if batch * triton.cdiv(tokens, block) >= ENOUGH_PROGRAMS and block * dim * itemsize <= 8192:
+            chunk, stages = min(128 // dim, 8192 // (block * dim * itemsize)), 3
+            break
+    else:
+        block = 8 if batch * triton.cdiv(tokens, 8) >= ENOUGH_PROGRAMS else 4
+        chunk, stages = 16384 // (block * dim * itemsize), 1
+    chunk = max(chunk, 1)
+    while chunk > 1 and triton.cdiv(heads, chunk) * chunk * 7 > heads * 8:  # at most 1/8 of the lanes idle
+        chunk //= 2
+    return block, chunk, stages
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_anchor: Tensor | None,
+    key_span: Tensor | None,
+    *,
+    scale: float,
+    protect: int,
+    relevance: int,
+    value_norm: int,
+    selection: dict | None = None,
+) -> Launch:
+    """The launch of :func:`anchor_stats`, or with `selection` (that function's further options) of the fused form."""
+    batch, query_heads, anchors, dim = query.shape
+    heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if value_anchor is not None and value_anchor.stride(-1) != 1:
+        value_anchor = value_anchor.contiguous()
+    if key_span is not None:
+        key_span = key_span.contiguous()
+
+    new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    attention = new(batch, anchors, tokens)
+    relevance_out = new(batch, anchors, tokens if relevance else 0)
+    norm_out = new(batch, tokens if value_norm else 0)
+    entropy = new(batch, anchors)
+
+    main, value_main = (1 << (d.bit_length() - 1) for d in (dim, value_dim))
+    rest, value_rest = (triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main)))
+    block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
+    blocks = triton.cdiv(tokens, block)
+    softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
+    channels = anchors * (query_heads + heads if softmax else query_heads)
+    # The tail's registers count against every program: wider tiles only where the tail is long enough to matter.
+    tail_heads = triton.next_power_of_2(query_heads)
+    tail_tokens = max((2048 if tokens <= 4096 else 4096) // tail_heads, 16)
+    pitch = triton.cdiv(tokens, max(block, tail_tokens)) * max(block, tail_tokens)
+    if channels * pitch >= 2**31:
+        raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens need 64-bit logit rows")
+
+    outputs = [attention, relevance_out, norm_out, entropy]
+    select_arguments, mode = None, Select.SCORE_ONLY
+    if selection is not None:
+        mode, budget, weight = selection["mode"], selection["budget"], selection["history_weight"]
+        history, lengths = (None if x is None else x.contiguous() for x in (selection["history"], selection["lengths"]))
+        selected = select_outputs(key, batch, tokens, mode, protect, budget)
+        select_arguments = (
+            history, lengths, *selected, selected[1].shape[1], weight, 1 - weight, budget, selection["divisor"],
+        )  # fmt: skip
+        outputs += selected
+    if not tokens:  # no program runs: an empty image has entropy ratio 1 and new length 0
+        entropy.fill_(1.0)
+        if selection is not None:
+            outputs[-1].zero_()
+
+    given = [None if x is None else steps(x, 3) for x in (query, key, value, value_anchor)]
+    unit = vector_unit(key.element_size(), *(s for three in given if three for s in three))
+    all_steps = tuple(None if three is None else tuple(s // unit for s in three) for three in given)
+    return Launch(
+        _anchor_stats,
+        (blocks, batch if anchors else 0),
+        (
+            query, key, value, value_anchor, key_span, attention, relevance_out, norm_out, entropy,
+            new(batch * channels * pitch), arrival_counters(batch, key.device), select_arguments,
+            *all_steps, pitch, channels * pitch, tokens, anchors, protect, scale * _LOG2_E,
+            _LOG2_E * (value_dim**-0.5 if relevance == Relevance.SCALED_SOFTMAX else 1.0),
+        ),
+        dict(
+            H=query_heads, G=heads, D=dim, D_MAIN=main, D_REST=rest,
+            DV=value_dim, DV_MAIN=value_main, DV_REST=value_rest, UNIT=unit,
+            RELEVANCE=relevance, VALUE_NORM=value_norm,
+            TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=triton.next_power_of_2(anchors),
+            TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
+            MODE=int(mode), SELECT_TILES=triton.cdiv(tokens, 1024),
+            num_warps=8, enable_fp_fusion=True,
+        ),
+        key.device,
+        outputs,
+    )  # fmt: skip
+
+
+def anchor_stats(*arguments, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments, results and definition: ``reference.py``; float32, bfloat16 or float16 inputs."""
+    attention, relevance, value_norm, entropy = prepare(*arguments, **options)()
+    return attention, relevance, value_norm, entropy
+
+
+def anchor_stats_select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_anchor: Tensor | None,
+    key_span: Tensor | None,
+    history: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    scale: float,
+    protect: int,
+    relevance: int,
+    value_norm: int,
+    history_weight: float,
+    mode: int,
+    budget: int,
+    divisor: float,
+) -> list[Tensor]:
+    """`anchor_stats` of one anchor, then `score_select` of what it found, in one launch.
+
+    Returns the four results of the one and the three of the other. Options as there; relevance or value norm NONE drops
+    that criterion. ADAPTIVE_BATCH needs the entropy of all images before any can go on, hence two launches.
+    """
+    if query.shape[2] != 1 or mode == Select.ADAPTIVE_BATCH:
+        raise ValueError(
+            f"anchor_stats_select: one anchor and any mode but ADAPTIVE_BATCH, got {query.shape[2]} and {Select(mode)!r}"
+        )
+    selection = dict(
+        history=history, lengths=lengths, history_weight=history_weight, mode=mode, budget=budget, divisor=divisor
+    )
+    return prepare(
+        query, key, value, value_anchor, key_span,
+        scale=scale, protect=protect, relevance=relevance, value_norm=value_norm, selection=selection,
+    )()  # fmt: skip

@@ -1,0 +1,283 @@
+"""flowcut-bench at toy sizes: every table, the files it writes, and what happens when a check fails."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import flowcut_kernels as fk
+
+typer = pytest.importorskip("typer", reason="the bench extra is not installed")
+pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from flowcut_kernels.bench import encoder, flops, look, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
+from flowcut_kernels.bench.commands import app  # noqa: E402
+
+SMALL = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
+COMMANDS = {
+    "ops": "ops --toy --repeats 1",
+    "encoder": "encoder --layers 6 --image-size 112 --hidden 64 --tokens 16,8 --batch 1,2 --repeats 1",
+    "prefill": "prefill --layers 6 --text-layers 1 --image-size 112 --hidden 64 --tokens 8 --steps 1 --repeats 1",
+    "quality": "quality --questions 16 --policies FlowCut,random",
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nothing beyond cache: the copy bandwidth and the flushes use a small buffer."""
+    monkeypatch.setattr(ops, "copy_bandwidth", lambda device: timing.Samples([1e10, 1e10]))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A stand-in without weights, for what does not depend on them."""
+    from flowcut_kernels.bench.mini_vlm import model
+
+    monkeypatch.setattr(mini_vlm, "load", lambda dtype=None: (model.build(0).to(dtype).eval(), model.processor()))
+
+
+def run(command: str, *extra: str):
+    return CliRunner().invoke(app, [*command.split(), *map(str, extra)])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_subcommand(name, untrained, tmp_path):
+    done = run(COMMANDS[name], "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--threads", 1)
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.output.splitlines())) <= 100
+
+    found = report.load(tmp_path / "a.json")
+    (section,) = found.sections
+    assert section.name == name and section.rows and not found.failed
+    assert all(row["ok"] for row in section.rows)
+    found.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(section.rows) and lines[0].startswith("section,")
+    assert str(tmp_path) not in (tmp_path / "a.json").read_text()
+
+
+def test_main_job_writes_a_self_contained_page(untrained, tmp_path):
+    done = run("--toy", "--threads", 1, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [s["name"] for s in content["sections"]] == ["quality", "encoder", "prefill", "ops"]
+    assert {"cpu", "torch", "flowcut_kernels", "threads"} <= set(content["machine"])
+    for name in ("accuracy.png", "encoder.png", "operators.png", "entropy-quality.png"):
+        assert Image.open(tmp_path / name).width > 600
+
+    page = (tmp_path / "report.html").read_text()
+    references = []
+
+    class Collect(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            references.extend(
+                value for key, value in attributes if key in ("src", "href") and not value.startswith("#")
+            )
+            assert tag not in ("script", "link", "iframe")
+
+    Collect().feed(page)
+    assert references and all(value.startswith("data:image/png;base64,") for value in references)
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert "flowcut-bench quality" in page and str(tmp_path) not in page
+
+
+def test_wrong_operator_fails_without_a_timing(monkeypatch, tmp_path):
+    right = ops.anchor_stats
+
+    def wrong(*args, backend=None, **options):
+        attention, *rest = right(*args, backend=backend, **options)
+        return (attention if backend == "reference" else attention * 1.01, *rest)
+
+    monkeypatch.setattr(ops, "anchor_stats", wrong)
+    done = run(COMMANDS["ops"], "--json", tmp_path / "a.json")
+    assert done.exit_code == 1 and "FAILED" in done.output
+    for row in report.load(tmp_path / "a.json").sections[0].rows:
+        assert row["ok"] == (row["op"] != "anchor_stats")
+        assert ("seconds" in row) == row["ok"]
+
+
+def test_wrong_selection_fails(monkeypatch):
+    right = ops.score_select
+
+    def wrong(*args, backend=None, **options):
+        score, index, lengths = right(*args, backend=backend, **options)
+        return score, index if backend == "reference" else index.roll(1, 1), lengths
+
+    monkeypatch.setattr(ops, "score_select", wrong)
+    assert run(COMMANDS["ops"], "--only", "select").exit_code == 1
+
+
+def test_wrong_encoder_fails(monkeypatch):
+    right = encoder.blocks.PrunedEncoderLayer._attend
+    monkeypatch.setattr(encoder.blocks.PrunedEncoderLayer, "_attend", lambda *a, **k: 1.1 * right(*a, **k))
+    done = run(COMMANDS["encoder"], "--dtype", "fp32")
+    assert done.exit_code == 1 and "check failed" in done.output
+
+
+def test_wrong_reading_of_a_scene_fails(monkeypatch, untrained):
+    right = quality.answers
+    monkeypatch.setattr(quality, "answers", lambda *a: right(*a) + 0.1)
+    done = run(COMMANDS["quality"])
+    assert done.exit_code == 1 and "check failed" in done.output
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fk.FlowCut(target_tokens=7),
+        fk.FlowCut(target_tokens=7, criteria=("attention",), interval=3),
+        fk.UniformTokens(target_tokens=7),
+    ],
+)
+def test_flops_formula_counts_what_runs(policy):
+    """Formula = torch's count of the layers; scoring, which the formula leaves out, is exactly its matrix products."""
+    config = shapes.clip_large(6, **SMALL)
+    model = shapes.llava(config)
+    model.set_attn_implementation("eager")  # torch does not count its CPU form of SDPA
+    tower, pixels = model.model.vision_tower, shapes.random_pixels(config, 1)
+    hidden, wide, tokens = config.hidden_size, config.intermediate_size, 65
+    sizes = (hidden, wide, tokens - 1, config.patch_size)
+
+    def count(run) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    # The whole tower, stock: all its layers.
+    assert count(lambda: tower(pixels)) == flops.encoder_flops(flops.Schedule.stock(6, tokens), *sizes)
+
+    projector = count(lambda: model.model.multi_modal_projector(torch.zeros(1, 7, hidden)))
+    with fk.patched(model, policy, record=True, backend="reference"):
+        counted = count(lambda: model.get_image_features(pixels)) - projector
+        trace = fk.trace(model)
+    schedule = flops.Schedule.cut(5, tokens, {stage.layer: stage.kept[0] + 1 for stage in trace.stages})
+    related = "relevance" in getattr(policy, "criteria", ())
+    scoring = sum((2 + 2 * related) * schedule.entering[layer] * hidden for layer in trace.entropy)
+    anchors = 2 * hidden**2 * sum(stage.layer in trace.entropy for stage in trace.stages)
+    assert counted == flops.encoder_flops(schedule, *sizes) + scoring + anchors
+
+
+@pytest.mark.parametrize("weights", shapes.WEIGHTS)
+def test_schedule_of_the_random_weights(weights):
+    """The entropy of the class token falls with depth, so that tokens leave before the last cut."""
+    section = encoder.measure(
+        dtypes=(torch.float32,), batches=(1,), tokens=(8,), layers=12, repeats=1, weights=weights,
+        shape=dict(image_size=112, hidden_size=256, intermediate_size=256, num_attention_heads=4),
+    )  # fmt: skip
+    profile, schedule = section.facts["entropy"], section.facts["schedule"]
+    assert profile[0] > 0.9 and min(profile) == min(profile[-3:]) < profile[0] - 0.05
+    assert schedule == sorted(schedule, reverse=True) and schedule[-1] == 8 and schedule[-2] < 60
+
+
+def test_shares_of_time_add_up():
+    section = encoder.measure(
+        dtypes=(torch.float32,), batches=(1,), tokens=(8,), layers=6, repeats=1, shape=SMALL
+    )  # fmt: skip
+    (row,) = section.rows
+    parts = sum(row[f"{name}_seconds"] for name in (*encoder.SCORING, "rest"))
+    assert parts == pytest.approx(row["split_seconds"]) and 0 < row["scoring_share"] < 1
+    assert row["overhead"] == pytest.approx(row["time_ratio"] / row["flop_ratio"])
+
+
+def test_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    hits = [
+        low <= 0.7 <= high
+        for low, high in (quality.interval((rng.random((200, 4)) < 0.7).mean(1), i) for i in range(100))
+    ]
+    assert 88 <= sum(hits) <= 100
+
+
+def test_verdict_says_where_flowcut_is_behind():
+    row = dict(tokens=36, policy="uniform grid", over_flowcut=0.05, over_flowcut_low=0.01, over_flowcut_high=0.09)
+    (line,) = quality.verdict([row])
+    assert "ahead of none; behind uniform grid" in line
+
+
+def test_interleaved_ratio():
+    times = timing.interleave({"a": lambda: sum(range(3000)), "b": lambda: sum(range(30000))}, repeats=5, least=1e-4)
+    assert len(times["a"].values) == 5
+    ratio = times["b"].per(times["a"])
+    assert ratio.quartiles[0] <= ratio.median <= ratio.quartiles[1] and 4 < ratio.median < 25
+
+
+def test_cold_clock_times_single_calls():
+    clock = timing.Clock("cpu", cold=True)
+    assert clock.trash is not None and clock.seconds(lambda: None, 2) < 0.01
+
+
+def test_look(untrained, tmp_path):
+    picture = tmp_path / "some picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 200, 3), np.uint8)).save(picture)
+    done = run("look", picture, "--out", tmp_path, "--tokens", 36)
+    assert done.exit_code == 0, done.output
+    assert "36 kept" in done.output
+    assert Image.open(tmp_path / "some-picture-flowcut-36.png").width > 600
+
+
+def test_look_at_a_saved_tower(tmp_path):
+    """A folder of a supported class, with its image processor."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = shapes.clip_large(6, **SMALL)
+    shapes.llava(config).model.vision_tower.save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}).save_pretrained(
+        tmp_path
+    )
+    model, processor = look.load_model(str(tmp_path))
+    picture, seen = look.look(
+        model, processor, Image.new("RGB", (112, 112), (255, 0, 0)), fk.UniformTokens(target_tokens=4)
+    )
+    assert picture.shape == (112, 112, 3) and picture[..., 0].min() > 250 and picture[..., 1:].max() < 5
+    kept = seen.stages[0].indices[0]
+    shown = look.overlay(picture, kept.numpy(), 64)
+    assert (shown == picture).all(-1).sum() == 4 * 14 * 14
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("ops --dtype fp12", "fp12"),
+        ("encoder --tokens 0", "--tokens"),
+        ("encoder --weights none", "paper-like"),
+        ("encoder --hidden 100", "multiple of 64"),
+        ("quality --policies guess", "guess"),
+        ("quality --split train", "train"),
+    ],
+)
+def test_bad_options_are_named(command, message):
+    done = run(command)
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_other_schema_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 99"):
+        report.load(tmp_path / "a.json")
+
+
+def test_missing_extra_is_one_line(monkeypatch):
+    import sys
+
+    from flowcut_kernels.bench import cli
+
+    monkeypatch.delitem(sys.modules, "flowcut_kernels.bench.commands")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"needs typer: .*flowcut_kernels\[bench\]"):
+        cli.main()
+
+
+def test_info_prints_backends_and_variables(capsys):
+    from flowcut_kernels import info
+
+    info.main()
+    text = capsys.readouterr().out
+    assert "reference  available" in text and "FLOWCUT_BACKEND" in text and "torch" in text

@@ -1,0 +1,325 @@
+"""Policies: what they accept, at which layers they cut, and that every switch does what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from fractions import Fraction
+
+import pytest
+import tiny
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import flowcut_kernels as fk
+from flowcut_kernels._ops import Select
+from flowcut_kernels.policies.base import EncoderStep, EncoderView
+
+POLICIES = [fk.FlowCut, fk.RandomTokens, fk.UniformTokens]
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, fk.FlowCut.release])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, ValueError, "exactly one of target_tokens and retain_ratio"),
+        (dict(target_tokens=64, retain_ratio=0.1), ValueError, "target_tokens=64, retain_ratio=0.1"),
+        (dict(target_tokens=0), ValueError, "target_tokens=0 must be at least 1"),
+        (dict(target_tokens=-3), ValueError, "target_tokens=-3 must be at least 1"),
+        (dict(target_tokens=True), TypeError, "target_tokens=True must be an int"),
+        (dict(target_tokens=0.1), TypeError, "target_tokens=0.1 must be an int; for a share use retain_ratio"),
+        (dict(target_tokens="64"), TypeError, "target_tokens='64' must be an int"),
+        (dict(retain_ratio=0), ValueError, r"retain_ratio=0 must lie in \(0, 1\]"),
+        (dict(retain_ratio=64), ValueError, "retain_ratio=64 .* for a count use target_tokens"),
+        (dict(retain_ratio=1.0001), ValueError, "retain_ratio=1.0001 must lie in"),
+        (dict(retain_ratio=-0.5), ValueError, "retain_ratio=-0.5 must lie in"),
+        (dict(retain_ratio=math.nan), ValueError, "retain_ratio=nan must lie in"),
+        (dict(retain_ratio=math.inf), ValueError, "retain_ratio=inf must lie in"),
+        (dict(retain_ratio="0.1"), TypeError, "retain_ratio='0.1' must be a number"),
+        (dict(retain_ratio=True), TypeError, "retain_ratio=True must be a number"),
+        (dict(target_tokens=4, feature_layer="-2"), TypeError, "feature_layer='-2' must be an int"),
+        (dict(target_tokens=4, feature_layer=True), TypeError, "feature_layer=True must be an int"),
+    ],
+)
+def test_bad_budgets(policy, arguments, error, words):
+    with pytest.raises(error, match=f"{policy.__name__.replace('release', 'FlowCut')}: .*{words}"):
+        policy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "value", "words"),
+    [
+        (fk.FlowCut, "criteria", (), "non-empty subset"),
+        (fk.FlowCut, "criteria", "attention", "non-empty subset"),
+        (fk.FlowCut, "criteria", ("attention", "colour"), "'colour'.* subset"),
+        (fk.FlowCut, "criteria", 3, "3 must be a non-empty subset"),
+        (fk.FlowCut, "criteria", [["attention"]], "non-empty subset"),
+        (fk.FlowCut, "criteria", None, "None must be a non-empty subset"),
+        (fk.FlowCut, "relevance", "dot", "'dot' must be one of .*'scaled_softmax'"),
+        (fk.FlowCut, "relevance", ["cosine"], "must be one of"),
+        (fk.FlowCut, "value_norm", None, "None must be one of .*'head_mean'"),
+        (fk.FlowCut, "batch", "maximum", "'maximum' must be one of .*'max'"),
+        (fk.FlowCut, "anchor", "CLS", "'CLS' must be one of .*'mean'"),
+        (fk.FlowCut, "history_weight", 1.5, "1.5 must be a number in 0..1"),
+        (fk.FlowCut, "history_weight", math.nan, "nan must be a number in 0..1"),
+        (fk.FlowCut, "history_weight", None, "None must be a number in 0..1"),
+        (fk.FlowCut, "history_weight", "0.5", "'0.5' must be a number in 0..1"),
+        (fk.FlowCut, "interval", 0, "0 must be a whole number of layers"),
+        (fk.FlowCut, "interval", 2.0, "2.0 must be a whole number of layers"),
+        (fk.FlowCut, "interval", True, "True must be a whole number of layers"),
+        (fk.FlowCut, "cumulative", "no", "'no' must be True or False"),
+        (fk.FlowCut, "adaptive", None, "None must be True or False"),
+        (fk.RandomTokens, "seed", 0.5, "0.5 must be an int"),
+        (fk.RandomTokens, "seed", None, "None must be an int"),
+    ],
+)
+def test_bad_switches(policy, name, value, words):
+    with pytest.raises((ValueError, TypeError), match=f"{policy.__name__}: {name}=.*{words}"):
+        policy(64, **{name: value})
+
+
+@given(ratio=st.floats(0, 1, exclude_min=True), tokens=st.integers(1, 16384))
+@example(ratio=0.5, tokens=5)  # 2.5 rounds to even
+@example(ratio=0.5, tokens=7)  # 3.5 too
+@example(ratio=1e-9, tokens=576)
+@example(ratio=0.1, tokens=576)
+def test_ratio_rounds_half_to_even(ratio, tokens):
+    exact = Fraction(ratio * tokens)  # the product in floating point, rounded exactly
+    want = min(max(round(exact), 1), tokens)
+    assert fk.FlowCut(retain_ratio=ratio).budget(tokens) == want
+
+
+@given(target=st.integers(1, 2000), tokens=st.integers(1, 2000))
+def test_count_is_capped(target, tokens):
+    assert fk.FlowCut(target_tokens=target).budget(tokens) == min(target, tokens)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, fk.FlowCut.release])
+def test_values_are_frozen_and_comparable(policy):
+    one, same, other = policy(64), policy(target_tokens=64), policy(65)
+    assert one == same and hash(one) == hash(same) and one != other
+    assert eval(repr(one), {c.__name__: c for c in POLICIES}) == one
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert dataclasses.replace(one, target_tokens=65) == other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.target_tokens = 3
+    with pytest.raises(ValueError, match="target_tokens=0"):
+        dataclasses.replace(one, target_tokens=0)
+
+
+def test_criteria_are_a_set():
+    """Order and container do not matter, so equal choices compare equal."""
+    assert fk.FlowCut(8, criteria=["value_norm", "attention"]) == fk.FlowCut(8, criteria=("attention", "value_norm"))
+    assert fk.FlowCut(8, criteria={"relevance"}).criteria == ("relevance",)
+
+
+def test_release_changes_exactly_what_methods_say():
+    release, default = dataclasses.asdict(fk.FlowCut.release(64)), dataclasses.asdict(fk.FlowCut(64))
+    changed = {k: v for k, v in release.items() if default[k] != v}
+    assert changed == dict(relevance="softmax", value_norm="head_mean", batch="max")
+    assert fk.FlowCut.release(retain_ratio=0.1, batch="independent").batch == "independent"
+
+
+# The schedule: methods.md prunes where rem(l) = P - l is a multiple of the interval, scores everywhere before.
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("cumulative", [True, False])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_schedule(interval, cumulative, adaptive):
+    policy = fk.FlowCut(64, interval=interval, cumulative=cumulative, adaptive=adaptive)
+    steps = [policy.encoder_step(layer, 22, 576) for layer in range(24)]
+    cuts = set(range(21, -1, -interval))
+    for layer, step in enumerate(steps):
+        if layer > 21 or (layer not in cuts and not cumulative):
+            assert step is None
+        elif layer not in cuts:
+            assert step.mode == Select.SCORE_ONLY and not step.prunes
+        elif layer == 21:
+            assert step == EncoderStep(Select.FIXED, 64)
+        elif adaptive:
+            assert step == EncoderStep(Select.ADAPTIVE, 64, math.sqrt(21 - layer))
+        else:
+            assert step.mode == Select.FIXED
+    release = fk.FlowCut.release(64, interval=interval, adaptive=adaptive).encoder_step(21 - interval, 22, 576)
+    assert release.mode == (Select.ADAPTIVE_BATCH if adaptive else Select.FIXED)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, fk.FlowCut.release])
+@pytest.mark.parametrize("budget", [dict(target_tokens=576), dict(target_tokens=10**9), dict(retain_ratio=1.0)])
+def test_budget_of_everything_never_acts(policy, budget):
+    assert all(policy(**budget).encoder_step(layer, 22, 576) is None for layer in range(24))
+
+
+@given(
+    tokens=st.integers(2, 4096),
+    target=st.integers(1, 4096),
+    feature_layer=st.integers(1, 48),
+    interval=st.sampled_from([1, 2, 3, 4, 6, 8, 12]),
+)
+def test_fixed_ratio_ends_at_the_budget(tokens, target, feature_layer, interval):
+    assume(target < tokens)
+    policy = fk.FlowCut(target, interval=interval, adaptive=False, cumulative=False)
+    steps = [policy.encoder_step(layer, feature_layer, tokens) for layer in range(feature_layer + 2)]
+    budgets = [tokens] + [step.budget for step in steps if step]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
+    shares = [b / a for a, b in zip(budgets, budgets[1:], strict=False)]
+    equal = (target / tokens) ** (1 / len(shares))
+    assert all(abs(b - a * equal) <= 1 for a, b in zip(budgets, budgets[1:], strict=False))  # rounding only
+
+
+# Switches on a model: each one changes the choice. (What it changes it to: tests/modules/test_early_selection.py.)
+
+
+@torch.no_grad()
+def stages_of(model, policy, count=3):
+    with fk.patched(model, policy, record=True):
+        model(tiny.images(count, seed=5))
+        return fk.trace(model).stages
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        dict(criteria=("attention",)),
+        dict(criteria=("attention", "relevance")),
+        dict(criteria=("value_norm",)),
+        dict(relevance="softmax"),
+        dict(relevance="scaled_softmax"),
+        dict(value_norm="head_mean"),
+        dict(cumulative=False),
+        dict(history_weight=0.0),
+        dict(interval=1),
+        dict(interval=3),
+        dict(adaptive=False),
+        dict(batch="max"),
+        dict(anchor="mean"),
+        dict(feature_layer=-3),
+    ],
+    ids=lambda d: ",".join(f"{k}={v}" for k, v in d.items()),
+)
+def test_switch_changes_the_choice(switch):
+    model = tiny.clip_tower()
+    default, changed = stages_of(model, fk.FlowCut(8)), stages_of(model, fk.FlowCut(8, **switch))
+    assert changed[-1].kept == [8, 8, 8]
+    same = [s.layer for s in default] == [s.layer for s in changed] and all(
+        torch.equal(a.indices, b.indices) for a, b in zip(default, changed, strict=True)
+    )
+    assert not same
+
+
+def test_zero_history_is_no_history():
+    model = tiny.clip_tower()
+    a = stages_of(model, fk.FlowCut(8, history_weight=0.0))
+    b = stages_of(model, fk.FlowCut(8, cumulative=False))
+    assert [s.kept for s in a] == [s.kept for s in b]
+    assert all(torch.equal(x.indices, y.indices) for x, y in zip(a, b, strict=True))
+
+
+def test_full_history_keeps_the_first_judgement():
+    """With weight 1 the score of layer 0 decides every cut."""
+    stages = stages_of(tiny.clip_tower(), fk.FlowCut(8, history_weight=1.0))
+    for stage in stages:
+        first = stages[0].scores
+        live = ~stage.scores.isnan()
+        assert torch.equal(stage.scores[live], first[live])
+
+
+@pytest.mark.parametrize(("kind", "auto", "other"), [("clip", "cls", "mean"), ("siglip", "mean", None)])
+def test_auto_anchor(kind, auto, other):
+    model = tiny.TOWERS[kind]()
+    chosen = [s.indices for s in stages_of(model, fk.FlowCut(8))]
+    for got, want in zip(chosen, (s.indices for s in stages_of(model, fk.FlowCut(8, anchor=auto))), strict=True):
+        assert torch.equal(got, want)
+    if other is None:
+        with pytest.raises(ValueError, match="anchor='cls' but SiglipVisionModel has no class token: use anchor='auto'"):
+            fk.patch(model, fk.FlowCut(8, anchor="cls"))
+
+
+def test_trace():
+    """Scores explain the cut; patches that are gone stay gone; lists and tensors agree."""
+    stages = stages_of(tiny.clip_tower(), fk.FlowCut(8))
+    gone = torch.zeros(3, tiny.PATCHES, dtype=torch.bool)
+    for stage in stages:
+        assert stage.name == "encoder" and stage.lengths.tolist() == stage.kept
+        assert ((stage.entropy > 0) & (stage.entropy <= 1)).all()
+        assert torch.equal(stage.scores.isnan(), gone)
+        for b, count in enumerate(stage.kept):
+            ids = stage.indices[b, :count]
+            assert (ids.diff() > 0).all() and 0 <= ids[0] and ids[-1] < tiny.PATCHES
+            dropped = ~gone[b]
+            dropped[ids] = False
+            assert stage.scores[b, ids].min() >= stage.scores[b, dropped].max()
+            gone[b] = True
+            gone[b, ids] = False
+
+
+# Sanity floors
+
+
+def blind(policy, rows, columns, batch=2, protect=1):
+    """What a floor policy keeps on a grid, without a model."""
+    tokens = rows * columns
+    kept = policy.budget(tokens)
+    if policy.encoder_step(3, 4, tokens) is None:
+        assert kept == tokens
+        return torch.arange(tokens)
+    assert policy.encoder_step(2, 4, tokens) is None and policy.encoder_step(4, 4, tokens) is None
+    key = torch.empty(batch, 1, tokens + protect, 1)
+    view = EncoderView(key, key, lambda kind: (key, key), protect, None, None, (rows, columns), None)
+    choice = policy.encoder_select(policy.encoder_step(3, 4, tokens), view)
+    assert choice.lengths.tolist() == [kept + protect] * batch
+    assert choice.index.tolist() == [choice.index[0].tolist()] * batch
+    assert choice.index[0, :protect].tolist() == list(range(protect))
+    return choice.index[0, protect:] - protect
+
+
+@pytest.mark.parametrize("policy", [fk.RandomTokens, fk.UniformTokens])
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), share=st.floats(0, 1, exclude_min=True))
+def test_floors_keep_the_exact_count(policy, rows, columns, share):
+    patches = blind(policy(retain_ratio=share), rows, columns)
+    want = min(max(round(share * rows * columns), 1), rows * columns)
+    assert len(patches) == want
+    assert (patches.diff() > 0).all() and patches[0] >= 0 and patches[-1] < rows * columns
+
+
+@given(side=st.integers(2, 24), target=st.integers(1, 576))
+def test_uniform_is_uniform(side, target):
+    """No empty square of the grid is much larger than a patch's share of the area."""
+    assume(target < side * side)
+    patches = blind(fk.UniformTokens(target), side, side)
+    rows, columns = patches // side, patches % side
+    pitch = side / math.sqrt(target)
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    nearest = torch.maximum((grid[:, :1] - rows).abs(), (grid[:, 1:] - columns).abs()).min(1).values
+    assert nearest.max() <= math.ceil(pitch) + 1
+
+
+def test_uniform_of_a_square():
+    """576 -> 64: every third row and column, from the middle of their cells."""
+    want = [row * 24 + column for row in range(1, 24, 3) for column in range(1, 24, 3)]
+    assert blind(fk.UniformTokens(64), 24, 24).tolist() == want
+
+
+def test_random_is_a_function_of_its_seed():
+    state = torch.get_rng_state()
+    first = blind(fk.RandomTokens(64, seed=1), 24, 24)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator moved"
+    torch.manual_seed(99)
+    assert torch.equal(blind(fk.RandomTokens(64, seed=1), 24, 24), first)
+    others = [blind(fk.RandomTokens(64, seed=s), 24, 24) for s in range(2, 42)]
+    assert not any(torch.equal(x, first) for x in others)
+    hits = torch.cat(others).bincount(minlength=576).float()  # each patch about 40/9 times of 40
+    assert hits.max() <= 14 and (hits == 0).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("policy", [fk.RandomTokens(8, seed=3), fk.UniformTokens(8)], ids=["random", "uniform"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_floors_cut_where_flowcut_makes_its_last(policy, kind):
+    model = tiny.TOWERS[kind]()
+    stages = stages_of(model, policy)
+    assert [s.layer for s in stages] == [stages_of(model, fk.FlowCut(8))[-1].layer]
+    assert stages[0].kept == [8, 8, 8] and stages[0].scores is None and stages[0].entropy is None
+    assert torch.equal(stages[0].indices, blind(policy, tiny.SIDE, tiny.SIDE, batch=3).expand(3, -1))

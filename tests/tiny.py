@@ -1,0 +1,94 @@
+"""Tiny models with fixed weights whose attention is far from uniform, so that choosing tokens matters."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from golden_cases import SQRT3, drawn, encoder_tensor
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+LAYERS, SIDE, PATCH = 8, 8, 7
+PATCHES = SIDE * SIDE
+IMAGE, PAD, VOCAB = 90, 0, 96  # token ids
+GAINS = dict(qk=(1.5, 2.6), v=0.7, out=0.5, mlp=0.6, pos=0.6, cls=0.7, patch=1.0)
+# The mean of all queries is short, so an encoder without a class token needs more for the same entropy.
+GAINS_MEAN = GAINS | dict(qk=(4.0, 6.0))
+VISION = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=LAYERS, patch_size=PATCH)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> nn.Module:
+    """Set every parameter by its name: encoders as the golden weights, the rest with logits far from uniform."""
+    gains = GAINS if any("class_embedding" in name for name, _ in model.named_parameters()) else GAINS_MEAN
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if "language_model" in name or "lm_head" in name or "projector" in name or "head." in name:
+            if parameter.dim() == 1 and name.endswith("weight"):
+                value = drawn(name, seed, shape, 0.1, 1.0)
+            elif parameter.dim() == 1:
+                value = drawn(name, seed, shape, 0.05)
+            elif "embed_tokens" in name:
+                value = drawn(name, seed, shape, SQRT3)
+            else:
+                gain = 2.0 if "lm_head" in name or "q_proj" in name or "k_proj" in name else 1.0
+                value = drawn(name, seed, shape, gain * SQRT3 / np.sqrt(shape[-1]))
+        else:
+            value = encoder_tensor(name, shape, seed, gains, LAYERS)
+        parameter.copy_(value)
+    return model.eval()
+
+
+def clip_tower(attention: str = "sdpa", seed: int = 1, side: int = SIDE, **changes) -> CLIPVisionModel:
+    model = CLIPVisionModel(CLIPVisionConfig(**(VISION | dict(image_size=side * PATCH) | changes)))
+    model.set_attn_implementation(attention)
+    return fill(model, seed)
+
+
+def siglip_tower(attention: str = "sdpa", seed: int = 2, side: int = SIDE, **changes) -> SiglipVisionModel:
+    model = SiglipVisionModel(SiglipVisionConfig(**(VISION | dict(image_size=side * PATCH) | changes)))
+    model.set_attn_implementation(attention)
+    return fill(model, seed)
+
+
+TOWERS = dict(clip=clip_tower, siglip=siglip_tower)
+
+
+def llava(tower: str = "clip", attention: str = "sdpa", seed: int = 3, **changes) -> LlavaForConditionalGeneration:
+    """LLaVA with a GQA Llama. CLIP is read at layer -2 without its class token, SigLIP at -1 in full."""
+    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**VISION, image_size=SIDE * PATCH)
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    facts = dict(vision_feature_layer=-2) if tower == "clip" else dict(
+        vision_feature_layer=-1, vision_feature_select_strategy="full"
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES, **(facts | changes)
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.set_attn_implementation(attention)
+    model.generation_config.suppress_tokens = [IMAGE]  # trained models do not write placeholders
+    return fill(model, seed)
+
+
+def images(count: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:
+    """Different pixels for every image, the same for the same seed."""
+    size = side * PATCH
+    return torch.stack([drawn("pixel_values", 100 * seed + i, (3, size, size), 1.8) for i in range(count)])
