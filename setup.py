@@ -7,13 +7,17 @@ MAX_JOBS limits the compiler processes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # --no-build-isolation does not look at pyproject.toml's list
+    raise SystemExit(f"flowcut_kernels: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -21,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FLOWCUT_NATIVE", "1") != "0"
-LIBRARY = "flowcut_kernels_native.so"
+LIBRARY, FACTS = "flowcut_kernels_native.so", "_build_info.json"
+BUILD = ROOT / "build" / "native"  # kept, so that a second build compiles only what changed
 GIB_PER_JOB = 2.0  # what nvcc needs for one file and several architectures
 
 
@@ -34,8 +39,8 @@ def jobs() -> int:
 
 
 def program(name: str) -> str:
-    """CMake and ninja as Python packages or from the system."""
-    found = shutil.which(name)
+    """CMake and ninja from the running Python's environment (active or not) or from the system."""
+    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
     if found is None:
         raise SystemExit(f"flowcut_kernels: {name} is needed to build the native library: pip install {name}")
     return found
@@ -54,11 +59,10 @@ class BuildNative(build_ext):
                 "flowcut_kernels: torch is not installed where the build runs: install torch first and add "
                 "--no-build-isolation, or set FLOWCUT_NATIVE=0 for the Python part alone"
             )
-        build = ROOT / "build" / "native"  # kept, so that a second build compiles only what changed
         configure = [
             program("cmake"),
             f"-S{ROOT}",
-            f"-B{build}",
+            f"-B{BUILD}",
             "-GNinja",
             f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -68,23 +72,20 @@ class BuildNative(build_ext):
         ]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([program("cmake"), "--build", str(build), f"-j{jobs()}"], check=True)
+            subprocess.run([program("cmake"), "--build", str(BUILD), f"-j{jobs()}"], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"flowcut_kernels: the native build failed ({error}); it needs a C++20 compiler (g++ >= 11 or "
+                "flowcut_kernels: the native build failed, see above; it needs a C++20 compiler (g++ >= 11 or "
                 "clang++ >= 14). FLOWCUT_NATIVE=0 installs the Python part alone."
             ) from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / LIBRARY, target)
-        facts = json.loads((build / "build_info.json").read_text())
-        facts["torch"] = importlib.metadata.version("torch")
-        self.facts_file = target.with_name("_build_info.json")
-        self.facts_file.write_text(json.dumps(facts, indent=2) + "\n")
+        for name in (LIBRARY, FACTS):
+            shutil.copy2(BUILD / name, target.with_name(name))
 
     def copy_extensions_to_source(self) -> None:  # an editable install
         super().copy_extensions_to_source()
-        shutil.copy2(self.facts_file, ROOT / "flowcut_kernels")
+        shutil.copy2(BUILD / FACTS, ROOT / "flowcut_kernels")
 
 
 class PlatformWheel(bdist_wheel):

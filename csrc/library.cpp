@@ -81,6 +81,7 @@ void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 
 // A small integer tensor of any width and strides.
 std::vector<int64_t> integers(const char* name, const Tensor& x) {
+  check(x.is_cpu(), name, " must be a CPU tensor");
   const Tensor dense = torch::stable::contiguous(x);
   const int64_t n = dense.numel();
   if (x.scalar_type() == ScalarType::Long) {

@@ -18,7 +18,9 @@ def assert_within_budget(actual: Tensor, low: Tensor, exact: Tensor, *, factor: 
     if exact.numel() == 0:
         return
     error = (actual.double() - exact.double()).abs()
-    allowed = factor * (low.double() - exact.double()).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    allowed = (
+        factor * (low.double() - exact.double()).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    )
     worst = int(error.argmax())
     assert bool((error <= allowed).all()), (
         f"{name}: error {error.max():.3e} at flat index {worst} is over the budget {allowed:.3e} "

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
-import importlib.machinery, json, os, sys
+import importlib.machinery, json, logging, os, sys, warnings
 
 BLOCKED, find = set(sys.argv[1].split(",")), importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = lambda name, *rest: (
@@ -37,10 +37,10 @@ def state():
         random=torch.get_rng_state().tolist(),
         classes={f"{c.__module__}.{c.__qualname__}": sorted((k, id(v)) for k, v in vars(c).items()) for c in classes},
         modules={n: sorted((k, id(v)) for k, v in vars(m).items()) for n, m in sys.modules.items()
-                 if n.startswith("transformers.models.llava.modeling") or n.startswith("transformers.models.clip.modeling")},
-        handlers=len(__import__("logging").getLogger().handlers),
-        warnings=len(__import__("warnings").filters),
-        hooks=[len(torch.nn.modules.module._global_forward_hooks), len(torch.nn.modules.module._global_forward_pre_hooks)],
+                 if n.startswith("transformers.models.") and ".modeling_" in n},
+        handlers=len(logging.getLogger().handlers),
+        warnings=len(warnings.filters),
+        hooks=[len(v) for k, v in vars(torch.nn.modules.module).items() if k.startswith("_global_") and hasattr(v, "keys")],
     )
 
 before, loaded = state(), set(sys.modules)

@@ -76,8 +76,10 @@ def llava(tower: str = "clip", attention: str = "sdpa", seed: int = 3, **changes
         bos_token_id=1,
         eos_token_id=2,
     )
-    facts = dict(vision_feature_layer=-2) if tower == "clip" else dict(
-        vision_feature_layer=-1, vision_feature_select_strategy="full"
+    facts = (
+        dict(vision_feature_layer=-2)
+        if tower == "clip"
+        else dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
     )
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES, **(facts | changes)

@@ -1,13 +1,19 @@
-"""What the trained model knows: accuracy per question type, with all visual tokens and with a few, and what CLS attends to."""
+"""What the trained model knows: accuracy per question type, with all visual tokens and with a few, and what CLS attends to.
+
+`python -m benchmarks.mini_vlm.evaluate --split test` prints the figures of the committed weights as JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections import Counter
 
 import numpy as np
 import torch
 
+from . import load
 from .language import TOKENS, LanguageTask, encode, features
 from .model import pixels
 from .quiz import MIX, quiz
@@ -43,7 +49,7 @@ def per_kind(right: np.ndarray, asked: list) -> dict[str, float]:
 def blind_floor(asked: list, seed: int) -> float:
     """Accuracy of the best answer that looks at the wording alone, learnt on training questions."""
     table: dict[str, Counter] = {}
-    for row in exam("train", 4000, seed)[1]:
+    for row in exam("train", 1000, seed)[1]:
         for text, answer, _ in row:
             table.setdefault(text, Counter())[answer] += 1
     return float(np.mean([table[text].most_common(1)[0][0] == answer for row in asked for text, answer, _ in row]))
@@ -85,3 +91,21 @@ def report(model, split: str, scenes: int, seed: int) -> dict:
             "patches that show a digit": float(drawn.patch_mask.mean()),
             "CLS attention by layer: entropy / ln N": entropy.tolist(),
             "CLS attention by layer: share on digit patches": on_digits.tolist()}
+
+
+def rounded(value):
+    """The same JSON value with four decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(json.dumps(rounded(report(load()[0], options.split, options.scenes, options.seed)), indent=1))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .model import BOS, EOS, PAD, VOCABULARY, pixels
+from .model import EOS, PAD, VOCABULARY, pixels
 from .scenes import GRID
 
 LENGTH = 6                     # tokens of a packed question: up to four words, the answer, end of sequence

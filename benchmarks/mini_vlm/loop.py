@@ -57,7 +57,7 @@ def fit(name: str, task: nn.Module, loss: Callable[[int], tuple[torch.Tensor, di
     """Minimise `loss(step)` over the parameters of `task`; resumes from folder/name.safetensors. Returns the time it took in all,
     as `now` counts it.
 
-    rate: peak learning rate, reached after a short warm-up and taken to zero over the last 60 % of the steps.
+    rate: peak learning rate, reached after a short warm-up and taken to zero over the last 40 % of the steps.
     """
     named = [(key, value) for key, value in task.named_parameters() if value.requires_grad]
     matrices = [value for key, value in named if value.ndim == 2 and ".layers." in key]
@@ -72,7 +72,7 @@ def fit(name: str, task: nn.Module, loss: Callable[[int], tuple[torch.Tensor, di
     started = now() - spent
     task.train()
     for step in range(done, steps):
-        scale = min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
+        scale = min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = rate * scale
         with torch.autocast("cpu", torch.bfloat16):

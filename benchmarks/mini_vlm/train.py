@@ -14,67 +14,57 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import WEIGHTS, language, vision
-from .evaluate import report
+from .evaluate import report, rounded
 from .loop import fit, now
 from .model import build, processor
 from .quiz import MIX, quiz
 from .scenes import generate
 
 RECIPE = {
-    "vision": {"steps": 1500, "batch": 16, "rate": 2e-3, "crowded": 0.45},
+    "vision": {"steps": 1800, "batch": 16, "rate": 2e-3, "crowded": 0.45},
     "language": {"steps": 1500, "batch": 8, "rate": 2e-3, "scenes": 2500, "questions": 16},
 }
 
 
-def rounded(value):
-    """The same JSON value with four decimals."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def train(seed: int, work: Path, progress: Progress):
-    """The trained model (float32) and the time of every stage as `now` counts it."""
-    model = build(seed)
-    tower = model.model.vision_tower
-    model.set_attn_implementation("plain")
+def train_vision(model, seed: int, work: Path, progress: Progress) -> np.ndarray:
+    """Stage A in place; returns the time it took, as `now` counts it."""
     recipe = RECIPE["vision"]
-    vision.initialise(tower)
-    task = vision.VisionTask(tower)
-    spent = {"vision": fit("vision", task, lambda step: task(vision.batch(seed, step, recipe["batch"],
-                                                                           step < recipe["crowded"] * recipe["steps"])),
-                             recipe["steps"], recipe["rate"], work, progress)}
+    vision.initialise(model.model.vision_tower)
+    task = vision.VisionTask(model.model.vision_tower)
 
+    def loss(step: int):
+        return task(vision.batch(seed, step, recipe["batch"], crowded=step < recipe["crowded"] * recipe["steps"]))
+
+    return fit("vision", task, loss, recipe["steps"], recipe["rate"], work, progress)
+
+
+def train_language(model, seed: int, work: Path, progress: Progress) -> np.ndarray:
+    """Stage B in place, features of the frozen tower included; returns the time it took, as `now` counts it."""
     recipe = RECIPE["language"]
     started = now()
-    chunk = 250
     visual, ids, last = [], [], []
-    for part in progress.track(range(recipe["scenes"] // chunk), description="features"):
-        scenes = generate("train", chunk, (seed, 2, part))
-        visual.append(language.features(tower, scenes.images))
+    for part in progress.track(range(recipe["scenes"] // 250), description="features"):
+        scenes = generate("train", 250, (seed, 2, part))
+        visual.append(language.features(model.model.vision_tower, scenes.images))
         for store, tensor in zip((ids, last), language.encode(quiz(scenes, recipe["questions"], (seed, part)))):
             store.append(tensor)
     visual, ids, last = torch.cat(visual), torch.cat(ids), torch.cat(last)
-    spent["features"] = now() - started
-
     language.initialise(model, visual[:100])
-    task_b = language.LanguageTask(model)
+    task = language.LanguageTask(model)
+    prepared = now() - started
 
     def loss(step: int):
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         rows = torch.randint(len(ids), (recipe["batch"],), generator=generator)
-        return task_b(language.thin(visual[rows].float(), generator), ids[rows], last[rows])
+        return task(language.thin(visual[rows].float(), generator), ids[rows], last[rows])
 
-    spent["language"] = fit("language", task_b, loss, recipe["steps"], recipe["rate"], work, progress)
-    model.set_attn_implementation("sdpa")
-    return model.eval(), spent
+    return prepared + fit("language", task, loss, recipe["steps"], recipe["rate"], work, progress)
 
 
 def export(model, notes: dict, folder: Path) -> None:
@@ -109,17 +99,24 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
                TimeRemainingColumn())
+    model = build(options.seed)
+    model.set_attn_implementation("plain")
     with Progress(*columns) as progress:
-        model, spent = train(options.seed, work, progress)
-    model = model.half().float()                                                       # judge the weights that are written
+        spent = {"vision": train_vision(model, options.seed, work, progress),
+                 "language": train_language(model, options.seed, work, progress)}
+    model.set_attn_implementation("sdpa")
+    model = model.eval().half().float()                                                # judge the weights that are written
     started = now()
     found = report(model, "dev", 500, options.seed)
     spent["evaluation"] = now() - started
+    spent["all"] = sum(spent.values())
     notes = {"seed": options.seed, "recipe": RECIPE, "question mix": MIX, "parameters": sum(p.numel() for p in model.parameters()),
-             "minutes": {stage: {"wall": wall / 60, "cpu": cpu / 60} for stage, (wall, cpu) in {**spent, "all": sum(spent.values())}.items()},
+             "minutes": {stage: {"wall": wall / 60, "processor": cpu / 60} for stage, (wall, cpu) in spent.items()},
              "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "development": found}
     export(model, notes, options.out)
+    for stage in ("vision", "language"):
+        (work / f"{stage}.safetensors").unlink()                                       # the next run starts from nothing
     print(json.dumps(rounded(found["accuracy"]), indent=1))
 
 

@@ -79,14 +79,16 @@ def initialise(tower: nn.Module) -> None:
     with torch.no_grad():
         position = tower.embeddings.position_embedding.weight
         position.zero_()[1:] = sine_positions(GRID)
-        tower.embeddings.class_embedding.normal_()
+        anchor = tower.embeddings.class_embedding.normal_()
+        anchor -= anchor.mean()
+        plain = torch.eye(WIDTH) - torch.outer(anchor, anchor) / anchor.square().sum()            # CLS is nobody's neighbour
         nn.init.normal_(tower.embeddings.patch_embedding.weight, std=0.06)
         for layer in tower.encoder.layers:
             layer.self_attn.q_proj.weight.copy_(layer.self_attn.k_proj.weight)
         for layer, offsets in zip(tower.encoder.layers, NEIGHBOURS):
             heads = len(offsets)
-            select = torch.cat([2 * torch.eye(WIDTH)[head::heads] for head in range(heads)])      # each head takes every fourth channel
-            turned = torch.cat([2 * rotation(*offset)[head::heads] for head, offset in enumerate(offsets)])
+            select = torch.cat([2 * plain[head::heads] for head in range(heads)])      # each head takes every fourth channel
+            turned = torch.cat([2 * (rotation(*offset) @ plain)[head::heads] for head, offset in enumerate(offsets)])
             layer.self_attn.k_proj.weight.copy_(select)
             layer.self_attn.q_proj.weight.copy_(turned)
 

@@ -9,7 +9,7 @@
 namespace flowcut::FLOWCUT_ISA {
 namespace {
 
-constexpr int64_t kGrain = 8 * 1024;  // tokens that are worth a thread
+constexpr int64_t kGrain = 2 * 1024;  // tokens that are worth a thread
 
 float total(const float* x, int64_t n) {
   F64 lanes{};

@@ -1,20 +1,20 @@
-"""The command line: `flowcut-bench` for the main job, one subcommand per table."""
+"""The console script `flowcut-bench`; the commands themselves are in ``commands.py``."""
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
-MISSING = "flowcut-bench needs {name}: install the extra with  pip install 'flowcut_kernels[bench]'"
+EXTRA = ("typer", "rich", "matplotlib", "jinja2", "PIL", "sklearn")
 
 
 def main() -> None:
-    """Console script; one clear line when the bench extra is not installed."""
-    try:
-        from .commands import app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "flowcut_kernels":
-            raise
-        sys.exit(MISSING.format(name=error.name))
+    """Run the command line; one clear line, before any work, when the bench extra is not installed."""
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        sys.exit(f"flowcut-bench needs {', '.join(missing)}: install them with  pip install 'flowcut-kernels[bench]'")
+    from .commands import app
+
     app(prog_name="flowcut-bench")
 
 

@@ -55,7 +55,7 @@ def run(
 def main_job(out: Path, threads: int | None, device: str, backend: str | None, toy: bool) -> None:
     from . import job, plots
 
-    prepare(threads)
+    prepare(threads, device)
     with progress("flowcut-bench") as tick:
         report = job.measure(typed(), device=device, backend=backend, toy=toy, tick=tick)
         tick("drawing")
@@ -189,17 +189,21 @@ def look(
     from PIL import Image
 
     from . import look as pictures
+    from .shapes import patches_of
 
     if policy not in pictures.POLICIES:
         raise typer.BadParameter(f"--policy {policy!r} is unknown: use {', '.join(pictures.POLICIES)}")
     prepare(None)
     with progress("look") as tick:
         tick("loading the model")
-        loaded, processor = pictures.load_model(model)
+        try:
+            loaded, processor = pictures.load_model(model)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"--model {model!r}: {error}") from error
         tick("encoding")
         seen, stages = pictures.look(loaded, processor, Image.open(image), pictures.POLICIES[policy](tokens))
         config = getattr(loaded.config, "vision_config", loaded.config)
-        patches = (config.image_size // config.patch_size) ** 2
+        patches = patches_of(config)
         path = out / pictures.file_name(image, policy, tokens)
         pictures.draw(seen, stages, patches, path, f"{policy}, {min(tokens, patches)} of {patches} visual tokens")
     for stage in stages.stages:
@@ -245,7 +249,7 @@ def section(
     out: Path | None = None,
 ) -> None:
     """Measure one section, show it, write the files, and exit with 1 when a check failed."""
-    prepare(threads)
+    prepare(threads, device)
     start = time.perf_counter()
     with progress(title) as tick:
         found = measure(**options, device=device, command=typed(), tick=tick)
@@ -289,9 +293,13 @@ def dtypes(text: str) -> tuple[torch.dtype, ...]:
     return tuple(DTYPES[part] for part in text.split(","))
 
 
-def prepare(threads: int | None) -> None:
+def prepare(threads: int | None, device: str = "cpu") -> None:
     from transformers.utils import logging
 
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     logging.disable_progress_bar()  # there is a bar of our own
     if threads:
         torch.set_num_threads(threads)

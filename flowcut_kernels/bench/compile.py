@@ -56,42 +56,41 @@ def compile_launch(launch: Launch, arch: int) -> triton.compiler.CompiledKernel:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and SHARED of the only kernel of a cubin, read by the cuobjdump that ships with Triton."""
+    """REG, STACK and LOCAL of the only kernel of a cubin, read by the cuobjdump that ships with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """Launches at the sizes of real models: CLIP-L/336, a 48 x 48 grid, 128 x 128 tokens; SigLIP-so400m and ViT-H heads."""
-    for dim, dtype, tokens, batch, relevance, norm in (
-        (64, torch.bfloat16, 577, 8, Relevance.COSINE, ValueNorm.FULL),
-        (64, torch.bfloat16, 577, 64, Relevance.SOFTMAX, ValueNorm.HEAD_MEAN),
-        (64, torch.bfloat16, 2305, 64, Relevance.COSINE, ValueNorm.FULL),
-        (72, torch.bfloat16, 2305, 8, Relevance.COSINE, ValueNorm.FULL),
-        (80, torch.bfloat16, 577, 64, Relevance.SCALED_SOFTMAX, ValueNorm.FULL),
-        (128, torch.bfloat16, 16384, 1, Relevance.COSINE, ValueNorm.FULL),
-        (64, torch.float32, 577, 64, Relevance.COSINE, ValueNorm.FULL),
-        (128, torch.float32, 16384, 64, Relevance.COSINE, ValueNorm.HEAD_MEAN),
+    """Launches at the sizes of real models: CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads."""
+    for dim, dtype, tokens, batch, relevance, norm, fused in (
+        (64, torch.bfloat16, 577, 8, Relevance.COSINE, ValueNorm.FULL, True),
+        (64, torch.bfloat16, 577, 64, Relevance.SOFTMAX, ValueNorm.HEAD_MEAN, False),
+        (64, torch.bfloat16, 2305, 64, Relevance.COSINE, ValueNorm.FULL, True),
+        (72, torch.bfloat16, 2305, 8, Relevance.COSINE, ValueNorm.FULL, True),
+        (80, torch.bfloat16, 577, 64, Relevance.SCALED_SOFTMAX, ValueNorm.FULL, False),
+        (128, torch.bfloat16, 16384, 1, Relevance.COSINE, ValueNorm.FULL, False),
+        (64, torch.float32, 577, 64, Relevance.COSINE, ValueNorm.FULL, False),
+        (128, torch.float32, 16384, 64, Relevance.COSINE, ValueNorm.HEAD_MEAN, True),
     ):
         heads = 16
         key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
         key = key.view(batch, tokens, heads, dim).transpose(1, 2)
-        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
         selection = dict(
             history=torch.empty(batch, tokens, device="meta"), lengths=None, history_weight=0.5,
             mode=Select.ADAPTIVE, budget=64, divisor=2.0,
         )  # fmt: skip
-        for fused in (None, selection):
-            yield name + " select" * (fused is not None), prepare_stats(
-                key[:, :, :1], key, key, key[:, :, :1], None,
-                scale=dim**-0.5, protect=1, relevance=relevance, value_norm=norm, selection=fused,
-            )  # fmt: skip
+        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
+        yield name + " select" * fused, prepare_stats(
+            key[:, :, :1], key, key, key[:, :, :1], None,
+            scale=dim**-0.5, protect=1, relevance=relevance, value_norm=norm, selection=selection if fused else None,
+        )  # fmt: skip
     for tokens, mode in (
-        (577, Select.FIXED), (577, Select.ADAPTIVE_BATCH), (2305, Select.ADAPTIVE), (16384, Select.ADAPTIVE),
+        (577, Select.ADAPTIVE_BATCH), (2305, Select.FIXED), (16384, Select.ADAPTIVE),
     ):  # fmt: skip
         row = torch.empty(64, tokens, device="meta")
         lengths = torch.empty(64, dtype=torch.int32, device="meta")
@@ -99,7 +98,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
             row, row, row, row, row[:, 0], lengths,
             history_weight=0.5, protect=1, mode=mode, budget=64, divisor=2.0,
         )  # fmt: skip
-    for dim, tokens, dtype, norm, rms in (
+    for dim, tokens, dtype, normed, rms in (
         (1024, 577, torch.bfloat16, True, False), (1152, 2305, torch.bfloat16, False, False),
         (4096, 2305, torch.float32, True, True),
     ):  # fmt: skip
@@ -108,10 +107,11 @@ def launches() -> Iterator[tuple[str, Launch]]:
         score = torch.empty(64, tokens, device="meta")
         position = torch.empty(64, tokens, dtype=torch.int64, device="meta")
         index = torch.empty(64, 64, dtype=torch.int64, device="meta")
-        weight = torch.empty(dim, dtype=dtype, device="meta") if norm else None
-        name = f"B=64 N={tokens} D={dim} {str(dtype)[6:]} norm={'none' if not norm else 'rms' if rms else 'layer'}"
-        yield name, prepare_gather(
-            [hidden, rotary, rotary, score, position], index, weight, None if rms else weight, rms=rms
+        weight = torch.empty(dim, dtype=dtype, device="meta") if normed else None
+        name = f"B=64 N={tokens} D={dim} {str(dtype)[6:]} norm={'none' if not normed else 'rms' if rms else 'layer'}"
+        yield (
+            name,
+            prepare_gather([hidden, rotary, rotary, score, position], index, weight, None if rms else weight, rms=rms),
         )
 
 
@@ -120,11 +120,12 @@ def compile_all(architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
     rows = []
     for variant, launch in launches():
         for arch in architectures:
-            used = resources(compile_launch(launch, arch).asm["cubin"])
+            compiled = compile_launch(launch, arch)
+            used = resources(compiled.asm["cubin"])
             rows.append(
                 Row(
                     launch.kernel.fn.__name__.lstrip("_"), variant, arch, launch.meta["num_warps"],
-                    used["REG"], used["STACK"], used["LOCAL"], used["SHARED"],
+                    used["REG"], used["STACK"], used["LOCAL"], compiled.metadata.shared,
                 )
             )  # fmt: skip
     return rows

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models import patch, patched, trace
 from ..modules import encoder as blocks
@@ -19,7 +21,7 @@ from ..trace import Trace
 from .entropy import cls_entropy
 from .flops import Schedule, encoder_flops
 from .report import Section
-from .shapes import WEIGHTS, clip_large, llava, random_pixels, twin
+from .shapes import WEIGHTS, clip_large, llava, patches_of, random_pixels, twin
 from .timing import Clock, Samples, interleave, synchronise
 
 Tick = Callable[..., object]
@@ -48,7 +50,7 @@ def measure(
     """
     device, gains = torch.device(device), WEIGHTS[weights]
     config = clip_large(layers, **(shape or {}))
-    patches = (config.image_size // config.patch_size) ** 2
+    patches = patches_of(config)
     failed, checks = [], {}
     shallow = clip_large(4, **(shape or {}))
     for dtype in dtypes:
@@ -92,7 +94,7 @@ def measure(
 def refcheck(config, gains, dtype, device, backend, keep: int) -> str:
     """ "ok", or what differs on a shallow tower: all kept is stock; kept rows equal pruning after the layer."""
     model = llava(config, gains=gains).to(device)
-    tower, patches = model.model.vision_tower, (config.image_size // config.patch_size) ** 2
+    tower, patches = model.model.vision_tower, patches_of(config)
     pixels = random_pixels(config, 2).to(device)
     with torch.inference_mode():
         model.to(dtype)
@@ -119,12 +121,12 @@ def refcheck(config, gains, dtype, device, backend, keep: int) -> str:
     return "ok" if error <= budget else f"kept tokens' features: error {error:.1e} exceeds {budget:.1e}"
 
 
-def _read(model: nn.Module, pixels: Tensor) -> Tensor:
+def _read(model: Any, pixels: Tensor) -> Tensor:
     """Features before the projector, class token included: the patched tower's ``hidden_states[-2]``."""
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def _prune_after(tower: nn.Module, pixels: Tensor, stages) -> Tensor:
+def _prune_after(tower: Any, pixels: Tensor, stages) -> Tensor:
     """The textbook order: every layer runs on all its tokens, then the chosen rows are cut out."""
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     cuts = {stage.layer: stage.indices + 1 for stage in stages}
@@ -150,7 +152,7 @@ def _rows(stock, pixels: Tensor, tokens, backend: str | None, repeats: int) -> l
             pruned.get_image_features(pixels)
             seen[budget] = trace(pruned)
         patch(pruned, policy, backend=backend)
-        runs[str(budget)] = lambda pruned=pruned: pruned.get_image_features(pixels)
+        runs[str(budget)] = partial(pruned.get_image_features, pixels)
     times = interleave(runs, repeats=repeats, clock=Clock(pixels.device), warmup=1)
     for budget in tokens:
         split[budget] = spent(runs[str(budget)], pixels.device, max(1, repeats // 2))
@@ -191,7 +193,7 @@ def _row(pixels: Tensor, budget: int, times: dict[str, Samples], seen: Trace, sp
 
 def flop_ratio(seen: Trace, config) -> float:
     """FLOPs of the traced schedule over those of the stock encoder, whose last layer nobody reads; mean over images."""
-    patches, layers = (config.image_size // config.patch_size) ** 2, config.num_hidden_layers
+    patches, layers = patches_of(config), config.num_hidden_layers
     sizes = (config.hidden_size, config.intermediate_size, patches, config.patch_size)
     whole = encoder_flops(Schedule.stock(layers, patches + 1), *sizes)
     parts = []

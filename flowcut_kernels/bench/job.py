@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import encoder, machine, ops, prefill, quality
 from .look import draw, look
-from .report import Report
+from .report import Report, Section
+from .shapes import patches_of
 from .terminal import Tick
 
 POLICIES = ("FlowCut", "FlowCut release", "CLS attention", "random", "uniform grid")
@@ -23,7 +26,7 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     chain = dict(vision_shape=SMALL, text_shape=SMALL_TEXT, layers=6, tokens=(8,)) if toy else dict(tokens=(64,))
     asked = dict(questions=64 if toy else 2000, per_scene=8, policies=POLICIES)
     names = shlex.quote(",".join(POLICIES))
-    jobs = (
+    jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
         (quality.measure, f"quality --per-scene 8 --policies {names}", dict(device=device, **asked)),
         (encoder.measure, "encoder --batch 1 --tokens 64 --repeats 3", common | dict(batches=(1,), repeats=3) | sized),
         (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3) | chain),
@@ -50,7 +53,7 @@ def sample(path: Path, share: float = 0.11) -> Path:
 
     model, processor = mini_vlm.load()
     config = model.config.vision_config
-    patches = (config.image_size // config.patch_size) ** 2
+    patches = patches_of(config)
     policy = FlowCut(retain_ratio=share)
     picture, seen = look(model, processor.image_processor, mini_vlm.questions("dev", 1)[0].image, policy)
     draw(picture, seen, patches, path, f"FlowCut keeps {policy.budget(patches)} of {patches} visual tokens")

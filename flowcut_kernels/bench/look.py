@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,14 @@ def load_model(name: str):
 
     config = transformers.AutoConfig.from_pretrained(name)
     known = {kind.__name__: kind for kind in supported_models()}
-    kind = next((known[a] for a in config.architectures or () if a in known), None)
+    kind: Any = next((known[a] for a in config.architectures or () if a in known), None)
     if kind is None:
         raise ValueError(f"{config.architectures} is not supported: use a model of {', '.join(known)}")
-    return kind.from_pretrained(name).eval(), transformers.AutoImageProcessor.from_pretrained(name, use_fast=False)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except ImportError as error:  # older transformers load no image processor without it
+        raise ValueError(f"transformers {transformers.__version__} needs torchvision here: pip install it") from error
+    return kind.from_pretrained(name).eval(), processor
 
 
 @torch.inference_mode()

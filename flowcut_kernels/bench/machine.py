@@ -9,6 +9,7 @@ import subprocess
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,8 @@ def facts(device: torch.device | str = "cpu") -> dict[str, object]:
 
 def line(found: dict[str, object]) -> str:
     """The facts that matter most, in one line."""
-    wide = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd") if flag in found["isa"]]
+    isa: Any = found["isa"]
+    wide = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd") if flag in isa]
     parts = [
         found.get("gpu") or found["cpu"],
         f"{found['cores']} cores, {found['threads']} threads",

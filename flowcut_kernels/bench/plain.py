@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,13 +61,34 @@ def stats_by_image(query: Tensor, key: Tensor, value: Tensor, dots: Callable, re
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def stats_forms(
-    query: Tensor, key: Tensor, value: Tensor, relevance: Relevance
-) -> dict[str, Callable[[], list[Tensor]]]:
+def stats_forms(query: Tensor, key: Tensor, value: Tensor, relevance: Relevance) -> dict[str, Callable]:
     """Every form, by name."""
-    whole = {"": stats} | ({", by image": stats_by_image} if len(query) > 1 else {})
-    return {
-        name + how: lambda dots=dots, form=form: form(query, key, value, dots, relevance)
-        for how, form in whole.items()
-        for name, dots in DOTS.items()
+    forms: dict[str, Callable] = {
+        name: partial(stats, query, key, value, dots, relevance) for name, dots in DOTS.items()
     }
+    if len(query) > 1:
+        for name, dots in DOTS.items():
+            forms[f"{name}, by image"] = partial(stats_by_image, query, key, value, dots, relevance)
+    return forms
+
+
+def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: float) -> tuple[Tensor, Tensor]:
+    """topk, sort, cat with the class token, the count read back, as released code does it: (score, index)."""
+    attention, relevance, norm, history = (x[:, 1:] for x in criteria)
+    score = attention / attention.sum(-1, keepdim=True) + relevance / relevance.sum(-1, keepdim=True)
+    score = 0.5 * history + 0.5 * score * norm
+    count = score.shape[1] - budget
+    if divisor:
+        count = int((count / divisor * (1 - entropy.square())).round().max().item())
+    index = score.topk(max(score.shape[1] - count, budget)).indices.sort().values + 1
+    return score, torch.cat([index.new_zeros(len(index), 1), index], 1)
+
+
+def gather(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    wide = [index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]) for x in rows]
+    return [x.gather(1, i) for x, i in zip(rows, wide, strict=True)]
+
+
+def gather_by_indexing(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    batch = torch.arange(len(index), device=index.device)[:, None]
+    return [x[batch, index] for x in rows]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models import patched
 from ..policies import FlowCut
 from .report import Section
-from .shapes import PAPER, clip_large, llava, random_pixels, small_llama, twin
+from .shapes import PAPER, clip_large, llava, patches_of, random_pixels, small_llama, twin
 from .timing import Clock, Samples, interleave, synchronise
 
 Tick = Callable[..., object]
@@ -43,7 +43,7 @@ def measure(
     """
     device = torch.device(device)
     small = (clip_large(4, **(vision_shape or {})), small_llama(2, **(text_shape or {})))
-    patches = (small[0].image_size // small[0].patch_size) ** 2
+    patches = patches_of(small[0])
     tick("check")
     checked = refcheck(*small, device, backend, max(1, patches // 9))
     rows, failed = [], [] if checked == "ok" else [checked]

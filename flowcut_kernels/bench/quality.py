@@ -15,6 +15,7 @@ from ..models import patch, unpatch
 from ..policies import FlowCut, Policy, RandomTokens, UniformTokens
 from .entropy import cls_entropy
 from .report import Section
+from .shapes import patches_of
 from .timing import synchronise
 
 Tick = Callable[..., object]
@@ -171,7 +172,7 @@ def measure(
     model = model.to(device)
     asked = draw(split, questions, seed, per_scene)
     vision = model.config.vision_config
-    tokens, layers = (vision.image_size // vision.patch_size) ** 2, vision.num_hidden_layers
+    tokens, layers = patches_of(vision), vision.num_hidden_layers
     budgets = [max(1, round(share * tokens)) for share in shares]
     checked = refcheck(model, processor, asked[:8], budgets[len(budgets) // 2])
     exam = Exam.of(asked, processor)

@@ -6,6 +6,7 @@ import copy
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +39,13 @@ GOLDEN_LIKE = Gains(qk=((0, 1.2), (23, 1.9)), value=0.35, output=0.4, mlp=0.5)
 WEIGHTS = {"paper-like": PAPER, "golden-like": GOLDEN_LIKE}
 
 
-def clip_large(layers: int = 24, **changes) -> CLIPVisionConfig:
+def clip_large(layers: int = 24, **changes: Any) -> CLIPVisionConfig:
     """CLIP-L/14-336: 24 layers, 16 heads of 64, 576 patches and CLS."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=336, patch_size=14)
     return CLIPVisionConfig(num_hidden_layers=layers, **(shape | changes))
 
 
-def small_llama(layers: int = 8, **changes) -> LlamaConfig:
+def small_llama(layers: int = 8, **changes: Any) -> LlamaConfig:
     """A decoder that fits a CPU: 8 layers, hidden 1,024, 16 heads of 64."""
     shape = dict(
         hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16, vocab_size=32000
@@ -52,10 +53,13 @@ def small_llama(layers: int = 8, **changes) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, **(shape | changes))
 
 
-def llava(
-    vision: CLIPVisionConfig, text: LlamaConfig | None = None, gains: Gains = PAPER
-) -> LlavaForConditionalGeneration:
-    """A LLaVA with that tower, read at layer -2; without `text` a decoder too small to matter."""
+def patches_of(config: Any) -> int:
+    """Patches of an image at the size a vision configuration names."""
+    return (config.image_size // config.patch_size) ** 2
+
+
+def llava(vision: CLIPVisionConfig, text: LlamaConfig | None = None, gains: Gains = PAPER) -> Any:
+    """A LlavaForConditionalGeneration that reads layer -2 of that tower; without `text` its decoder hardly exists."""
     text = text or LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -66,7 +70,7 @@ def llava(
     )
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1, vision_feature_layer=-2,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        image_seq_length=patches_of(vision),
     )  # fmt: skip
     with _NoInit():
         model = LlavaForConditionalGeneration(config).eval()
@@ -127,10 +131,11 @@ def draw(name: str, seed: int, shape: tuple[int, ...], bound: float, offset: flo
 
 def random_pixels(config: CLIPVisionConfig, batch: int, seed: int = 33) -> Tensor:
     """Normalised pixels [B, 3, S, S], uniform noise."""
-    return draw("pixel_values", seed, (batch, 3, config.image_size, config.image_size), 1.8)
+    size: Any = config.image_size
+    return draw("pixel_values", seed, (batch, 3, size, size), 1.8)
 
 
-def twin(model: nn.Module) -> nn.Module:
+def twin(model: Any) -> Any:
     """A second instance on the same parameters, so that stock and patched model can be timed in turns."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

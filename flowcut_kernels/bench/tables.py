@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich import box
@@ -23,6 +24,7 @@ class Column(NamedTuple):
     header: str
     show: Callable[[dict[str, Any]], str]
     figure: bool = True
+    wraps: bool = False
 
 
 class View(NamedTuple):
@@ -82,6 +84,10 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} % ±{50 * (row['high'] - row['low']):.1f}"
 
 
+def _kind(kind: str, row: dict[str, Any]) -> str:
+    return f"{100 * row['kinds'][kind]:.1f}"
+
+
 def _type(row: dict[str, Any]) -> str:
     return str(row["dtype"]).replace("bfloat", "bf").replace("float", "fp")
 
@@ -96,14 +102,14 @@ KEPT = [
 TABLES: dict[str, list[Column]] = {
     "ops": [
         Column("operator", _cell("op"), False),
-        Column("case", _cell("case"), False),
+        Column("case", _cell("case"), False, True),
         Column("type", _type, False),
         Column("time", _time("seconds", "spread")),
         Column("torch", _time("torch_seconds")),
         Column("faster", _cell("speedup", times)),
         Column("GB/s", _cell("gbs", "{:.0f}".format)),
-        Column("of copy", _cell("of_copy", percent)),
-        Column("target", _verdict("met"), False),
+        Column("copy", _cell("of_copy", percent)),
+        Column("target", _verdict("met"), False, True),
     ],
     "encoder": [
         Column("type", _type, False),
@@ -115,18 +121,18 @@ TABLES: dict[str, list[Column]] = {
         Column("FLOPs", _cell("flop_ratio", times)),
         Column("time/FLOPs", _cell("overhead", times)),
         Column("scoring", _cell("scoring_share", "{:.1%}".format)),
-        Column("target", _verdict("met"), False),
+        Column("target", _verdict("met"), False, True),
     ],
     "encoder split": [
         Column("type", _type, False),
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("in all", _time("split_seconds")),
-        Column("anchor_stats", _time("anchor_stats_seconds")),
-        Column("score_select", _time("score_select_seconds")),
-        Column("gather_tokens", _time("gather_tokens_seconds")),
+        Column("stats", _time("anchor_stats_seconds")),
+        Column("select", _time("score_select_seconds")),
+        Column("gather", _time("gather_tokens_seconds")),
         Column("everything else", _time("rest_seconds")),
-        Column("stock x FLOPs ratio", _time("expected_seconds")),
+        Column("stock x FLOPs", _time("expected_seconds")),
     ],
     "prefill": [
         Column("type", _type, False),
@@ -147,7 +153,7 @@ TABLES: dict[str, list[Column]] = {
     ],
     "compile": [
         Column("kernel", _cell("kernel"), False),
-        Column("case", _cell("variant"), False),
+        Column("case", _cell("variant"), False, True),
         Column("arch", _cell("arch", "sm_{}".format), False),
         Column("warps", _cell("warps")),
         Column("registers", _cell("registers")),
@@ -165,9 +171,7 @@ def views(section: Section) -> list[View]:
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
     if section.name == "quality" and section.rows:
-        kinds = [
-            Column(kind, lambda row, kind=kind: f"{100 * row['kinds'][kind]:.1f}") for kind in section.rows[0]["kinds"]
-        ]
+        kinds = [Column(kind, partial(_kind, kind), True, True) for kind in section.rows[0]["kinds"]]
         found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))
     return found
 
@@ -209,7 +213,8 @@ def show(section: Section, console: Console, details: bool = True) -> None:
         )
         for column in view.columns:
             justify: Any = "right" if column.figure else "left"
-            table.add_column(column.header, justify=justify, no_wrap=view.title is None and column.figure)
+            width = max(map(len, column.header.split()))
+            table.add_column(column.header, justify=justify, no_wrap=not column.wraps, min_width=width)
         for row, new in zip(section.rows, starts(view, section.rows), strict=True):
             if new:
                 table.add_section()

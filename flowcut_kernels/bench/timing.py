@@ -71,13 +71,13 @@ class Clock:
     def _span(self, run: Run, calls: int) -> float:
         synchronise(self.device)
         if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
             for _ in range(calls):
                 run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last) / 1e3
         start = time.perf_counter()
         for _ in range(calls):
             run()

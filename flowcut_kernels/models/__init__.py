@@ -68,14 +68,15 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
         raise TypeError(f"{type(model).__name__} is not supported; supported models: {names}")
     if _HANDLE in vars(model):
         raise ValueError(
-            f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: call unpatch(model) first"
+            f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: "
+            "call unpatch(model) first"
         )
     encoder, replacements = adapter.replacements(model, policy, record=record, backend=backend)
     for module, name, _ in replacements:
         if name in vars(module):
             raise ValueError(
-                f"{type(module).__name__}.{name} of this instance is already replaced (by patching a part of the model, "
-                "or by accelerate's hooks for offloaded weights): undo that first"
+                f"{type(module).__name__}.{name} of this instance is already replaced (by patching a part of the "
+                "model, or by accelerate's hooks for offloaded weights): undo that first"
             )
     setattr(model, _HANDLE, _Patch(policy, encoder, replacements, record))
     for module, name, replacement in replacements:

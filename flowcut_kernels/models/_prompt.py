@@ -82,8 +82,8 @@ class PromptShrinker:
             if fits(self.kept):
                 return None
             raise ValueError(
-                f"input_ids hold {counts} image placeholders per row for {images} image(s); each image needs {self.full} "
-                f"(the processor's output) or {self.kept} (already pruned), id {self.image_token_id}"
+                f"input_ids hold {counts} image placeholders per row for {images} image(s); each image needs "
+                f"{self.full} (the processor's output) or {self.kept} (already pruned), id {self.image_token_id}"
             )
         if attention_mask is not None and attention_mask.shape != is_image.shape:
             raise ValueError(
@@ -110,7 +110,7 @@ class _Bound:
 
     method: str
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     @property
@@ -124,7 +124,7 @@ class _Bound:
 class _PromptMethod(_Bound):
     may_repeat_cache = False  # generate takes the cached conversation again, in front of the new tokens
 
-    def __init__(self, model: nn.Module, shrinker: PromptShrinker) -> None:
+    def __init__(self, model: Any, shrinker: PromptShrinker) -> None:
         super().__init__(model)
         self.shrinker = shrinker
 
@@ -166,14 +166,14 @@ class _PromptMethod(_Bound):
         piece = None if images is None else self.shrinker.shrink(new, new_mask, images)
         if piece is None and past is None:
             return None
-        if images is None and bool((new[:, 1:] & new[:, :-1]).any()):
+        if images is None and past is not None and bool((new[:, 1:] & new[:, :-1]).any()):
             raise ValueError(
-                f"the new part of input_ids ({new.shape[1]} of {length} columns) holds image placeholders but no image came "
-                f"with it; the cache holds {past.length} columns of the prompt as it was given, pruned to {seen}: "
+                f"the new part of input_ids ({new.shape[1]} of {length} columns) holds image placeholders but no image "
+                f"came with it; the cache holds {past.length} columns of the prompt as it was given, pruned to {seen}: "
                 "cut input_ids by the former"
             )
         drops = piece is not None
-        piece = piece or Shrunk.whole(*new.shape, device)
+        piece = piece or Shrunk.whole(new.shape[0], new.shape[1], device)
         short, talk = cached.then(piece), (past or cached).then(piece)
         prompt = talk if repeats else piece
 
@@ -222,7 +222,9 @@ def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> S
         return None
     rows = len(prompt.columns)
     if batch % rows:
-        raise ValueError(f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch")
+        raise ValueError(
+            f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch"
+        )
     prompt = Shrunk(*(x.to(device).repeat_interleave(batch // rows, 0) for x in prompt))
     return prompt.then(Shrunk.whole(batch, seen - prompt.kept, device))
 
@@ -354,7 +356,8 @@ class _PromptStreamer:
     """Hands the streamer the prompt it expects in place of the shrunk one."""
 
     def __init__(self, streamer: Any, prompt: Tensor) -> None:
-        self.streamer, self.prompt = streamer, prompt
+        self.streamer = streamer
+        self.prompt: Tensor | None = prompt
 
     def put(self, value: Tensor) -> None:
         prompt, self.prompt = self.prompt, None
@@ -369,7 +372,7 @@ class FixedFeatureLayer(_Bound):
 
     method = "get_image_features"
 
-    def __init__(self, model: nn.Module, **fixed: Any) -> None:
+    def __init__(self, model: Any, **fixed: Any) -> None:
         super().__init__(model)
         self.fixed = fixed
 
@@ -380,7 +383,8 @@ class FixedFeatureLayer(_Bound):
             given = getattr(self.model.config, name) if given is None else given
             if given != value:
                 raise ValueError(
-                    f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, patch again"
+                    f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
+                    "patch again"
                 )
         return self.original(**arguments)
 
@@ -388,8 +392,8 @@ class FixedFeatureLayer(_Bound):
 def _named(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, those of ** included, without defaults."""
     bound = signature.bind(*args, **kwargs).arguments
-    variable = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    return bound | bound.pop(variable, {})
+    variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    return bound | (bound.pop(variable[0], {}) if variable else {})
 
 
 Replacement = tuple[nn.Module, str, Callable]

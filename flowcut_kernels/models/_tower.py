@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class Tower:
     parts: Callable[[nn.Module], LayerParts]
 
     def replacements(
-        self, model: nn.Module, policy: Policy, *, record: bool, backend: str | None
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """A bare tower: all layers run, hidden states after the cuts hold fewer tokens."""
         index = getattr(policy, "feature_layer", None)
@@ -30,7 +31,7 @@ class Tower:
         return self.build(model, policy, index, runs_rest=True, record=record, backend=backend)
 
     def build(
-        self, model: nn.Module, policy: Policy, index: int, *, runs_rest: bool, record: bool, backend: str | None
+        self, model: Any, policy: Policy, index: int, *, runs_rest: bool, record: bool, backend: str | None
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """Replacements that prune before the layer whose output is ``hidden_states[index]``."""
         layers = model.encoder.layers
@@ -53,6 +54,6 @@ class Tower:
             replacements.append((layer, "forward", forward))
         return encoder, replacements
 
-    def patches(self, model: nn.Module) -> int:
+    def patches(self, model: Any) -> int:
         """Patches per image at the configured size."""
         return (model.config.image_size // model.config.patch_size) ** 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
 from transformers import LlavaForConditionalGeneration
 
 from ..modules.encoder import PrunedEncoder
@@ -17,7 +18,7 @@ class Llava:
     model_class = LlavaForConditionalGeneration
 
     def replacements(
-        self, model: nn.Module, policy: Policy, *, record: bool, backend: str | None
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         inner, config = model.model, model.config
         tower_model = inner.vision_tower
@@ -29,7 +30,9 @@ class Llava:
             )
         index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
         if not isinstance(index, int):
-            raise ValueError(f"vision_feature_layer={index!r}: several feature layers at once are not supported; use one")
+            raise ValueError(
+                f"vision_feature_layer={index!r}: several feature layers at once are not supported; use one"
+            )
         if strategy == "default" and tower.protect != 1:
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} drops the first token, but "
@@ -38,9 +41,7 @@ class Llava:
         wanted = getattr(policy, "feature_layer", None)
         if wanted not in (None, index):
             raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
-        encoder, replacements = tower.build(
-            tower_model, policy, index, runs_rest=False, record=record, backend=backend
-        )
+        encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
         patches = tower.patches(tower_model)
         extra = tower.protect if strategy == "full" else 0
         shrinker = PromptShrinker(config.image_token_id, patches + extra, policy.budget(patches) + extra)

@@ -179,7 +179,8 @@ class PrunedEncoderLayer:
         self, kind: str, normed: Tensor, query: Tensor | None, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if kind == "cls":
-            return (self._heads(self.parts.q_proj(normed[:, :1])) if query is None else query[:, :, :1]), value[:, :, :1]
+            query = self._heads(self.parts.q_proj(normed[:, :1])) if query is None else query[:, :, :1]
+            return query, value[:, :, :1]
         # Projections are linear, so the mean token's query and value cost one row each.
         count = normed.shape[1] if mask is None else mask.sum(1)[:, None, None]
         live = normed if mask is None else normed.masked_fill(~mask[..., None], 0)
@@ -187,7 +188,7 @@ class PrunedEncoderLayer:
         return self._heads(self.parts.q_proj(mean)), self._heads(self.parts.v_proj(mean))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        attention = self.parts.attention
+        attention: Any = self.parts.attention
         name = attention.config._attn_implementation
         if mask is not None:
             if name == "eager":
@@ -229,7 +230,9 @@ class PrunedEncoder:
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         if attention_mask is not None:
-            raise ValueError("attention_mask was passed to a patched vision encoder; only unmasked images are supported")
+            raise ValueError(
+                "attention_mask was passed to a patched vision encoder; only unmasked images are supported: drop it"
+            )
         if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "

@@ -101,7 +101,7 @@ def arrival_counters(count: int, device: torch.device) -> Tensor:
 
 def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:
     """Unwritten score, index and new lengths of `score_select` on the device of `like`."""
-    width = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}.get(mode, tokens)
+    width = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}.get(Select(mode), tokens)
     return [
         like.new_empty((batch, tokens), dtype=torch.float32),
         like.new_empty((batch, width), dtype=torch.int64),
@@ -110,9 +110,7 @@ def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: in
 
 
 @triton.jit
-def head_mean_softmax(
-    logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr
-):
+def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr):
     """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).
 
     logits [heads, pitch], -inf where dead, pitch a multiple of TOKENS; out [tokens] is 0 outside the scored tokens
@@ -156,7 +154,7 @@ def entropy_ratio(mass, surprise, count):
 
 @triton.jit
 def _product(x, y):
-    """The float32 product, rounded: by way of float64, so that no compiler contracts it with a neighbour into an fma."""
+    """The rounded float32 product: by way of float64, so that no compiler contracts it with a neighbour to an fma."""
     return (x.to(tl.float64) * y.to(tl.float64)).to(tl.float32)
 
 
@@ -207,7 +205,7 @@ def _keys(score, column, candidate):
 
 @triton.jit
 def _digit_counts(key, prefix, shift):
-    """1 in three fields of 21 bits for each key that starts with `prefix` and whose next two bits are >= 1, >= 2, >= 3."""
+    """Three fields of 21 bits: 1 where a key starts with `prefix` and its next two bits are >= 1, >= 2, >= 3."""
     high = key >> shift
     digit = high & 3
     counts = (digit >= 1).to(tl.int64) | (digit >= 2).to(tl.int64) << 21 | (digit >= 3).to(tl.int64) << 42
@@ -304,10 +302,7 @@ def select_image(
         for tile in range(TILES):
             column = tile * TILE + tl.arange(0, TILE)
             candidate = (column >= protect) & (column < live)
-            if TILES == 1:
-                tile_key = key
-            else:
-                tile_key = _keys(score + row, column, candidate)
+            tile_key = key if TILES == 1 else _keys(score + row, column, candidate)
             greater = (candidate & (tile_key > prefix)).to(tl.int64)
             equal = (candidate & (tile_key == prefix)).to(tl.int64)
             packed = greater | equal << 32

@@ -34,7 +34,9 @@ class Policy:
             raise ValueError(f"{name}: give exactly one of target_tokens and retain_ratio, got {got}")
         if self.target_tokens is not None:
             if not is_whole(self.target_tokens):
-                raise TypeError(f"{name}: target_tokens={self.target_tokens!r} must be an int; for a share use retain_ratio")
+                raise TypeError(
+                    f"{name}: target_tokens={self.target_tokens!r} must be an int; for a share use retain_ratio"
+                )
             if self.target_tokens < 1:
                 raise ValueError(f"{name}: target_tokens={self.target_tokens} must be at least 1")
         else:

@@ -91,9 +91,7 @@ class Oracle:
     def rows(self, rows, pixels):
         """Embeddings of every row, without padding."""
         embed, features = self.model.get_input_embeddings(), self.features(pixels)
-        return [
-            torch.cat([next(features) if x == IMG else embed(torch.tensor([x])) for x in row]) for row in rows
-        ]
+        return [torch.cat([next(features) if x == IMG else embed(torch.tensor([x])) for x in row]) for row in rows]
 
     def padded(self, rows, pixels, side="left"):
         parts = self.rows(rows, pixels)
@@ -212,7 +210,9 @@ def test_budget_of_everything_changes_nothing(stock, prompt):
         assert all(torch.equal(a, b) for a, b in zip(again.logits, written.logits, strict=True))
 
 
-@pytest.mark.parametrize("arguments", ["ids", "embeds", "positional", "tuple", "logits_to_keep", "positions", "encoded"])
+@pytest.mark.parametrize(
+    "arguments", ["ids", "embeds", "positional", "tuple", "logits_to_keep", "positions", "encoded"]
+)
 @torch.no_grad()
 def test_forward_arguments(model, oracle, arguments):
     rows = PROMPTS["batch"]
@@ -403,7 +403,9 @@ def test_lengths_count_the_full_prompt(stock, where, longest, shortest):
         before = copy.deepcopy(inputs.get("generation_config"))
         with fk.patched(stock, POLICY):
             pruned = stock.generate(**inputs)
-        assert before is None or before.to_dict() == inputs["generation_config"].to_dict(), "the caller's config changed"
+        assert before is None or before.to_dict() == inputs["generation_config"].to_dict(), (
+            "the caller's config changed"
+        )
     finally:
         stock.generation_config = saved
     for out in (unpruned, pruned):
@@ -492,7 +494,9 @@ def test_threads(stock, oracle, number):
 
         def work(i):
             for _ in range(4):
-                results.setdefault(i, []).append(stock.generate(**inputs_for(prompts[i]), max_new_tokens=3, do_sample=False))
+                results.setdefault(i, []).append(
+                    stock.generate(**inputs_for(prompts[i]), max_new_tokens=3, do_sample=False)
+                )
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(number)]
         for thread in threads:
@@ -564,7 +568,9 @@ TURNS = [[1, IMG, 5, 6], [8, 9], [10, IMG, 11], [12]]
 @pytest.mark.parametrize("form", ["whole history", "whole history without mask", "new part"])
 def test_conversation_in_generate(model, oracle, form, cache):
     """Turns with one cache: without a new image, with one, and after that; ids repeat the conversation or do not."""
-    settings = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None)
+    settings = dict(
+        max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None
+    )
     values = dict(dynamic=DynamicCache, static=lambda: StaticCache(model.config.text_config, max_cache_len=400))
     kept = dict(past_key_values=values[cache]()) if cache in values else {}
     pixels, used = pixels_for(TURNS), 0
@@ -611,7 +617,9 @@ def test_conversation_in_forward(model, oracle, extras):
 
 def test_conversation_of_a_padded_batch(model, oracle):
     """Rows of different lengths and images; the mask keeps the padding of the first turn."""
-    settings = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None)
+    settings = dict(
+        max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, eos_token_id=None
+    )
     rows = PROMPTS["with and without"]
     inputs = inputs_for(rows)
     first = model.generate(**inputs, **settings)
@@ -633,11 +641,27 @@ def test_conversation_cut_by_the_pruned_length(model):
         cache = model(**inputs).past_key_values
     ids = torch.cat([inputs["input_ids"], torch.tensor([[8, 9]])], 1)
     seen = cache.get_seq_length()
-    with pytest.raises(ValueError, match="image placeholders but no image came with it.*cut input_ids by the former"):
+    with pytest.raises(ValueError, match=r"image placeholders but no image came with it.*cut input_ids by the former"):
         model(input_ids=ids[:, seen:], attention_mask=torch.ones_like(ids), past_key_values=cache)
     with pytest.raises(ValueError, match="cut input_ids by the former"):
         model.generate(ids[:, seen:], attention_mask=torch.ones_like(ids), past_key_values=cache)
     assert cache.get_seq_length() == seen
+
+
+def test_conversation_goes_on_after_a_failed_turn(model, oracle):
+    """A broken image in the second turn: nothing is lost of the first."""
+    settings = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    rows, pixels = [[1, IMG, 5, 6]], tiny.images(2)
+    ids, _ = spell(rows)
+    first = model.generate(ids, pixel_values=pixels[:1], **settings)
+    written, cache = first.sequences[:, ids.shape[1] :], first.past_key_values
+    talk = rows[0] + written[0].tolist() + [8, IMG, 9]
+    ids = torch.cat([first.sequences, spell([[8, IMG, 9]])[0]], 1)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        model.generate(ids, pixel_values=pixels[1:] * float("nan"), past_key_values=cache, **settings)
+    second = model.generate(ids, pixel_values=pixels[1:], past_key_values=cache, **settings)
+    want = oracle.generate([talk], pixels, **settings)
+    assert_close(torch.stack(second.logits), torch.stack(want.logits), **CLOSE)
 
 
 def test_static_cache_is_reset_for_another_prompt(model, oracle):
@@ -707,9 +731,9 @@ def test_wrong_placeholder_counts(call, rows, count, words):
 @torch.no_grad()
 def test_bad_masks_and_indices(model):
     inputs = inputs_for(PROMPTS["with and without"])
-    with pytest.raises(ValueError, match="different numbers of image placeholders.*attention_mask"):
+    with pytest.raises(ValueError, match=r"different numbers of image placeholders.*attention_mask"):
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="attention_mask must be .* like input_ids"):
+    with pytest.raises(ValueError, match=r"attention_mask must be .* like input_ids"):
         model(**(inputs | dict(attention_mask=inputs["attention_mask"][:, 1:])))
     with pytest.raises(ValueError, match="logits_to_keep as a tensor"):
         model(**inputs, logits_to_keep=torch.tensor([3]))
@@ -742,7 +766,9 @@ def test_not_finite_pixels(model):
         broken = inputs["pixel_values"].clone()
         broken[2, 0, 0, 0] = value
         for call, more in ((model, {}), (model.generate, dict(max_new_tokens=2))):
-            with pytest.raises(ValueError, match=r"sample\(s\) \[2\] at encoder layer \d hold NaN or Inf: check pixel_values"):
+            with pytest.raises(
+                ValueError, match=r"sample\(s\) \[2\] at encoder layer \d hold NaN or Inf: check pixel_values"
+            ):
                 call(**(inputs | dict(pixel_values=broken) | more))
     assert torch.equal(model(**inputs).logits, want)
 

@@ -84,22 +84,32 @@ def test_attention_is_the_models_own(kind, monkeypatch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = tiny.TOWERS[kind]()
-    calls, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls, masked, sdpa = [], [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def spy(module, query, key, value, mask, **kwargs):
         calls.append((query.shape[2], key.shape[2]))
+        masked.append(mask is not None)
         return sdpa(module, query, key, value, mask, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
     with fk.patched(model, POLICY, record=True):
         model(tiny.images(3))
-        stages = {s.layer: max(s.kept) for s in fk.trace(model).stages}
+        traced = fk.trace(model).stages
+        stages = {s.layer: max(s.kept) for s in traced}
     protect, tokens, want = int(kind == "clip"), PATCHES, []
     for layer in range(tiny.LAYERS):
         kept = stages.get(layer, tokens)
         want.append((kept + protect, tokens + protect))
         tokens = kept
     assert calls == want
+    # Only while images differ in length is there a mask, and never for one image.
+    ragged = [layer for layer, s in ((s.layer, s) for s in traced) if len(set(s.kept)) > 1]
+    assert masked == [any(r < layer <= min(c for c in stages if c > r) for r in ragged) for layer in range(tiny.LAYERS)]
+    assert any(masked)
+    masked.clear()
+    with fk.patched(model, POLICY):
+        model(tiny.images(1))
+    assert not any(masked)
 
 
 @KINDS
@@ -130,7 +140,9 @@ def test_not_finite(kind, value):
     broken[1, :, 3, 3] = value
     with fk.patched(model, POLICY):
         want = model(pixels).last_hidden_state
-        with pytest.raises(ValueError, match=r"sample\(s\) \[1\] at encoder layer \d+ hold NaN or Inf: check pixel_values"):
+        with pytest.raises(
+            ValueError, match=r"sample\(s\) \[1\] at encoder layer \d+ hold NaN or Inf: check pixel_values"
+        ):
             model(broken)
         assert torch.equal(model(pixels).last_hidden_state, want)
 
@@ -153,7 +165,7 @@ def test_other_image_sizes(kind, shape):
 
 @KINDS
 def test_gradients_reach_the_pixels(kind):
-    """Through the kept tokens' attention every patch that was alive matters; the layers after the last cut train too."""
+    """Every image gets some, and so do all layers, those after the last cut included."""
     model, pixels = tiny.TOWERS[kind]().train(), tiny.images(2).requires_grad_()
     with fk.patched(model, POLICY):
         model(pixels).last_hidden_state.square().sum().backward()
@@ -166,10 +178,13 @@ def test_gradients_reach_the_pixels(kind):
 @KINDS
 @torch.no_grad()
 def test_dropout_of_the_attention_is_kept(kind):
-    """In training mode the model's own attention dropout applies at pruning layers as well, in eval mode never."""
-    model, pixels = tiny.TOWERS[kind](attention_dropout=0.9), tiny.images(1)
-    with fk.patched(model, fk.UniformTokens(8)):
+    """In training mode the model's own attention dropout applies at the pruning layer as well, in eval mode never."""
+    model, pixels = tiny.TOWERS[kind](), tiny.images(1)
+    cut = tiny.LAYERS - 2 - (kind == "clip")
+    model.encoder.layers[cut].self_attn.dropout = 0.9
+    with fk.patched(model, fk.UniformTokens(8), record=True):
         assert torch.equal(model(pixels)[0], model(pixels)[0])
+        assert fk.trace(model).stages[0].layer == cut
         model.train()
         assert not torch.equal(model(pixels)[0], model(pixels)[0])
 
@@ -188,7 +203,9 @@ def test_gradient_checkpointing(kind, reentrant):
         with fk.patched(model, POLICY, record=True):
             model(pixels).last_hidden_state.square().sum().backward()
             stages = fk.trace(model).stages
-        results.append((pixels.grad, stages, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (pixels.grad, stages, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
     (pixels, stages, gradients), (again, repeated, others) = results
     assert any(len(set(stage.kept)) > 1 for stage in stages), "never ragged: the test is too weak"
     assert [(s.layer, s.kept) for s in stages] == [(s.layer, s.kept) for s in repeated]
@@ -202,7 +219,7 @@ def test_gradient_checkpointing(kind, reentrant):
 def test_refused_requests(kind):
     model, pixels = tiny.TOWERS[kind]("eager"), tiny.images(1)
     with fk.patched(model, POLICY):
-        with pytest.raises(ValueError, match="output_attentions=True .* form no attention map: unpatch first"):
+        with pytest.raises(ValueError, match=r"output_attentions=True .* form no attention map: unpatch first"):
             model(pixels, output_attentions=True)
         with pytest.raises(ValueError, match="attention_mask was passed to a patched vision encoder"):
             model.encoder(torch.zeros(1, 4, 32), attention_mask=torch.zeros(1, 1, 4, 4))

@@ -52,7 +52,7 @@ def test_norm(backend, device, width, dtype, rms):
     weight, bias = torch.randn(2, width, device=device).to(dtype)
     index = draw_index(2, 13, 6, device)
     arguments = (weight, None if rms else bias)
-    rows, normed = gather_tokens([hidden], index, *arguments, eps=1e-6, rms=rms, backend=backend)
+    _, normed = gather_tokens([hidden], index, *arguments, eps=1e-6, rms=rms, backend=backend)
     low = gather_tokens([hidden], index, *arguments, eps=1e-6, rms=rms, backend="reference")[1]
     exact = gather_tokens(
         [hidden.double()], index, *(None if x is None else x.double() for x in arguments), eps=1e-6, rms=rms

@@ -46,7 +46,9 @@ def test_equals_reference(backend, device, mode, protect, lengths):
         same(score_select(**inputs, **options, backend=backend), score_select(**inputs, **options, backend="reference"))
 
 
-@pytest.mark.parametrize("drop", ["attention", "relevance", "value_norm", "history", "attention,relevance", "attention,value_norm"])
+@pytest.mark.parametrize(
+    "drop", ["attention", "relevance", "value_norm", "history", "attention,relevance", "attention,value_norm"]
+)
 def test_criteria_subsets(backend, device, drop):
     inputs = {name: None if name in drop.split(",") else x for name, x in draw(device=device).items()}
     options = dict(mode=Select.FIXED, budget=7, protect=1, history_weight=0.3)
@@ -87,7 +89,9 @@ def test_ties_go_to_the_lower_index(backend, device):
 
 
 def test_all_equal_scores(backend, device):
-    _, index, _ = score_select(torch.ones(2, 70, device=device), mode=Select.FIXED, budget=33, protect=1, backend=backend)
+    _, index, _ = score_select(
+        torch.ones(2, 70, device=device), mode=Select.FIXED, budget=33, protect=1, backend=backend
+    )
     assert index.tolist() == [list(range(34))] * 2
 
 
@@ -136,9 +140,7 @@ def test_selection_properties(data):
             assert kept[:protect] == list(range(protect))
             candidates = sorted(range(protect, length), key=lambda i: (-rows[b, i].item(), i))
             assert kept[protect:] == sorted(candidates[:k])
-            alone = score_select(
-                None, None, rows[b : b + 1], lengths=lengths[b : b + 1], **options, backend=backend
-            )
+            alone = score_select(None, None, rows[b : b + 1], lengths=lengths[b : b + 1], **options, backend=backend)
             assert torch.equal(alone[0][0], score[b]) and torch.equal(alone[1][0], index[b])
 
 

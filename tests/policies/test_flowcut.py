@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import tiny
@@ -165,9 +166,9 @@ def test_fixed_ratio_ends_at_the_budget(tokens, target, feature_layer, interval)
     steps = [policy.encoder_step(layer, feature_layer, tokens) for layer in range(feature_layer + 2)]
     budgets = [tokens] + [step.budget for step in steps if step]
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
-    shares = [b / a for a, b in zip(budgets, budgets[1:], strict=False)]
+    shares = [b / a for a, b in pairwise(budgets)]
     equal = (target / tokens) ** (1 / len(shares))
-    assert all(abs(b - a * equal) <= 1 for a, b in zip(budgets, budgets[1:], strict=False))  # rounding only
+    assert all(abs(b - a * equal) <= 1 for a, b in pairwise(budgets))  # rounding only
 
 
 # Switches on a model: each one changes the choice. (What it changes it to: tests/modules/test_early_selection.py.)
@@ -234,7 +235,9 @@ def test_auto_anchor(kind, auto, other):
     for got, want in zip(chosen, (s.indices for s in stages_of(model, fk.FlowCut(8, anchor=auto))), strict=True):
         assert torch.equal(got, want)
     if other is None:
-        with pytest.raises(ValueError, match="anchor='cls' but SiglipVisionModel has no class token: use anchor='auto'"):
+        with pytest.raises(
+            ValueError, match="anchor='cls' but SiglipVisionModel has no class token: use anchor='auto'"
+        ):
             fk.patch(model, fk.FlowCut(8, anchor="cls"))
 
 
@@ -248,12 +251,27 @@ def test_trace():
         assert torch.equal(stage.scores.isnan(), gone)
         for b, count in enumerate(stage.kept):
             ids = stage.indices[b, :count]
-            assert (ids.diff() > 0).all() and 0 <= ids[0] and ids[-1] < tiny.PATCHES
+            assert (ids.diff() > 0).all() and ids[0] >= 0 and ids[-1] < tiny.PATCHES
             dropped = ~gone[b]
             dropped[ids] = False
             assert stage.scores[b, ids].min() >= stage.scores[b, dropped].max()
             gone[b] = True
             gone[b, ids] = False
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_nothing_is_scored_once_the_budget_is_reached(kind):
+    """One token to drop: the last but one cut drops it, and the layer after it costs what the stock layer costs."""
+    model = tiny.TOWERS[kind]()
+    policy = fk.FlowCut(tiny.PATCHES - 1, interval=1, criteria=("attention",))
+    last = tiny.LAYERS - 2 - (kind == "clip")
+    with fk.patched(model, policy, record=True), torch.no_grad():
+        model.encoder.layers[last - 1].self_attn.q_proj.weight.mul_(8)  # low entropy there
+        model(tiny.images(1))
+        trace = fk.trace(model)
+    reached = next(s.layer for s in trace.stages if s.kept == [tiny.PATCHES - 1])
+    assert reached < last, "the budget is reached only by the last cut: the test is too weak"
+    assert max(trace.entropy) == trace.stages[-1].layer == reached
 
 
 # Sanity floors

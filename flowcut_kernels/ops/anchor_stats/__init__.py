@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def anchor_stats(
     """
     _check(query, key, value, value_anchor, key_span, protect, relevance)
     arguments = (query, key, value, value_anchor, key_span)
-    options = dict(
+    options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         protect=protect,
         relevance=int(relevance),

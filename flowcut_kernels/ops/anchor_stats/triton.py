@@ -201,7 +201,7 @@ def _anchor_stats(
     TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
     MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """`selection` None: statistics alone; else the arguments of `select_image` that only it needs (one anchor)."""
+    """MODE None: statistics alone; else `selection` has the arguments of `select_image` that only it needs."""
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, scored_from, end = read_span(key_span, b, tokens, protect)
     logits = scratch + b * image_size
@@ -218,14 +218,17 @@ def _anchor_stats(
             attention, relevance, entropy, logits, b, pitch, tokens, anchors, scored_from, end,
             H, G, RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
         )  # fmt: skip
-        if selection is not None:
+        if MODE is not None:
             # The scores are made from what other threads of this program have just written.
             tl.debug_barrier()
+            history, lengths, score, index, new_lengths, width, history_weight, score_weight, budget, divisor = (
+                selection
+            )
             select_image(
                 b, attention, relevance if RELEVANCE != _NO_RELEVANCE else None,
-                value_norm if VALUE_NORM != _NO_NORM else None, selection[0], entropy, selection[1], selection[2],
-                selection[3], selection[4], tl.num_programs(1), tokens, selection[5], selection[6], selection[7], protect,
-                selection[8], selection[9], MODE, 1024, SELECT_TILES, 1,
+                value_norm if VALUE_NORM != _NO_NORM else None, history, entropy, lengths, score, index, new_lengths,
+                tl.num_programs(1), tokens, width, history_weight, score_weight, protect, budget, divisor,
+                MODE, 1024, SELECT_TILES, 1,
             )  # fmt: skip
         tl.store(counters + b, 0)
 
@@ -233,9 +236,9 @@ def _anchor_stats(
 def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     """Tokens per program, heads per tile and pipeline stages (`dim`: the power of 2 that a row's main tile has).
 
-    Enough work: 32 or 16 tokens, 8 KiB tiles of K and of V, three stages. Four such programs of 8 warps fit a Hopper
-    multiprocessor (64 registers, 34 KiB) with 128 KiB of loads in flight. Tiles span at most 128 elements of a token:
-    an anchor tile smaller than a program has threads costs no layout conversion.
+    Enough work: 32 or 16 tokens, 8 KiB tiles of K and of V, three stages: 32 KiB of loads in flight per program, and
+    two or three programs of 8 warps on a Hopper multiprocessor (bandwidth times latency is about 36 KiB there). Tiles
+    span at most 128 elements of a token: an anchor tile smaller than a program has threads costs no layout conversion.
     Little work: blocks of 8 or 4 tokens and all of a block in one tile, so that everything is in flight at once.
     """
     for block in (32, 16):
@@ -281,7 +284,9 @@ def prepare(
     entropy = new(batch, anchors)
 
     main, value_main = (1 << (d.bit_length() - 1) for d in (dim, value_dim))
-    rest, value_rest = (triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main)))
+    rest, value_rest = (
+        triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main))
+    )
     block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
     blocks = triton.cdiv(tokens, block)
     softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
@@ -291,12 +296,12 @@ def prepare(
     tail_tokens = max((2048 if tokens <= 4096 else 4096) // tail_heads, 16)
     pitch = triton.cdiv(tokens, max(block, tail_tokens)) * max(block, tail_tokens)
     if channels * pitch >= 2**31:
-        raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens need 64-bit logit rows")
+        raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens are too many logits")
 
     outputs = [attention, relevance_out, norm_out, entropy]
-    select_arguments, mode = None, Select.SCORE_ONLY
+    select_arguments, mode = None, None
     if selection is not None:
-        mode, budget, weight = selection["mode"], selection["budget"], selection["history_weight"]
+        mode, budget, weight = int(selection["mode"]), selection["budget"], selection["history_weight"]
         history, lengths = (None if x is None else x.contiguous() for x in (selection["history"], selection["lengths"]))
         selected = select_outputs(key, batch, tokens, mode, protect, budget)
         select_arguments = (
@@ -326,8 +331,10 @@ def prepare(
             RELEVANCE=relevance, VALUE_NORM=value_norm,
             TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=triton.next_power_of_2(anchors),
             TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
-            MODE=int(mode), SELECT_TILES=triton.cdiv(tokens, 1024),
-            num_warps=8, enable_fp_fusion=True,
+            MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024),
+            # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
+            # still fit a multiprocessor.
+            num_warps=8, maxnreg=128, enable_fp_fusion=True,
         ),
         key.device,
         outputs,
@@ -365,7 +372,7 @@ def anchor_stats_select(
     """
     if query.shape[2] != 1 or mode == Select.ADAPTIVE_BATCH:
         raise ValueError(
-            f"anchor_stats_select: one anchor and any mode but ADAPTIVE_BATCH, got {query.shape[2]} and {Select(mode)!r}"
+            f"anchor_stats_select: one anchor, any mode but ADAPTIVE_BATCH; got {query.shape[2]} and {Select(mode)!r}"
         )
     selection = dict(
         history=history, lengths=lengths, history_weight=history_weight, mode=mode, budget=budget, divisor=divisor

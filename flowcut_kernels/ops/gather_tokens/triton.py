@@ -53,7 +53,8 @@ def _gather_tokens(
     for i in tl.static_range(len(inputs)):
         column = tl.arange(0, TILES[i])[None, :]
         source = ((image * input_steps[i][0] + token * input_steps[i][1]) * UNITS[i])[:, None]
-        tiles = tiles + (tl.load(inputs[i] + source + column, mask=present & (column < WIDTHS[i]), other=0),)
+        tile = tl.load(inputs[i] + source + column, mask=present & (column < WIDTHS[i]), other=0)
+        tiles = tiles + (tile,)  # noqa: RUF005 - Triton knows no unpacking in a tuple
     for i in tl.static_range(len(inputs)):
         column = tl.arange(0, TILES[i])[None, :]
         tl.store(outputs[i] + row * WIDTHS[i] + column, tiles[i], mask=written & (column < WIDTHS[i]))
@@ -103,6 +104,7 @@ def prepare(
 
     widths = [prod(x.shape[2:]) for x in sources]
     units = [vector_unit(x.element_size(), *steps(x, 2)) for x in sources]
+    scaled_steps = tuple(tuple(s // u for s in steps(x, 2)) for x, u in zip(sources, units, strict=True))
     tiles = [triton.next_power_of_2(max(width, 1)) for width in widths]
     rows = index.numel()
     block = min(max(_TILE // max(tiles), 1), 64)
@@ -112,8 +114,7 @@ def prepare(
         _gather_tokens,
         (triton.cdiv(rows, block),),
         (
-            tuple(sources), targets, tuple(tuple(s // u for s in steps(x, 2)) for x, u in zip(sources, units, strict=True)),
-            index, norm_weight, norm_bias, normed, rows, index.shape[1], eps,
+            tuple(sources), targets, scaled_steps, index, norm_weight, norm_bias, normed, rows, index.shape[1], eps,
         ),
         dict(
             WIDTHS=tuple(widths), UNITS=tuple(units), TILES=tuple(tiles), ROWS=block, RMS=rms,

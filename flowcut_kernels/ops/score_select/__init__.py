@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def score_select(
     """
     _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor)
     arguments = (attention, relevance, value_norm, history, entropy, lengths)
-    options = dict(
+    options: dict[str, Any] = dict(
         history_weight=float(history_weight), protect=protect, mode=int(mode), budget=budget, divisor=float(divisor)
     )
     first = any_tensor(attention, relevance, value_norm)
@@ -82,7 +84,9 @@ def _check(attention, relevance, value_norm, history, entropy, lengths, history_
         if x is None:
             continue
         if x.dim() != 2 or x.shape != first.shape:
-            raise ValueError(f"score_select: {name} must be [batch, tokens] = {tuple(first.shape)}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"score_select: {name} must be [batch, tokens] = {tuple(first.shape)}, got {tuple(x.shape)}"
+            )
         if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
             raise ValueError(
                 f"score_select: {name} is {x.dtype} on {x.device}; criteria and history must all be float32 (or all "
@@ -91,7 +95,9 @@ def _check(attention, relevance, value_norm, history, entropy, lengths, history_
     batch, tokens = first.shape
     for name, x in (("entropy", entropy), ("lengths", lengths)):
         if x is not None and (tuple(x.shape) != (batch,) or x.device != first.device):
-            raise ValueError(f"score_select: {name} must be [{batch}] on {first.device}, got {tuple(x.shape)} {x.device}")
+            raise ValueError(
+                f"score_select: {name} must be [{batch}] on {first.device}, got {tuple(x.shape)} {x.device}"
+            )
     if lengths is not None and lengths.is_floating_point():
         raise ValueError(f"score_select: lengths must be an integer tensor, got {lengths.dtype}")
     if entropy is not None and entropy.dtype != first.dtype:

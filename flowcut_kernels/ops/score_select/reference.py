@@ -62,9 +62,7 @@ def score_select(
     if mode == Select.SCORE_ONLY:
         new_lengths = torch.where(finite, live, -1).to(torch.int32)
         return score, first.new_empty((batch, 0), dtype=torch.int64), new_lengths
-    if mode == Select.FIXED:
-        keep = floor
-    elif divisor == 0:
+    if mode == Select.FIXED or divisor == 0:
         keep = floor
     else:
         assert entropy is not None
