@@ -40,7 +40,11 @@ def state():
                  if n.startswith("transformers.models.") and ".modeling_" in n},
         handlers=len(logging.getLogger().handlers),
         warnings=len(warnings.filters),
-        hooks=[len(v) for k, v in vars(torch.nn.modules.module).items() if k.startswith("_global_") and hasattr(v, "keys")],
+        hooks=[
+            len(v)
+            for k, v in vars(torch.nn.modules.module).items()
+            if k.startswith("_global_") and hasattr(v, "keys")
+        ],
     )
 
 before, loaded = state(), set(sys.modules)

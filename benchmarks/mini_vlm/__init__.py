@@ -1,4 +1,4 @@
-"""A tiny LLaVA trained on scenes of real handwritten digits: a stand-in for a large model where none can be downloaded."""
+"""A tiny LLaVA trained on scenes of real handwritten digits: a stand-in where no large model can be downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load(dtype=None):
-    """The trained model and its processor: (LlavaForConditionalGeneration in evaluation mode, LlavaProcessor). Default float32."""
+    """The trained model in evaluation mode and its processor: (LlavaForConditionalGeneration, LlavaProcessor).
+
+    dtype: of the weights, float32 unless given.
+    """
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -17,7 +20,7 @@ def load(dtype=None):
 
 
 def questions(split: str = "dev", n: int = 200, seed: int = 0):
-    """n questions (image, prompt, answer, kind, scene) about scenes of the split "train", "dev" or "test"; deterministic."""
+    """n questions (image, prompt, answer, kind, scene) about scenes of "train", "dev" or "test"; deterministic."""
     from .quiz import questions as draw
 
     return draw(split, n, seed)

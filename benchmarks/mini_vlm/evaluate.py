@@ -1,4 +1,4 @@
-"""What the trained model knows: accuracy per question type, with all visual tokens and with a few, and what CLS attends to.
+"""What the trained model knows: accuracy by question type, with all visual tokens and with a few, and CLS attention.
 
 `python -m benchmarks.mini_vlm.evaluate --split test` prints the figures of the committed weights as JSON.
 """
@@ -19,7 +19,7 @@ from .model import pixels
 from .quiz import MIX, quiz
 from .scenes import Scenes, contrast, generate
 
-KEPT = {"33 %": 107, "22 %": 71, "11 %": 36, "6 %": 19}        # of 324 visual tokens
+KEPT = {"33 %": 107, "22 %": 71, "11 %": 36, "6 %": 19}  # of 324 visual tokens
 
 
 def exam(split: str, scenes: int, seed: int, per_scene: int = 8) -> tuple[Scenes, list[list[tuple[str, str, str]]]]:
@@ -34,8 +34,8 @@ def answers(model, visual: torch.Tensor, asked: list, size: int = 50) -> np.ndar
     task, right = LanguageTask(model), []
     with torch.no_grad():
         for i in range(0, len(ids), size):
-            some, at = ids[i:i + size], last[i:i + size, :, None]
-            guess = task.logits(visual[i:i + size].float(), some).argmax(-1).gather(2, at)
+            some, at = ids[i : i + size], last[i : i + size, :, None]
+            guess = task.logits(visual[i : i + size].float(), some).argmax(-1).gather(2, at)
             right.append(guess == some.gather(2, at + 1))
     return torch.cat(right)[..., 0].numpy()
 
@@ -60,8 +60,12 @@ def cls_attention(tower, images: np.ndarray, size: int = 32) -> torch.Tensor:
     usual = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     with torch.no_grad():
-        chunks = [torch.stack([a[:, :, 0, 1:].mean(1) for a in tower(pixels(images[i:i + size]), output_attentions=True).attentions])
-                  for i in range(0, len(images), size)]
+        chunks = [
+            torch.stack(
+                [a[:, :, 0, 1:].mean(1) for a in tower(pixels(images[i : i + size]), output_attentions=True).attentions]
+            )
+            for i in range(0, len(images), size)
+        ]
     tower.set_attn_implementation(usual)
     attention = torch.cat(chunks, 1)
     return attention / attention.sum(-1, keepdim=True)
@@ -80,17 +84,32 @@ def report(model, split: str, scenes: int, seed: int) -> dict:
     attention = cls_attention(tower, drawn.images)
     entropy = -(attention * attention.clamp_min(1e-20).log()).sum(-1).mean(1) / math.log(TOKENS)
     on_digits = (attention * torch.from_numpy(drawn.patch_mask)).sum(-1).mean(1)
-    rules = {"CLS attention": attention[-2], "pixel contrast": torch.from_numpy(contrast(drawn.images)),
-             "random": torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(seed))}
-    kept = {rule: {share: per_kind(answers(model, visual.gather(1, top(score, count)[..., None].expand(-1, -1, visual.shape[-1])), asked),
-                                   asked) for share, count in KEPT.items()} for rule, score in rules.items()}
-    return {"split": split, "scenes": scenes, "questions": scenes * len(asked[0]),
-            "accuracy": per_kind(answers(model, visual, asked), asked),
-            "accuracy from the wording alone": blind_floor(asked, seed),
-            "accuracy with visual tokens kept after the encoder": kept,
-            "patches that show a digit": float(drawn.patch_mask.mean()),
-            "CLS attention by layer: entropy / ln N": entropy.tolist(),
-            "CLS attention by layer: share on digit patches": on_digits.tolist()}
+    rules = {
+        "CLS attention": attention[-2],
+        "pixel contrast": torch.from_numpy(contrast(drawn.images)),
+        "random": torch.rand(attention[0].shape, generator=torch.Generator().manual_seed(seed)),
+    }
+    kept = {
+        rule: {
+            share: per_kind(
+                answers(model, visual.gather(1, top(score, count)[..., None].expand(-1, -1, visual.shape[-1])), asked),
+                asked,
+            )
+            for share, count in KEPT.items()
+        }
+        for rule, score in rules.items()
+    }
+    return {
+        "split": split,
+        "scenes": scenes,
+        "questions": scenes * len(asked[0]),
+        "accuracy": per_kind(answers(model, visual, asked), asked),
+        "accuracy from the wording alone": blind_floor(asked, seed),
+        "accuracy with visual tokens kept after the encoder": kept,
+        "patches that show a digit": float(drawn.patch_mask.mean()),
+        "CLS attention by layer: entropy / ln N": entropy.tolist(),
+        "CLS attention by layer: share on digit patches": on_digits.tolist(),
+    }
 
 
 def rounded(value):

@@ -10,7 +10,7 @@ from torch import nn
 from .model import EOS, PAD, VOCABULARY, pixels
 from .scenes import GRID
 
-LENGTH = 6                     # tokens of a packed question: up to four words, the answer, end of sequence
+LENGTH = 6  # tokens of a packed question: up to four words, the answer, end of sequence
 TOKENS = GRID * GRID
 
 
@@ -22,7 +22,7 @@ def encode(asked: list[list[tuple[str, str, str]]]) -> tuple[torch.Tensor, torch
     for b, row in enumerate(asked):
         for q, (text, answer, _) in enumerate(row):
             words = [index[word] for word in (*text.split(), answer)] + [EOS]
-            ids[b, q, :len(words)] = torch.tensor(words)
+            ids[b, q, : len(words)] = torch.tensor(words)
             last[b, q] = len(words) - 3
     return ids, last
 
@@ -30,29 +30,35 @@ def encode(asked: list[list[tuple[str, str, str]]]) -> tuple[torch.Tensor, torch
 def features(tower: nn.Module, images: np.ndarray, size: int = 32) -> torch.Tensor:
     """Patch features at the layer that LLaVA reads, without CLS: float16 [B, N, D]."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        chunks = [tower(pixels(images[i:i + size]), output_hidden_states=True).hidden_states[-2][:, 1:].half()
-                  for i in range(0, len(images), size)]
+        chunks = [
+            tower(pixels(images[i : i + size]), output_hidden_states=True).hidden_states[-2][:, 1:].half()
+            for i in range(0, len(images), size)
+        ]
     return torch.cat(chunks)
 
 
 def thin(visual: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Every other time, drop up to 60 % of the visual tokens at random, some regions more than others: [B, N, D] -> [B, K, D].
+    """Every other time, drop up to 60 % of the visual tokens at random: [B, N, D] -> [B, K, D].
 
-    So the model reads place and number from the features, as models trained on many prompt lengths do, and not from the position and
-    the count of the tokens. The choice knows nothing of the content.
+    So the model reads place and number from the features, as models trained on many prompt lengths do, and not from
+    the position and the count of the tokens. Some regions lose more than others; content plays no part in the choice.
     """
     draw = torch.rand(2, generator=generator)
     if draw[0] < 0.5:
         return visual
     count = int(visual.shape[1] * (0.4 + 0.6 * draw[1]))
-    region = torch.rand(len(visual), GRID // 3, GRID // 3, generator=generator).repeat_interleave(3, 1).repeat_interleave(3, 2)
+    region = (
+        torch.rand(len(visual), GRID // 3, GRID // 3, generator=generator)
+        .repeat_interleave(3, 1)
+        .repeat_interleave(3, 2)
+    )
     score = torch.rand(visual.shape[:2], generator=generator) + 0.5 * region.flatten(1)
     kept = score.topk(count).indices.sort().values
     return visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
 
 
 class LanguageTask(nn.Module):
-    """Projector and language model over packed questions: all questions of a scene share its visual tokens, none sees another."""
+    """Projector and language model over packed questions: all of a scene share its visual tokens, none sees another."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -70,14 +76,20 @@ class LanguageTask(nn.Module):
         visible = (order[:, None] >= order) & ((block == -1) | (block[:, None] == block))
         mask = torch.zeros(visible.shape, dtype=inputs.dtype).masked_fill(~visible, -1e4)
         position = torch.cat([torch.arange(kept), kept + torch.arange(length).repeat(per_scene)])
-        hidden = self.decoder(inputs_embeds=inputs, attention_mask=mask[None, None].expand(count, 1, -1, -1),
-                              position_ids=position.expand(count, -1), use_cache=False).last_hidden_state
+        hidden = self.decoder(
+            inputs_embeds=inputs,
+            attention_mask=mask[None, None].expand(count, 1, -1, -1),
+            position_ids=position.expand(count, -1),
+            use_cache=False,
+        ).last_hidden_state
         return self.head(hidden[:, kept:]).unflatten(1, (per_scene, length))
 
-    def forward(self, visual: torch.Tensor, ids: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, visual: torch.Tensor, ids: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross-entropy of the answer, and a little of the end of sequence after it."""
         logits = self.logits(visual, ids).float()
-        step = torch.stack([last, last + 1], -1)                                       # [B, Q, 2]
+        step = torch.stack([last, last + 1], -1)  # [B, Q, 2]
         predicted = logits.gather(2, step[..., None].expand(-1, -1, -1, logits.shape[-1]))
         wanted = ids.gather(2, step + 1)
         loss = F.cross_entropy(predicted.flatten(0, 2), wanted.flatten(), reduction="none").view(-1, 2).mean(0)
@@ -93,7 +105,7 @@ def initialise(model: nn.Module, visual: torch.Tensor) -> None:
         visual = visual.float()
         first, second = task.projector.linear_1, task.projector.linear_2
         for linear in (first, second):
-            nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         first.weight.div_(visual.std())
         first.bias.copy_(-first.weight @ visual.mean((0, 1)))

@@ -1,11 +1,18 @@
-"""The model and its processor, in transformers' own classes: a CLIP tower, a two-layer projector and a Llama decoder."""
+"""The model and its processor, in transformers' own classes: CLIP tower, two-layer projector, Llama decoder."""
 
 from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast)
+from transformers import (
+    AttentionInterface,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .quiz import WORDS
@@ -18,13 +25,39 @@ PAD, BOS, EOS, UNK, IMAGE = range(5)
 
 def config() -> LlavaConfig:
     """Eight vision layers, of which LLaVA reads the seventh, and three language layers."""
-    vision = CLIPVisionConfig(image_size=SIZE, patch_size=PATCH, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=8,
-                              num_attention_heads=4, hidden_act="gelu", projection_dim=WIDTH)
-    text = LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3,
-                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS,
-                       pad_token_id=PAD, tie_word_embeddings=False, initializer_range=0.06)
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=GRID * GRID,
-                       vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False)
+    vision = CLIPVisionConfig(
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        projection_dim=WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+        initializer_range=0.06,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 def build(seed: int) -> LlavaForConditionalGeneration:
@@ -37,12 +70,31 @@ def processor() -> LlavaProcessor:
     """PIL image and text with one `<image>` -> pixel values and expanded placeholders; needs no torchvision."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                        extra_special_tokens={"image_token": "<image>"}, padding_side="left")
-    images = CLIPImageProcessorPil(do_resize=True, size={"shortest_edge": SIZE}, do_center_crop=True,
-                                   crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-                          image_token="<image>", num_additional_image_tokens=1)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+    images = CLIPImageProcessorPil(
+        do_resize=True,
+        size={"shortest_edge": SIZE},
+        do_center_crop=True,
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def pixels(images) -> torch.Tensor:

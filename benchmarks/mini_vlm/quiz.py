@@ -12,21 +12,45 @@ from .scenes import COLOURS, SIZE, Scenes, generate
 CORNERS = ["top-left", "top-right", "bottom-left", "bottom-right"]
 SIDES = ["left", "right", "top", "bottom"]
 # Share of every type in the mix. A type that a scene cannot ask is redrawn.
-MIX = {"digit at corner": 0.20, "digit of colour": 0.20, "colour of digit": 0.20, "corner of digit": 0.15, "digit present": 0.15,
-       "number of digits": 0.10}
-WORDS = ["which", "what", "digit", "colour", "corner", "is", "has", "there", "a", "how", "many", "digits", "yes", "no",
-         *(str(d) for d in range(10)), *COLOURS, *CORNERS, *SIDES]
+MIX = {
+    "digit at corner": 0.20,
+    "digit of colour": 0.20,
+    "colour of digit": 0.20,
+    "corner of digit": 0.15,
+    "digit present": 0.15,
+    "number of digits": 0.10,
+}
+WORDS = [
+    "which",
+    "what",
+    "digit",
+    "colour",
+    "corner",
+    "is",
+    "has",
+    "there",
+    "a",
+    "how",
+    "many",
+    "digits",
+    "yes",
+    "no",
+    *(str(d) for d in range(10)),
+    *COLOURS,
+    *CORNERS,
+    *SIDES,
+]
 
 
 @dataclasses.dataclass
 class Question:
     """One question about one image."""
 
-    image: Image.Image      # SIZE x SIZE pixels
-    prompt: str             # starts with "<image>"
-    answer: str             # one word of the vocabulary
-    kind: str               # a key of MIX
-    scene: int              # index of the scene within its batch
+    image: Image.Image  # SIZE x SIZE pixels
+    prompt: str  # starts with "<image>"
+    answer: str  # one word of the vocabulary
+    kind: str  # a key of MIX
+    scene: int  # index of the scene within its batch
 
 
 def ask(scenes: Scenes, index: int, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -66,5 +90,9 @@ def questions(split: str, n: int, seed: int = 0, per_scene: int = 4) -> list[Que
     scenes = generate(split, -(-n // per_scene), (seed, 99))
     asked = quiz(scenes, per_scene, seed)
     images = [Image.fromarray(image) for image in scenes.images]
-    flat = [Question(images[i], f"<image> {text}", answer, kind, i) for i, row in enumerate(asked) for text, answer, kind in row]
+    flat = [
+        Question(images[i], f"<image> {text}", answer, kind, i)
+        for i, row in enumerate(asked)
+        for text, answer, kind in row
+    ]
     return flat[:n]

@@ -1,8 +1,9 @@
 """Synthetic scenes of real handwritten digits among clutter of equal contrast.
 
-The only data are the 1,797 digits (8 x 8, 17 grey levels) that ship inside scikit-learn. A scene is a textured background with 1-4
-coloured digits and 6-9 pieces of clutter, each rotated, sheared and scaled, at positions that ignore the patch grid. Clutter comes from
-the same 8 x 8 format, palette, size and mean ink as the digits, so that local contrast does not tell the two apart.
+The only data are the 1,797 digits (8 x 8, 17 grey levels) that ship inside scikit-learn. A scene is a textured
+background with 1-4 coloured digits and 6-9 pieces of clutter, each rotated, sheared and scaled, at positions that
+ignore the patch grid. Clutter has the format, palette, size and mean ink of the digits, so that local contrast does not
+tell the two apart.
 """
 
 from __future__ import annotations
@@ -13,31 +14,50 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE, PATCH = 144, 8                     # pixels
-GRID = SIZE // PATCH                     # patches per side
-CELLS = 4                                # objects sit in a jittered CELLS x CELLS layout
-CELL = SIZE // CELLS                     # pixels
-JITTER = 5                               # pixels
-SPLITS = {"train": (0.0, 0.65), "dev": (0.65, 0.80), "test": (0.80, 1.0)}    # share of the images of every class
-COLOURS = {"red": (235, 50, 45), "green": (45, 190, 60), "blue": (60, 90, 240), "yellow": (240, 220, 40),
-           "purple": (190, 60, 220), "cyan": (40, 215, 225)}
+SIZE, PATCH = 144, 8  # pixels
+GRID = SIZE // PATCH  # patches per side
+CELLS = 4  # objects sit in a jittered CELLS x CELLS layout
+CELL = SIZE // CELLS  # pixels
+JITTER = 5  # pixels
+SPLITS = {"train": (0.0, 0.65), "dev": (0.65, 0.80), "test": (0.80, 1.0)}  # share of the images of every class
+COLOURS = {
+    "red": (235, 50, 45),
+    "green": (45, 190, 60),
+    "blue": (60, 90, 240),
+    "yellow": (240, 220, 40),
+    "purple": (190, 60, 220),
+    "cyan": (40, 215, 225),
+}
 
 # Strokes of letters unlike any digit, as polylines on a unit square (x right, y down).
-LETTERS = ["0,1 .5,0 1,1|.2,.65 .8,.65", "1,0 0,0 0,1 1,1|0,.5 .8,.5", "1,0 0,0 0,1|0,.5 .8,.5", "0,0 0,1|1,0 1,1|0,.5 1,.5",
-           "0,0 0,1|1,0 0,.55 1,1", "0,1 0,0 .5,.6 1,0 1,1", "0,1 0,0 1,1 1,0", "0,0 0,1|0,0 1,.1 1,.45 0,.5 1,1",
-           "0,0 1,0|.5,0 .5,1", "0,0 0,.9 .5,1 1,.9 1,0", "0,0 .5,1 1,0", "0,0 .25,1 .5,.4 .75,1 1,0", "0,0 1,1|1,0 0,1",
-           "0,0 .5,.5 1,0|.5,.5 .5,1", "0,0 0,1 1,1"]
+LETTERS = [
+    "0,1 .5,0 1,1|.2,.65 .8,.65",
+    "1,0 0,0 0,1 1,1|0,.5 .8,.5",
+    "1,0 0,0 0,1|0,.5 .8,.5",
+    "0,0 0,1|1,0 1,1|0,.5 1,.5",
+    "0,0 0,1|1,0 0,.55 1,1",
+    "0,1 0,0 .5,.6 1,0 1,1",
+    "0,1 0,0 1,1 1,0",
+    "0,0 0,1|0,0 1,.1 1,.45 0,.5 1,1",
+    "0,0 1,0|.5,0 .5,1",
+    "0,0 0,.9 .5,1 1,.9 1,0",
+    "0,0 .5,1 1,0",
+    "0,0 .25,1 .5,.4 .75,1 1,0",
+    "0,0 1,1|1,0 0,1",
+    "0,0 .5,.5 1,0|.5,.5 .5,1",
+    "0,0 0,1 1,1",
+]
 
 
 @dataclasses.dataclass
 class Scenes:
     """A batch of B scenes with D digit slots, the most that a scene of the batch may hold; unused slots hold -1."""
 
-    images: np.ndarray      # uint8   [B, SIZE, SIZE, 3]
-    digits: np.ndarray      # int64   [B, D]                 0..9
-    colours: np.ndarray     # int64   [B, D]                 index into COLOURS
-    boxes: np.ndarray       # float32 [B, D, 4]              x0, y0, x1, y1 in pixels, exclusive end
-    coverage: np.ndarray    # float32 [B, GRID*GRID, D]      mean ink of each digit inside each patch, 0..1
+    images: np.ndarray  # uint8   [B, SIZE, SIZE, 3]
+    digits: np.ndarray  # int64   [B, D]                 0..9
+    colours: np.ndarray  # int64   [B, D]                 index into COLOURS
+    boxes: np.ndarray  # float32 [B, D, 4]              x0, y0, x1, y1 in pixels, exclusive end
+    coverage: np.ndarray  # float32 [B, GRID*GRID, D]      mean ink of each digit inside each patch, 0..1
 
     @property
     def centres(self) -> np.ndarray:
@@ -61,7 +81,7 @@ def _digit_bank(split: str) -> tuple[np.ndarray, np.ndarray]:
     chosen = []
     for digit in range(10):
         members = order[data.target[order] == digit]
-        chosen.append(members[round(low * len(members)):round(high * len(members))])
+        chosen.append(members[round(low * len(members)) : round(high * len(members))])
     index = np.concatenate(chosen)
     return (data.images[index] / 16).astype(np.float32), data.target[index]
 
@@ -80,7 +100,9 @@ def _letters(rng: np.random.Generator, count: int) -> list[np.ndarray]:
         for stroke in strokes.split("|"):
             points = np.array([[float(v) for v in point.split(",")] for point in stroke.split()])
             points = (points - 0.5 + rng.normal(0, 0.05, points.shape)) * (width, height) + 15.5
-            ImageDraw.Draw(canvas).line([tuple(p) for p in points], fill=255, width=int(rng.integers(4, 7)), joint="curve")
+            ImageDraw.Draw(canvas).line(
+                [tuple(p) for p in points], fill=255, width=int(rng.integers(4, 7)), joint="curve"
+            )
         glyphs.append(np.asarray(canvas, np.float32).reshape(8, 4, 8, 4).mean((1, 3)) / 255)
     return glyphs
 
@@ -102,7 +124,7 @@ def _nearest(glyphs: np.ndarray, images: np.ndarray, rank: int) -> np.ndarray:
     best = np.full((len(glyphs), len(images)), np.inf, np.float32)
     for shift in (-2, -1, 0, 1, 2):
         moved = np.roll(glyphs, shift, 2).reshape(-1, 64)
-        squared = (moved ** 2).sum(1)[:, None] + (images ** 2).sum(1) - 2 * moved @ images.T
+        squared = (moved**2).sum(1)[:, None] + (images**2).sum(1) - 2 * moved @ images.T
         best = np.minimum(best, squared)
     return np.sqrt(np.maximum(np.partition(best, rank - 1, 1)[:, rank - 1], 0))
 
@@ -113,18 +135,22 @@ def _clutter_bank(split: str) -> np.ndarray:
     rng = np.random.default_rng(list(SPLITS).index(split) + 1)
     images, labels = _digit_bank(split)
     glyphs = _letters(rng, 900) + _blobs(rng, 250)
-    for image in images[np.isin(labels, (3, 4, 6, 7, 9))]:                            # mirrored
+    for image in images[np.isin(labels, (3, 4, 6, 7, 9))]:  # mirrored
         glyphs.append(image[:, ::-1])
-    for image in images[rng.integers(len(images), size=400)]:                         # broken: its quarters change places
+    for image in images[rng.integers(len(images), size=400)]:  # broken: its quarters change places
         quarters = image.reshape(2, 4, 2, 4).transpose(0, 2, 1, 3).reshape(4, 4, 4)
         shuffled = quarters[[[1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]][rng.integers(3)]]
         glyphs.append(shuffled.reshape(2, 2, 4, 4).transpose(0, 2, 1, 3).reshape(8, 8))
-    for image in images[rng.integers(len(images), size=400)]:                         # a piece, enlarged
+    for image in images[rng.integers(len(images), size=400)]:  # a piece, enlarged
         y, x = rng.integers((0, 1), (5, 4))
-        glyphs.append(np.kron(image[y:y + 4, x:x + 4], np.ones((2, 2), np.float32)))
+        glyphs.append(np.kron(image[y : y + 4, x : x + 4], np.ones((2, 2), np.float32)))
     bank = np.stack(glyphs)
-    bank = bank[_nearest(bank, images, 1) > np.quantile(_nearest(images, images, 2), 0.97)]     # nothing that could pass for a digit
-    target = rng.choice(images.mean((1, 2)), len(bank)) / np.maximum(bank.mean((1, 2)), 0.1)    # as much ink as some digit
+    bank = bank[
+        _nearest(bank, images, 1) > np.quantile(_nearest(images, images, 2), 0.97)
+    ]  # nothing that could pass for a digit
+    target = rng.choice(images.mean((1, 2)), len(bank)) / np.maximum(
+        bank.mean((1, 2)), 0.1
+    )  # as much ink as some digit
     return np.clip(bank * np.clip(target, 0.6, 1.7)[:, None, None], 0, 1).astype(np.float32)
 
 
@@ -159,16 +185,23 @@ def _background(rng: np.random.Generator, count: int) -> np.ndarray:
     for step, spread in ((24, 8), (9, 6), (2, 6)):
         side = SIZE // step + 1
         noise = rng.standard_normal((count, side, side, 3), np.float32) * spread
-        y, x = rng.integers(step, size=2)                                             # off the patch grid
-        image += noise.repeat(step, 1).repeat(step, 2)[:, y:y + SIZE, x:x + SIZE]
+        y, x = rng.integers(step, size=2)  # off the patch grid
+        image += noise.repeat(step, 1).repeat(step, 2)[:, y : y + SIZE, x : x + SIZE]
     return image
 
 
-def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[int, int] = (1, 4), clutter: tuple[int, int] = (6, 9),
-             distinct: bool = True) -> Scenes:
+def generate(
+    split: str,
+    count: int,
+    seed: int | tuple[int, ...],
+    digits: tuple[int, int] = (1, 4),
+    clutter: tuple[int, int] = (6, 9),
+    distinct: bool = True,
+) -> Scenes:
     """`count` scenes of one split; the same arguments give the same scenes.
 
-    digits, clutter: inclusive ranges of how many a scene holds. distinct: no two digits of a scene share class or colour.
+    digits, clutter: inclusive ranges of how many a scene holds.
+    distinct: no two digits of a scene share class or colour.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), *np.atleast_1d(seed)])
     bank, labels = _digit_bank(split)
@@ -190,10 +223,18 @@ def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[
     scraps = _clutter_bank(split)
     glyphs = np.concatenate([bank[exemplar], scraps[rng.integers(len(scraps), size=(count, clutter[1]))]], 1)
     alpha = np.zeros((count, slots, CELL, CELL), np.float32)
-    alpha[live] = np.minimum(1, 1.3 * _warp(glyphs[live], rng)) * rng.uniform(0.8, 1, (live.sum(), 1, 1)).astype(np.float32)
+    alpha[live] = np.minimum(1, 1.3 * _warp(glyphs[live], rng)) * rng.uniform(0.8, 1, (live.sum(), 1, 1)).astype(
+        np.float32
+    )
 
-    tint = np.array(list(COLOURS.values()), np.float32)[colour] + rng.normal(0, 10, (count, slots, 3)).astype(np.float32)
-    corner = np.stack([cell // CELLS, cell % CELLS], -1) * CELL + rng.integers(-JITTER, JITTER + 1, (count, slots, 2)) + JITTER
+    tint = np.array(list(COLOURS.values()), np.float32)[colour] + rng.normal(0, 10, (count, slots, 3)).astype(
+        np.float32
+    )
+    corner = (
+        np.stack([cell // CELLS, cell % CELLS], -1) * CELL
+        + rng.integers(-JITTER, JITTER + 1, (count, slots, 2))
+        + JITTER
+    )
     padded = SIZE + 2 * JITTER
     image = np.pad(_background(rng, count), ((0, 0), (JITTER,) * 2, (JITTER,) * 2, (0, 0)))
     ink = np.zeros((count, most, padded, padded), np.float32)
@@ -211,18 +252,25 @@ def generate(split: str, count: int, seed: int | tuple[int, ...], digits: tuple[
 
     on = ink > 0.15
     spans = []
-    for axis in (2, 3):                                                                # columns (x), then rows (y)
+    for axis in (2, 3):  # columns (x), then rows (y)
         line = on.any(axis)
         spans += [line.argmax(-1), SIZE - line[..., ::-1].argmax(-1)]
     boxes = np.stack([spans[0], spans[2], spans[1], spans[3]], -1).astype(np.float32)
     used = live[:, :most]
     boxes[~used] = -1
-    coverage = ink.reshape(count, most, GRID, PATCH, GRID, PATCH).mean((3, 5)).reshape(count, most, -1).transpose(0, 2, 1)
-    return Scenes(np.clip(image, 0, 255).astype(np.uint8), np.where(used, digit, -1), np.where(used, colour[:, :most], -1),
-                  boxes, np.ascontiguousarray(coverage))
+    coverage = (
+        ink.reshape(count, most, GRID, PATCH, GRID, PATCH).mean((3, 5)).reshape(count, most, -1).transpose(0, 2, 1)
+    )
+    return Scenes(
+        np.clip(image, 0, 255).astype(np.uint8),
+        np.where(used, digit, -1),
+        np.where(used, colour[:, :most], -1),
+        boxes,
+        np.ascontiguousarray(coverage),
+    )
 
 
 def contrast(images: np.ndarray) -> np.ndarray:
-    """Local standard deviation of every patch (mean over colour channels): uint8 [B, SIZE, SIZE, 3] -> float32 [B, GRID*GRID]."""
+    """Standard deviation inside every patch, mean over colours: uint8 [B, SIZE, SIZE, 3] -> float32 [B, GRID*GRID]."""
     patches = images.reshape(-1, GRID, PATCH, GRID, PATCH, 3).astype(np.float32)
     return patches.std((2, 4)).mean(-1).reshape(len(images), -1)

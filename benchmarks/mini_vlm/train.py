@@ -1,7 +1,7 @@
 """Train the mini-VLM from nothing: `python -m benchmarks.mini_vlm.train` from the root of a clone.
 
-Stage A trains the vision tower, stage B the projector and language model on cached features. An interrupted run goes on where its
-last checkpoint left it.
+Stage A trains the vision tower, stage B the projector and language model on cached features. An interrupted run goes on
+where its last checkpoint left it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def train_language(model, seed: int, work: Path, progress: Progress) -> np.ndarr
     for part in progress.track(range(recipe["scenes"] // 250), description="features"):
         scenes = generate("train", 250, (seed, 2, part))
         visual.append(language.features(model.model.vision_tower, scenes.images))
-        for store, tensor in zip((ids, last), language.encode(quiz(scenes, recipe["questions"], (seed, part)))):
+        for store, tensor in zip(
+            (ids, last), language.encode(quiz(scenes, recipe["questions"], (seed, part))), strict=True
+        ):
             store.append(tensor)
     visual, ids, last = torch.cat(visual), torch.cat(ids), torch.cat(last)
     language.initialise(model, visual[:100])
@@ -97,26 +99,40 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     work = options.work or options.out.parent / f"checkpoints-{options.seed}"
     work.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     model = build(options.seed)
     model.set_attn_implementation("plain")
     with Progress(*columns) as progress:
-        spent = {"vision": train_vision(model, options.seed, work, progress),
-                 "language": train_language(model, options.seed, work, progress)}
+        spent = {
+            "vision": train_vision(model, options.seed, work, progress),
+            "language": train_language(model, options.seed, work, progress),
+        }
     model.set_attn_implementation("sdpa")
-    model = model.eval().half().float()                                                # judge the weights that are written
+    model = model.eval().half().float()  # judge the weights that are written
     started = now()
     found = report(model, "dev", 500, options.seed)
     spent["evaluation"] = now() - started
     spent["all"] = sum(spent.values())
-    notes = {"seed": options.seed, "recipe": RECIPE, "question mix": MIX, "parameters": sum(p.numel() for p in model.parameters()),
-             "minutes": {stage: {"wall": wall / 60, "processor": cpu / 60} for stage, (wall, cpu) in spent.items()},
-             "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "development": found}
+    capability = torch.backends.cpu.get_cpu_capability()
+    notes = {
+        "seed": options.seed,
+        "recipe": RECIPE,
+        "question mix": MIX,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "minutes": {stage: {"wall": wall / 60, "processor": cpu / 60} for stage, (wall, cpu) in spent.items()},
+        "machine": f"{platform.machine()}, {options.threads} of {os.cpu_count()} cores, {capability}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "development": found,
+    }
     export(model, notes, options.out)
     for stage in ("vision", "language"):
-        (work / f"{stage}.safetensors").unlink()                                       # the next run starts from nothing
+        (work / f"{stage}.safetensors").unlink()  # the next run starts from nothing
     print(json.dumps(rounded(found["accuracy"]), indent=1))
 
 

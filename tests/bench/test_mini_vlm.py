@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import mini_vlm  # noqa: E402
-from mini_vlm import scenes  # noqa: E402
+import mini_vlm
+from mini_vlm import scenes
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_scenes_are_deterministic():
 def test_questions_are_deterministic():
     first, again = (mini_vlm.questions("dev", 20, seed=3) for _ in range(2))
     assert [(q.prompt, q.answer, q.kind) for q in first] == [(q.prompt, q.answer, q.kind) for q in again]
-    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again))
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again, strict=True))
 
 
 def test_splits_share_no_digit_image():
@@ -39,10 +39,10 @@ def test_splits_share_no_digit_image():
 def test_truth_lies_on_the_digits():
     batch = scenes.generate("dev", 50, 0)
     assert (batch.digits >= 0).sum(1).min() >= 1
-    for boxes, digits, mask in zip(batch.boxes, batch.digits, batch.patch_mask):
+    for boxes, digits, mask in zip(batch.boxes, batch.digits, batch.patch_mask, strict=True):
         inside = np.zeros((scenes.GRID, scenes.GRID), bool)
         for x0, y0, x1, y1 in boxes[digits >= 0].astype(int):
-            inside[y0 // scenes.PATCH:-(-y1 // scenes.PATCH), x0 // scenes.PATCH:-(-x1 // scenes.PATCH)] = True
+            inside[y0 // scenes.PATCH : -(-y1 // scenes.PATCH), x0 // scenes.PATCH : -(-x1 // scenes.PATCH)] = True
         assert not (mask & ~inside.ravel()).any()
 
 
@@ -62,24 +62,31 @@ def test_weights_answer(loaded):
     asked = mini_vlm.questions("dev", 200, seed=11)
     right = 0
     for i in range(0, len(asked), 50):
-        part = asked[i:i + 50]
-        inputs = processor(images=[q.image for q in part], text=[q.prompt for q in part], padding=True, return_tensors="pt")
+        part = asked[i : i + 50]
+        inputs = processor(
+            images=[q.image for q in part], text=[q.prompt for q in part], padding=True, return_tensors="pt"
+        )
         with torch.no_grad():
             guess = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
-        right += sum(word == q.answer for word, q in zip(processor.tokenizer.convert_ids_to_tokens(guess.tolist()), part))
+        words = processor.tokenizer.convert_ids_to_tokens(guess.tolist())
+        right += sum(word == question.answer for word, question in zip(words, part, strict=True))
     assert right >= 0.85 * len(asked)
 
 
 def test_generate_stops_after_the_answer(loaded):
     model, processor = loaded
-    inputs = processor(images=mini_vlm.questions("dev", 1)[0].image, text="<image> how many digits", return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1]:]
+    inputs = processor(
+        images=mini_vlm.questions("dev", 1)[0].image, text="<image> how many digits", return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
     assert len(output) == 2 and output[-1] == model.config.text_config.eos_token_id
 
 
 def test_last_vision_layer_is_not_read(loaded):
     model, processor = loaded
-    inputs = processor(images=mini_vlm.questions("dev", 1)[0].image, text="<image> how many digits", return_tensors="pt")
+    inputs = processor(
+        images=mini_vlm.questions("dev", 1)[0].image, text="<image> how many digits", return_tensors="pt"
+    )
     tower = model.model.vision_tower
     with torch.no_grad():
         before = model(**inputs).logits

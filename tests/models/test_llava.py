@@ -240,7 +240,9 @@ def test_forward_arguments(model, oracle, arguments):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("prompt", ["batch", "several images with text between", "with and without"])
+@pytest.mark.parametrize(
+    "prompt", ["batch", "several images with text between", "with and without", "text longer than images"]
+)
 def test_loss_and_gradients(stock, prompt, side):
     rows = PROMPTS[prompt]
     model = copy.deepcopy(stock).double().train()
