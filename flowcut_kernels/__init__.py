@@ -1,10 +1,10 @@
 """Visual-token pruning for vision-language models: fused scoring kernels, policies, one-line patching.
 
-    import flowcut_kernels as fk
+import flowcut_kernels as fk
 
-    model = fk.patch(model, fk.FlowCut(target_tokens=64))
-    out = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=32)
-    fk.unpatch(model)
+model = fk.patch(model, fk.FlowCut(target_tokens=64))
+out = model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=32)
+fk.unpatch(model)
 """
 
 from .models import patch, patched, supported_models, trace, unpatch

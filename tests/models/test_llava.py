@@ -44,7 +44,7 @@ PROMPTS = {
     "no image": [[1, 4, 5, 6], [1, 7]],
     "one or none": [[1, IMG, 5], [1, 11, 12, 13], [1, 9, IMG, 8, 7]],
     "with and without": [[1, IMG, 5, IMG, 6], [1, 11, 12, 13, 14, 15, 16], [1, IMG, 3]],
-    "text longer than images": [[1, IMG], [1, *range(3, 83)]],
+    "text longer than images": [[1, IMG, 5], [1, *range(3, 83)]],
 }
 
 
