@@ -114,6 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(Tensor query, Tensor key
   check_shape("anchor_stats: value", value, {p.batch, p.kv_heads, p.tokens, p.value_dim});
   check(key.stride(3) == 1 || p.dim <= 1, "anchor_stats: key needs a contiguous last dimension");
   check(value.stride(3) == 1 || p.value_dim <= 1, "anchor_stats: value needs a contiguous last dimension");
+  check(0 <= relevance && relevance <= int64_t(Relevance::ScaledSoftmax) && 0 <= value_norm &&
+            value_norm <= int64_t(ValueNorm::HeadMean),
+        "anchor_stats: relevance=", relevance, " or value_norm=", value_norm, " is unknown");
+  check(0 <= protect && protect <= p.tokens, "anchor_stats: protect=", protect, " must lie in 0..", p.tokens);
   p.relevance = Relevance(relevance), p.value_norm = ValueNorm(value_norm);
   check(p.relevance == Relevance::None || value_anchor, "anchor_stats: relevance needs value_anchor");
   query = unit_stride(query);
@@ -175,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   p.history_weight = static_cast<float>(history_weight),
   p.score_weight = static_cast<float>(1 - history_weight);
   p.protect = protect, p.mode = Select(mode), p.budget = budget, p.divisor = static_cast<float>(divisor);
+  check(0 <= mode && mode <= int64_t(Select::Fixed), "score_select: mode=", mode, " is unknown");
   check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect,
         " or budget=", budget, " does not fit ", p.tokens, " tokens");
   if (entropy) {
@@ -190,6 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   if (lengths) {
     check_shape("score_select: lengths", *lengths, {p.batch});
     live = integers("score_select: lengths", *lengths);
+    for (int64_t& n : live) n = std::min(n, p.tokens);
   }
   p.lengths = live.data();
 

@@ -62,7 +62,8 @@ def resolve_backend(backend: str | None = None) -> str:
     """The requested backend: the argument, else ``FLOWCUT_BACKEND``, else "auto"; ValueError for an unknown name."""
     name = backend or os.environ.get("FLOWCUT_BACKEND") or "auto"
     if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+        source = "backend" if backend else "FLOWCUT_BACKEND"
+        raise ValueError(f"{source}={name!r} is unknown: use one of {', '.join(BACKENDS)}")
     return name
 
 

@@ -104,7 +104,8 @@ void score_select(const ScoreSelect& p, ParallelFor run) {
       const int64_t n = candidates(b), end = max(min(p.lengths[b], p.tokens), p.protect),
                     live = end - p.protect;
       float* score = p.score_out + b * p.tokens;
-      const bool finite = update_score(p, b, p.protect, live);
+      // A count that follows from NaN is no choice either.
+      const bool finite = update_score(p, b, p.protect, live) && (!adaptive || __builtin_fabsf(p.entropy[b]) <= __FLT_MAX__);
       memset(score, 0, p.protect * sizeof(float));
       memset(score + end, 0, (p.tokens - end) * sizeof(float));
       if (p.mode == Select::ScoreOnly) {

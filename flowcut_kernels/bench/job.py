@@ -27,7 +27,7 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     asked = dict(questions=64 if toy else 2000, per_scene=8, policies=POLICIES)
     names = shlex.quote(",".join(POLICIES))
     jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
-        (quality.measure, f"quality --per-scene 8 --policies {names}", dict(device=device, **asked)),
+        (quality.measure, f"quality --per-scene 8 --policies {names}", common | asked),
         (encoder.measure, "encoder --batch 1 --tokens 64 --repeats 3", common | dict(batches=(1,), repeats=3) | sized),
         (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3) | chain),
         (ops.measure, "ops --repeats 5", common | dict(repeats=5, toy=toy)),

@@ -86,7 +86,7 @@ def features(model, pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def refcheck(model, processor, asked: list, budget: int) -> str:
+def refcheck(model, processor, asked: list, budget: int, backend: str | None) -> str:
     """ "ok", or what differs: reading each scene once must answer as the model does on the processor's own output."""
     exam = Exam.of(asked, processor)
     inputs = processor(
@@ -95,7 +95,7 @@ def refcheck(model, processor, asked: list, budget: int) -> str:
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     for policy in (None, FlowCut(target_tokens=budget)):
         if policy:
-            patch(model, policy)
+            patch(model, policy, backend=backend)
         try:
             whole = model(**inputs, logits_to_keep=1).logits[:, -1].float()
             visual = features(model, exam.pixels.to(model.device, model.dtype))
@@ -111,13 +111,20 @@ def refcheck(model, processor, asked: list, budget: int) -> str:
 
 
 @torch.inference_mode()
-def take(model, exam: Exam, policy: Callable[[int], Policy] | None, size: int, tick: Callable[[], object]) -> tuple:
+def take(
+    model,
+    exam: Exam,
+    policy: Callable[[int], Policy] | None,
+    size: int,
+    backend: str | None,
+    tick: Callable[[], object],
+) -> tuple:
     """Answer every question: (right [S, Q], encoder seconds per image)."""
     right, seconds = [], []
     for number, part in enumerate(exam.batches(size)):
         pixels = exam.pixels[part].to(model.device, model.dtype)
         if policy:
-            patch(model, policy(number))
+            patch(model, policy(number), backend=backend)
         try:
             synchronise(model.device)
             start = time.perf_counter()
@@ -151,6 +158,7 @@ def measure(
     seed: int = 0,
     per_scene: int = 4,
     batch: int = 16,
+    backend: str | None = None,
     stand_in: tuple[Callable, Callable] | None = None,
     command: str = "flowcut-bench quality",
     tick: Tick = lambda label, share=None: None,
@@ -170,16 +178,16 @@ def measure(
     tick("loading")
     model, processor = load(dtype=dtype)
     model = model.to(device)
-    asked = draw(split, questions, seed, per_scene)
+    asked = draw(split, -(-questions // per_scene) * per_scene, seed, per_scene)  # whole scenes
     vision = model.config.vision_config
     tokens, layers = patches_of(vision), vision.num_hidden_layers
     budgets = [max(1, round(share * tokens)) for share in shares]
-    checked = refcheck(model, processor, asked[:8], budgets[len(budgets) // 2])
+    checked = refcheck(model, processor, asked[: -(-8 // per_scene) * per_scene], budgets[len(budgets) // 2], backend)
     exam = Exam.of(asked, processor)
     rows, failed = [], [] if checked == "ok" else [checked]
     if not failed:
         entropy = cls_entropy(model, exam.pixels[:100].to(device, dtype))
-        rows = _rows(model, exam, tokens, layers, budgets, policies, batch, tick)
+        rows = _rows(model, exam, tokens, layers, budgets, policies, batch, backend, tick)
     return Section(
         "quality",
         "Accuracy of the trained stand-in",
@@ -200,7 +208,9 @@ def measure(
     )  # fmt: skip
 
 
-def _rows(model, exam: Exam, tokens: int, layers: int, budgets, policies, batch: int, tick: Tick) -> list[dict]:
+def _rows(
+    model, exam: Exam, tokens: int, layers: int, budgets, policies, batch: int, backend: str | None, tick: Tick
+) -> list[dict]:
     runs = [(ALL, tokens)] + [(name, budget) for budget in budgets for name in policies]
     total, done = len(runs) * len(exam.batches(batch)), 0
     results: dict[tuple[str, int], tuple[np.ndarray, float]] = {}
@@ -212,7 +222,7 @@ def _rows(model, exam: Exam, tokens: int, layers: int, budgets, policies, batch:
             tick(f"{name}, {budget} tokens", done / total)
 
         policy = None if name == ALL else lambda i, name=name, budget=budget: POLICIES[name](budget, layers, i)
-        results[name, budget] = take(model, exam, policy, batch, step)
+        results[name, budget] = take(model, exam, policy, batch, backend, step)
     rows = []
     for (name, budget), (right, seconds) in results.items():
         low, high = interval(right.mean(1))

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .._library import resolve_backend
+from .._library import choose_backend, resolve_backend
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ..trace import Trace
@@ -56,6 +56,7 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
 
     Raises:
         TypeError: an unsupported model class or something that is no policy.
+        RuntimeError: a requested backend that cannot serve the model's device and dtype.
         ValueError: a model that is patched already, or whose configuration or hooks cannot be served. Nothing is
             changed then.
     """
@@ -71,6 +72,7 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
             f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: "
             "call unpatch(model) first"
         )
+    choose_backend("patch", backend, next(model.parameters()))
     encoder, replacements = adapter.replacements(model, policy, record=record, backend=backend)
     for module, name, _ in replacements:
         if name in vars(module):

@@ -50,7 +50,7 @@ class Tower:
         replacements: list[Replacement] = [(model.encoder, "forward", encoder)]
         for i, layer in enumerate(layers):
             skip = i > feature_layer and not runs_rest
-            forward = SkippedEncoderLayer() if skip else PrunedEncoderLayer(layer, self.parts(layer), i)
+            forward = SkippedEncoderLayer() if skip else PrunedEncoderLayer(layer, self.parts, i)
             replacements.append((layer, "forward", forward))
         return encoder, replacements
 

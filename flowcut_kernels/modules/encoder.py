@@ -1,7 +1,8 @@
 """Replacement blocks of a pre-norm vision encoder that score tokens and drop them before they cost anything.
 
-The blocks own no weights: they read the stock layer's. They are installed as the instance's ``forward``, so forward
-hooks, captured hidden states and ``torch.nn.Module`` behaviour stay as they were.
+The blocks own no weights: they read the stock layer's. They are installed as the instance's ``forward``, so hooks on
+layers, projections, norms and MLPs and captured hidden states work as before; a layer that scores calls the projections
+of its attention module, not the module itself.
 """
 
 from __future__ import annotations
@@ -137,8 +138,13 @@ class PrunedEncoderLayer:
     tokens' outputs equal those of pruning after the layer.
     """
 
-    def __init__(self, layer: nn.Module, parts: LayerParts, number: int) -> None:
-        self.layer, self.parts, self.number = layer, parts, number
+    def __init__(self, layer: nn.Module, parts_of: Callable[[nn.Module], LayerParts], number: int) -> None:
+        self.layer, self.parts_of, self.number = layer, parts_of, number
+
+    @property
+    def parts(self) -> LayerParts:
+        """Looked up on each call: a module that was swapped after patching (an adapter, a quantised one) counts."""
+        return self.parts_of(self.layer)
 
     def __call__(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, pruning: EncoderState, **kwargs: Any

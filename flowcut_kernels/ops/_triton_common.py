@@ -267,6 +267,7 @@ def select_image(
     else:
         keep = tl.minimum(n, budget)
         if MODE != _FIXED and entropy is not None:
+            finite = finite & (tl.abs(tl.load(entropy + b)) < float("inf"))
             if MODE == _ADAPTIVE_BATCH:
                 dropped = _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, BATCH)
             else:

@@ -52,7 +52,7 @@ class RandomTokens(_BlindPolicy):
 
     def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(grid[0] * grid[1], generator=generator)[:budget].sort().values
+        return torch.randperm(grid[0] * grid[1], generator=generator, device="cpu")[:budget].sort().values
 
 
 @dataclass(frozen=True, kw_only=True)

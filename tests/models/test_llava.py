@@ -437,8 +437,8 @@ class Stop(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_looking_at_the_ids(model, beams):
+@pytest.mark.parametrize(("beams", "copies"), [(1, 1), (1, 2), (3, 2)])
+def test_looking_at_the_ids(model, beams, copies):
     """Processors, criteria, prefix functions and streamers see the prompt as it was given."""
     inputs = inputs_for(PROMPTS["batch"])
     ids = inputs["input_ids"]
@@ -451,21 +451,21 @@ def test_looking_at_the_ids(model, beams):
     out = model.generate(
         **inputs,
         num_beams=beams,
-        num_return_sequences=beams,
+        num_return_sequences=copies,
         do_sample=beams == 1,
         logits_processor=[watcher],
         stopping_criteria=[Stop(width + 4)],
         prefix_allowed_tokens_fn=prefix,
         max_new_tokens=10,
     )
-    assert out.shape == (3 * beams, width + 4)
+    assert out.shape == (3 * copies, width + 4)
     assert [x.shape[1] for x in watcher.seen] == [width, width + 1, width + 2, width + 3]
     for seen in watcher.seen:
-        assert torch.equal(seen[:, :width], ids.repeat_interleave(beams, 0))
+        assert torch.equal(seen[:, :width], ids.repeat_interleave(len(seen) // 3, 0))
     if beams == 1:
         assert torch.equal(watcher.seen[-1], out[:, :-1])
     for row, seen in prefixes:
-        assert torch.equal(seen[:width], ids[row])
+        assert torch.equal(seen[:width], ids[row // copies if beams == 1 else row])
 
 
 class Words:
@@ -521,8 +521,9 @@ LOOPS = {
     "mask and positions": "left",
     "mask and positions, right": "right",
     "mask, tuple": "left",
-    "static cache, mask": "left",
+    "static values, mask": "left",
     "embeddings, mask": "left",
+    "counted by the cache": "left",
 }
 
 
@@ -555,6 +556,9 @@ def test_own_loop(model, oracle, prompt, loop):
             more["attention_mask"] = mask
         if "positions" in loop:
             more["position_ids"] = count + step
+        if "cache" in loop:  # the pruned prompt's mask and positions
+            seen = int(cache.get_seq_length())
+            more |= dict(attention_mask=torch.ones(1, seen + 1).long(), position_ids=torch.tensor([[seen]]))
         output = model(**more, past_key_values=cache, return_dict="tuple" not in loop)
         logits = output[0] if isinstance(output, tuple) else output.logits
         assert_close(logits[:, -1], torch.stack([x[-1] for x in oracle.logits(rows, pixels)]), **CLOSE)
@@ -634,6 +638,20 @@ def test_conversation_of_a_padded_batch(model, oracle):
     want = oracle.generate(talk, inputs["pixel_values"], **settings)
     assert torch.equal(second.sequences, torch.cat([ids, want.sequences], 1))
     assert_close(torch.stack(second.logits), torch.stack(want.logits), **CLOSE)
+
+
+def test_conversation_repeated_as_it_was_pruned(model, oracle):
+    """The first turn in full, the second repeats it with one placeholder per kept token."""
+    settings = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    rows, pixels = [[1, IMG, 5, 6]], tiny.images(1)
+    ids = spell(rows)[0]
+    first = model.generate(ids, pixel_values=pixels, **settings)
+    written = first.sequences[:, ids.shape[1] :]
+    again = torch.cat([spell(rows, KEEP)[0], written, torch.tensor([[8, 9]])], 1)
+    second = model.generate(again, past_key_values=first.past_key_values, **settings)
+    want = oracle.generate([rows[0] + written[0].tolist() + [8, 9]], pixels, **settings)
+    assert_close(torch.stack(second.logits), torch.stack(want.logits), **CLOSE)
+    assert torch.equal(second.sequences, torch.cat([again, want.sequences], 1))
 
 
 def test_conversation_cut_by_the_pruned_length(model):

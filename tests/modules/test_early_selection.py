@@ -237,3 +237,16 @@ def test_layers_after_the_feature_layer(kind):
     # The VLM's features are what its projector makes of the bare tower's hidden state.
     want = model.model.multi_modal_projector(output.hidden_states[-3])
     assert_close(torch.stack(list(features)), want, rtol=0, atol=1e-6)
+
+
+def test_a_module_swapped_after_patching_counts():
+    """Adapters and quantised projections are put in place of the stock ones at any time."""
+    model, pixels = tiny.clip_tower(), tiny.images(2)
+    with fk.patched(model, fk.FlowCut(target_tokens=5)), torch.no_grad():
+        before = model(pixels).last_hidden_state
+        for layer in model.encoder.layers:
+            layer.self_attn.v_proj = torch.nn.Linear(layer.self_attn.embed_dim, layer.self_attn.embed_dim)
+        swapped = model(pixels).last_hidden_state
+    with fk.patched(model, fk.FlowCut(target_tokens=5)), torch.no_grad():
+        assert torch.equal(swapped, model(pixels).last_hidden_state)
+    assert not torch.equal(before, swapped)

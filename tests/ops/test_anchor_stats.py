@@ -161,6 +161,8 @@ def test_compiles_without_graph_break_or_recompile():
         (dict(key_span=torch.zeros(3, 2, dtype=torch.int32)), "key_span"),
         (dict(key_span=torch.zeros(2, 2)), "key_span"),
         (dict(protect=6), "protect=6"),
+        (dict(relevance=5), "relevance=5"),
+        (dict(value_norm=7), "value_norm=7"),
         (dict(key=torch.zeros(2, 2, 8, 5).transpose(2, 3)), "contiguous last dimension"),
         (dict(query=torch.zeros(2, 4, 8)), "query"),
     ],

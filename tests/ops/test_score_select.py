@@ -106,6 +106,16 @@ def test_not_finite_is_marked_and_named(backend, device, mode, value):
         raise_if_not_finite(lengths.tolist(), "layer 3")
 
 
+def test_entropy_that_is_not_finite_is_marked(backend, device):
+    """No count follows from NaN; a mode that reads no entropy does not mind."""
+    inputs = draw(device=device)
+    inputs["entropy"][2] = math.nan
+    options = dict(budget=4, divisor=1.0, protect=1, backend=backend)
+    _, index, lengths = score_select(**inputs, mode=Select.ADAPTIVE, **options)
+    assert lengths[2] == -1 and (index[2] == -1).all() and (lengths[:2] > 0).all()
+    assert (score_select(**inputs, mode=Select.FIXED, **options)[2] == 5).all()
+
+
 def test_dead_and_protected_tokens_may_hold_anything(backend, device):
     inputs = draw(device=device)
     lengths = torch.tensor([23, 12, 5], device=device)
@@ -179,6 +189,7 @@ def test_opcheck(mode):
         (dict(lengths=torch.ones(2)), "lengths"),
         (dict(history_weight=1.5), "history_weight=1.5"),
         (dict(protect=6), "protect=6"),
+        (dict(mode=9), "mode=9"),
         (dict(budget=-1), "budget=-1"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else None,

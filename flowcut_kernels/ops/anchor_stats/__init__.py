@@ -48,7 +48,7 @@ def anchor_stats(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         RuntimeError: an explicitly requested backend that cannot serve these tensors.
     """
-    _check(query, key, value, value_anchor, key_span, protect, relevance)
+    _check(query, key, value, value_anchor, key_span, protect, relevance, value_norm)
     arguments = (query, key, value, value_anchor, key_span)
     options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -64,7 +64,10 @@ def anchor_stats(
     return torch.ops.flowcut_kernels.anchor_stats(*arguments, **options)
 
 
-def _check(query, key, value, value_anchor, key_span, protect, relevance) -> None:
+def _check(query, key, value, value_anchor, key_span, protect, relevance, value_norm) -> None:
+    for name, x, kind in (("relevance", relevance, Relevance), ("value_norm", value_norm, ValueNorm)):
+        if x not in kind._value2member_map_:
+            raise ValueError(f"anchor_stats: {name}={x!r} is unknown: use one of {[k.name for k in kind]}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"anchor_stats: {name} must be [batch, heads, tokens, dim], got shape {tuple(x.shape)}")

@@ -104,6 +104,8 @@ def _check(attention, relevance, value_norm, history, entropy, lengths, history_
         raise ValueError(f"score_select: entropy is {entropy.dtype} but the criteria are {first.dtype}")
     if entropy is None and mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH) and divisor > 0:
         raise ValueError("score_select: entropy is None; the adaptive modes need it while divisor > 0")
+    if mode not in Select._value2member_map_:
+        raise ValueError(f"score_select: mode={mode!r} is unknown: use one of {[k.name for k in Select]}")
     if not 0 <= history_weight <= 1:
         raise ValueError(f"score_select: history_weight={history_weight} must lie in 0..1")
     if not 0 <= protect <= tokens:

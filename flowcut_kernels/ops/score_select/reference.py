@@ -33,13 +33,17 @@ def score_select(
       keep k = max(n - c, min(T, n)). FIXED: k = min(T, n)
     - index: 0..protect-1, then the k candidates of largest S (ties to the lower index) ascending, then -1
 
-    A row whose candidates hold NaN or Inf has new length -1 and an index of -1. Shapes and dtypes as in
-    :func:`flowcut_kernels.ops.score_select`.
+    A row whose candidates (or whose entropy, where it decides the count) hold NaN or Inf has new length -1 and an index
+    of -1. Shapes and dtypes as in :func:`flowcut_kernels.ops.score_select`.
     """
     first = any_tensor(attention, relevance, value_norm)
     batch, tokens = first.shape
     column = torch.arange(tokens, device=first.device)
-    live = torch.full((batch,), tokens, device=first.device) if lengths is None else lengths.to(torch.int64)
+    live = (
+        torch.full((batch,), tokens, device=first.device)
+        if lengths is None
+        else lengths.to(torch.int64).clamp_max(tokens)
+    )
     candidate = (column >= protect) & (column < live[:, None])
 
     def share(x: Tensor) -> Tensor:
@@ -66,6 +70,7 @@ def score_select(
         keep = floor
     else:
         assert entropy is not None
+        finite = finite & entropy.isfinite()
         count = ((n - budget) / divisor * (1 - entropy.square())).round().clamp_min(0).to(torch.int64)
         if mode == Select.ADAPTIVE_BATCH:
             count = count.max().expand_as(count)
