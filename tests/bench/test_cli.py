@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from html.parser import HTMLParser
 
@@ -45,7 +46,7 @@ def untrained(monkeypatch):
 
 
 def run(command: str, *extra: str):
-    return CliRunner().invoke(app, [*command.split(), *map(str, extra)])
+    return CliRunner().invoke(app, [*shlex.split(command), *map(str, extra)])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -256,8 +257,8 @@ def test_look_at_a_saved_tower(tmp_path):
         ("quality --policies guess", "guess"),
         ("quality --split train", "train"),
         ("ops --device nowhere", "nowhere"),
-        (f"look {__file__} --policy none", "flowcut-release"),
-        (f"look {__file__} --model no/such/folder", "no/such/folder"),
+        (f"look {shlex.quote(__file__)} --policy none", "flowcut-release"),
+        (f"look {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
     ],
 )
 def test_bad_options_are_named(command, message):
