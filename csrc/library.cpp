@@ -218,14 +218,17 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> inputs, Tensor index, std:
   check(!inputs.empty(), "gather_tokens: inputs is empty");
   check(index.dim() == 2 && index.is_cpu() && index.scalar_type() == ScalarType::Long,
         "gather_tokens: index must be an int64 CPU tensor [batch, kept]");
-  index = torch::stable::contiguous(index);
+  index = unit_stride(index);
   GatherTokens p{};
   p.batch = index.size(0), p.kept = index.size(1), p.count = inputs.size();
-  p.index = static_cast<const int64_t*>(index.const_data_ptr());
+  p.index = static_cast<const int64_t*>(index.const_data_ptr()), p.index_stride = index.stride(0);
   const int64_t tokens = inputs[0].dim() < 2 ? 0 : inputs[0].size(1);
-  for (int64_t i = 0; i < p.batch * p.kept; ++i)
-    check(-1 <= p.index[i] && p.index[i] < tokens, "gather_tokens: index[", i / p.kept, ", ", i % p.kept,
-          "] = ", p.index[i], " must lie in -1..", tokens - 1);
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t m = 0; m < p.kept; ++m) {
+      const int64_t token = p.index[b * p.index_stride + m];
+      check(-1 <= token && token < tokens, "gather_tokens: index[", b, ", ", m, "] = ", token,
+            " must lie in -1..", tokens - 1);
+    }
 
   std::vector<Rows> rows;
   std::vector<Tensor> outputs;

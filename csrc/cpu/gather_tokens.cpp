@@ -5,6 +5,7 @@ namespace flowcut::FLOWCUT_ISA {
 namespace {
 
 constexpr int64_t kGrain = 64 * 1024;  // bytes that are worth a thread
+constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
 
 // LayerNorm or RMSNorm of one row, statistics in float; RMSNorm rounds to T before the weight, as Llama does.
 template <class T>
@@ -50,19 +51,20 @@ void norm_row(const GatherTokens& p, const T* x, T* out) {
 void gather_tokens(const GatherTokens& p, ParallelFor run) {
   int64_t bytes = 1;
   for (int64_t i = 0; i < p.count; ++i) bytes += p.inputs[i].row_bytes;
+  const bool streamed = p.batch * p.kept * bytes > kStreamed;
   parallel_for(run, p.batch * p.kept, max(1, kGrain / bytes), [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < p.count; ++i) {
       const Rows& x = p.inputs[i];
       for (int64_t row = first; row < last; ++row) {
         char* out = x.out + row * x.row_bytes;
-        const char* in = x.data + row / p.kept * x.batch_stride + p.index[row] * x.token_stride;
-        if (p.index[row] < 0)
+        const int64_t batch = row / p.kept, token = p.index[batch * p.index_stride + row % p.kept];
+        if (token < 0)
           memset(out, 0, x.row_bytes);
         else
-          memcpy(out, in, x.row_bytes);
+          copy(out, x.data + batch * x.batch_stride + token * x.token_stride, x.row_bytes, streamed);
         if (i > 0 || !p.norm_out) continue;
         char* normed = (char*)p.norm_out + row * x.row_bytes;
-        if (p.index[row] < 0)
+        if (token < 0)
           memset(normed, 0, x.row_bytes);
         else
           with_dtype(p.dtype, [&](auto type) {
@@ -71,6 +73,7 @@ void gather_tokens(const GatherTokens& p, ParallelFor run) {
           });
       }
     }
+    if (streamed) publish_streamed();
   });
 }
 

@@ -78,6 +78,7 @@ struct GatherTokens {
   const Rows* inputs;
   int64_t count, batch, kept;
   const int64_t* index;  // [batch, kept], values in -1..tokens-1
+  int64_t index_stride;  // between batches
   // Norm of the gathered rows of inputs[0]; norm_out null: none.
   DType dtype;
   int64_t dim;

@@ -41,6 +41,25 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// memcpy; `streamed` past the caches, which saves reading the lines that are about to be overwritten.
+inline void copy(char* out, const char* in, int64_t bytes, bool streamed) {
+#if defined(__AVX2__)
+  if (streamed && (uintptr_t)out % 32 == 0 && bytes % 32 == 0) {
+    for (int64_t i = 0; i < bytes; i += 32)
+      _mm256_stream_si256((__m256i*)(out + i), _mm256_loadu_si256((const __m256i*)(in + i)));
+    return;
+  }
+#endif
+  memcpy(out, in, bytes);
+}
+
+// Orders streamed stores before whatever tells another thread that they are done.
+inline void publish_streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class V, class T>
 inline V load_as(const T* p) {
   V v;

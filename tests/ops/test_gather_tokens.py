@@ -44,6 +44,16 @@ def test_rows(backend, device, tokens, kept, width, dtype):
                 assert torch.equal(y[b, m], x[b, i] if i >= 0 else torch.zeros_like(y[b, m]))
 
 
+@pytest.mark.parametrize("width", [1024, 1021])
+def test_rows_beyond_the_cache(width):
+    """Large outputs are written past the cache; the index is a slice, as a ragged batch's is."""
+    hidden, norm = torch.randn(2, 2, 1500, width).unbind()
+    index = draw_index(2, 1500, 1400, "cpu")[:, :1300]
+    found = gather_tokens([hidden, norm], index)
+    for x, y in zip((hidden, norm), found, strict=True):
+        assert torch.equal(y, x.gather(1, index[..., None].expand(-1, -1, width)))
+
+
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [8, 100, 1024])

@@ -61,7 +61,7 @@ def anchor_stats(
         return _reference(*arguments, **options)
     if choice == "triton" and key.device.type == "cpu":
         return _triton(*arguments, **options)
-    return torch.ops.flowcut_kernels.anchor_stats(*arguments, **options)
+    return torch.ops.flowcut_kernels.anchor_stats.default(*arguments, **options)
 
 
 def _check(query, key, value, value_anchor, key_span, protect, relevance, value_norm) -> None:

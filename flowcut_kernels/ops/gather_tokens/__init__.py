@@ -43,14 +43,12 @@ def gather_tokens(
     """
     inputs = list(inputs)
     _check(inputs, index, norm_weight, norm_bias, rms)
-    given = [x for x in (*inputs, norm_weight, norm_bias) if x is not None]
     choice = choose_backend("gather_tokens", backend, inputs[0])
-    records = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if choice == "reference" or records:
+    if choice == "reference" or (torch.is_grad_enabled() and _differentiable(*inputs, norm_weight, norm_bias)):
         return _reference(inputs, index, norm_weight, norm_bias, eps=eps, rms=rms)
     if choice == "triton" and index.device.type == "cpu":
         return _triton(inputs, index, norm_weight, norm_bias, eps=eps, rms=rms)
-    return torch.ops.flowcut_kernels.gather_tokens(inputs, index, norm_weight, norm_bias, eps=eps, rms=rms)
+    return torch.ops.flowcut_kernels.gather_tokens.default(inputs, index, norm_weight, norm_bias, eps=eps, rms=rms)
 
 
 def _check(inputs, index, norm_weight, norm_bias, rms) -> None:
@@ -58,18 +56,19 @@ def _check(inputs, index, norm_weight, norm_bias, rms) -> None:
         raise ValueError("gather_tokens: inputs is empty; give at least one tensor [batch, tokens, ...]")
     if index.dim() != 2 or index.dtype != torch.int64:
         raise ValueError(f"gather_tokens: index must be int64 [batch, kept], got {index.dtype} {tuple(index.shape)}")
+    first, device = inputs[0], index.device
+    leading = (index.shape[0], first.shape[1] if first.dim() > 1 else 0)
     for i, x in enumerate(inputs):
-        if x.dim() < 2 or x.shape[:2] != (index.shape[0], inputs[0].shape[1]):
+        if x.dim() < 2 or x.shape[:2] != leading:
             raise ValueError(
-                f"gather_tokens: inputs[{i}] must be [{index.shape[0]}, {inputs[0].shape[1]}, ...], "
+                f"gather_tokens: inputs[{i}] must be [{leading[0]}, {leading[1] or 'tokens'}, ...], "
                 f"got {tuple(x.shape)}"
             )
-        if x.device != index.device:
-            raise ValueError(f"gather_tokens: inputs[{i}] is on {x.device} but index is on {index.device}; move one")
+        if x.device != device:
+            raise ValueError(f"gather_tokens: inputs[{i}] is on {x.device} but index is on {device}; move one")
     if norm_bias is not None and (norm_weight is None or rms):
         raise ValueError("gather_tokens: norm_bias needs norm_weight and is not used by RMSNorm (rms=True)")
     if norm_weight is not None:
-        first = inputs[0]
         for name, x in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             if x is not None and (first.dim() != 3 or tuple(x.shape) != (first.shape[2],) or x.dtype != first.dtype):
                 raise ValueError(
@@ -78,6 +77,10 @@ def _check(inputs, index, norm_weight, norm_bias, rms) -> None:
                 )
         if first.dtype not in (*NATIVE_DTYPES, torch.float64):
             raise ValueError(f"gather_tokens: inputs[0] must be floating point for a norm, got {first.dtype}")
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _triton(*arguments, **options):

@@ -11,6 +11,9 @@ from ..._library import choose_backend
 from ..._ops import LIB, Select, any_tensor
 from .reference import score_select as _reference
 
+_DTYPES = (torch.float32, torch.float64)
+_MODES = frozenset(Select)
+
 
 def score_select(
     attention: Tensor | None,
@@ -62,7 +65,7 @@ def score_select(
         return _reference(*arguments, **options)
     if choice == "triton" and first.device.type == "cpu":
         return _triton(*arguments, **options)
-    return torch.ops.flowcut_kernels.score_select(*arguments, **options)
+    return torch.ops.flowcut_kernels.score_select.default(*arguments, **options)
 
 
 def raise_if_not_finite(lengths: list[int], where: str) -> None:
@@ -76,36 +79,36 @@ def raise_if_not_finite(lengths: list[int], where: str) -> None:
 
 
 def _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor):
-    criteria = dict(attention=attention, relevance=relevance, value_norm=value_norm)
-    if all(x is None for x in criteria.values()):
+    if attention is None and relevance is None and value_norm is None:
         raise ValueError("score_select: attention, relevance and value_norm are all None; give at least one")
-    first = any_tensor(*criteria.values())
-    for name, x in (criteria | dict(history=history)).items():
-        if x is None:
+    first = any_tensor(attention, relevance, value_norm)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if len(shape) != 2 or dtype not in _DTYPES:
+        raise ValueError(
+            f"score_select: criteria must be float32 or float64 [batch, tokens], got {dtype} {tuple(shape)}"
+        )
+    criteria = (("attention", attention), ("relevance", relevance), ("value_norm", value_norm), ("history", history))
+    for name, x in criteria:
+        if x is None or x is first:
             continue
-        if x.dim() != 2 or x.shape != first.shape:
+        if x.shape != shape:
+            raise ValueError(f"score_select: {name} must be [batch, tokens] = {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"score_select: {name} must be [batch, tokens] = {tuple(first.shape)}, got {tuple(x.shape)}"
+                f"score_select: {name} is {x.dtype} on {x.device}; criteria and history must all be {dtype} on {device}"
             )
-        if x.dtype not in (torch.float32, torch.float64) or x.dtype != first.dtype or x.device != first.device:
-            raise ValueError(
-                f"score_select: {name} is {x.dtype} on {x.device}; criteria and history must all be float32 (or all "
-                f"float64) on one device ({first.device})"
-            )
-    batch, tokens = first.shape
+    batch, tokens = shape
     for name, x in (("entropy", entropy), ("lengths", lengths)):
-        if x is not None and (tuple(x.shape) != (batch,) or x.device != first.device):
-            raise ValueError(
-                f"score_select: {name} must be [{batch}] on {first.device}, got {tuple(x.shape)} {x.device}"
-            )
+        if x is not None and (x.shape != (batch,) or x.device != device):
+            raise ValueError(f"score_select: {name} must be [{batch}] on {device}, got {tuple(x.shape)} {x.device}")
     if lengths is not None and lengths.is_floating_point():
         raise ValueError(f"score_select: lengths must be an integer tensor, got {lengths.dtype}")
-    if entropy is not None and entropy.dtype != first.dtype:
-        raise ValueError(f"score_select: entropy is {entropy.dtype} but the criteria are {first.dtype}")
-    if entropy is None and mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH) and divisor > 0:
-        raise ValueError("score_select: entropy is None; the adaptive modes need it while divisor > 0")
-    if mode not in Select._value2member_map_:
+    if entropy is not None and entropy.dtype != dtype:
+        raise ValueError(f"score_select: entropy is {entropy.dtype} but the criteria are {dtype}")
+    if mode not in _MODES:
         raise ValueError(f"score_select: mode={mode!r} is unknown: use one of {[k.name for k in Select]}")
+    if entropy is None and divisor > 0 and mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH):
+        raise ValueError("score_select: entropy is None; the adaptive modes need it while divisor > 0")
     if not 0 <= history_weight <= 1:
         raise ValueError(f"score_select: history_weight={history_weight} must lie in 0..1")
     if not 0 <= protect <= tokens:
