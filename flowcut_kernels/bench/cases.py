@@ -201,7 +201,7 @@ class Cut:
         score, index, lengths = self.select()
         if not (torch.equal(index, self.exact[1]) and torch.equal(lengths, self.exact[2])):
             return Check(False, detail="kept tokens differ from the fp64 reference")
-        return budgeted([score[:, 1:]], [self.plain_select()[0]], [self.exact[0][:, 1:]])
+        return budgeted([score], [self.plain_select()[0]], [self.exact[0]])
 
     def check_gather(self) -> Check:
         return self._same(self.gather())

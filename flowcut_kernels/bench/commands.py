@@ -101,6 +101,7 @@ def encoder(
     layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
     image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
     hidden: Annotated[int, typer.Option(min=64, help="Width; heads of 64, MLP 4 x as wide.")] = 1024,
+    baselines: Annotated[bool, typer.Option(help="Also time eager attention and FlowCut in plain torch.")] = True,
     dtype: Dtype = "fp32,bf16",
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -117,6 +118,7 @@ def encoder(
     options = dict(
         dtypes=dtypes(dtype), batches=numbers(batch, "--batch"), tokens=numbers(tokens, "--tokens"), weights=weights,
         layers=layers, repeats=repeats, backend=backend, shape=width(image_size, hidden),
+        baselines=baselines,
     )  # fmt: skip
     section("encoder", measure, options, threads, device, json, csv)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ from ..modules import encoder as blocks
 from ..policies import FlowCut
 from ..policies import flowcut as scoring
 from ..trace import Trace
+from . import plain
 from .entropy import cls_entropy
 from .flops import Schedule, encoder_flops
 from .report import Section
@@ -26,6 +29,12 @@ from .timing import Clock, Samples, interleave, synchronise
 
 Tick = Callable[..., object]
 TARGET = 1.10
+# Opponents in the same run; those on eager attention form the N x N maps, as released code does.
+BASELINES = ("stock_eager", "torch_sdpa", "torch_eager")
+BASELINE_NOTE = (
+    "torch FlowCut: vectorised torch that prunes after the layer; its eager form takes the class token's attention from "
+    "the layer's N x N map, as released code does"
+)
 SCORING = {"anchor_stats": scoring, "score_select": scoring, "gather_tokens": blocks}
 
 
@@ -39,6 +48,7 @@ def measure(
     layers: int = 24,
     repeats: int = 5,
     backend: str | None = None,
+    baselines: bool = True,
     shape: dict | None = None,
     command: str = "flowcut-bench encoder",
     tick: Tick = lambda label, share=None: None,
@@ -46,6 +56,7 @@ def measure(
     """Stock tower against patched tower through ``get_image_features`` of a LLaVA that reads layer -2.
 
     Args:
+        baselines: also time the stock tower on eager attention, and FlowCut in plain torch on SDPA and on eager.
         shape: changes to the CLIP-L configuration, for tests.
     """
     device, gains = torch.device(device), WEIGHTS[weights]
@@ -69,7 +80,7 @@ def measure(
         stock = stock.to(dtype)
         for batch in batches:
             tick(f"{_short(dtype)} B={batch}", len(rows) / (len(dtypes) * len(batches) * len(tokens)))
-            rows += _rows(stock, random_pixels(config, batch).to(device, dtype), tokens, backend, repeats)
+            rows += _rows(stock, random_pixels(config, batch).to(device, dtype), tokens, backend, repeats, baselines)
     schedule = [kept[0] for kept in rows[-1]["schedule"]] if not failed else []
     return Section(
         "encoder",
@@ -86,39 +97,59 @@ def measure(
             f"kept after each cut, {patches}→{tokens[-1]}, first image: {' '.join(str(k) for k in schedule)}",
             "scoring: share of time in anchor_stats, score_select and gather_tokens (a separate pass)",
             f"target: time at most {TARGET:.2f}x of stock time x FLOPs ratio",
+            *([BASELINE_NOTE] if baselines else []),
         ],
         failed=failed,
     )
 
 
 def refcheck(config, gains, dtype, device, backend, keep: int) -> str:
-    """ "ok", or what differs on a shallow tower: all kept is stock; kept rows equal pruning after the layer."""
+    """ "ok", or what differs on a shallow tower: all kept is stock; kept rows equal pruning after the layer.
+
+    Both with a fixed schedule and with one that lets the images of a batch differ in length.
+    """
     model = llava(config, gains=gains).to(device)
-    tower, patches = model.model.vision_tower, patches_of(config)
-    pixels = random_pixels(config, 2).to(device)
+    patches = patches_of(config)
+    pixels = random_pixels(config, 2).to(device, dtype)
     with torch.inference_mode():
         model.to(dtype)
-        plain = model.get_image_features(pixels.to(dtype)).pooler_output
+        plain_features = model.get_image_features(pixels).pooler_output
         with patched(model, FlowCut(target_tokens=patches), backend=backend):
-            whole = model.get_image_features(pixels.to(dtype)).pooler_output
-        if not all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True)):
+            whole = model.get_image_features(pixels).pooler_output
+        if not all(torch.equal(a, b) for a, b in zip(plain_features, whole, strict=True)):
             return "keeping all tokens differs from the stock model"
         # Without the entropy rule a shallow tower cuts at every second layer too.
-        policy = FlowCut(target_tokens=keep, adaptive=False)
-        with patched(model, policy, record=True, backend=backend):
-            features = _read(model, pixels.to(dtype))
-            stages = trace(model).stages
+        for policy in (FlowCut(target_tokens=keep, adaptive=False), FlowCut(target_tokens=keep, interval=1)):
+            problem = _check_policy(model, policy, pixels, backend)
+            if problem:
+                return f"{problem} (adaptive={policy.adaptive})"
         if dtype == torch.float32:
-            with patched(model, policy, record=True, backend="reference"):
-                _read(model, pixels)
-                wanted = trace(model).stages
-            if not all(torch.equal(a.indices, b.indices) for a, b in zip(stages, wanted, strict=True)):
-                return "kept tokens differ from the reference"
-        late = _prune_after(tower, pixels.to(dtype), stages)
-        exact = _prune_after(tower.double(), pixels.to(dtype).double(), stages)
+            policy = FlowCut(target_tokens=keep, interval=1, batch="max")
+            with patched(model, policy, backend=backend):
+                ours = torch.stack(list(model.get_image_features(pixels).pooler_output))
+            for attention in ("sdpa", "eager"):
+                theirs = plain.encoder(model, pixels, policy, attention)
+                error = ((theirs - ours).abs().max() / ours.abs().max()).item()
+                if not error <= 1e-3:  # a token chosen differently is off by far more
+                    return f"FlowCut in plain torch on {attention} gives other features: error {error:.1e}"
+    return "ok"
+
+
+def _check_policy(model: Any, policy: FlowCut, pixels: Tensor, backend: str | None) -> str | None:
+    with patched(model, policy, record=True, backend=backend):
+        features = _read(model, pixels)
+        stages = trace(model).stages
+    with patched(model, policy, record=True, backend="reference"):
+        _read(model, pixels)
+        wanted = trace(model).stages
+    if not all(torch.equal(a.indices, b.indices) for a, b in zip(stages, wanted, strict=True)):
+        return "kept tokens differ from the reference"
+    tower = model.model.vision_tower
+    late = _prune_after(tower, pixels, stages)
+    exact = _prune_after(copy.deepcopy(tower).double(), pixels.double(), stages)
     scale = exact.abs().max()
     error, budget = ((features - exact).abs().max() / scale).item(), 2 * ((late - exact).abs().max() / scale).item()
-    return "ok" if error <= budget else f"kept tokens' features: error {error:.1e} exceeds {budget:.1e}"
+    return None if error <= budget else f"kept tokens' features: error {error:.1e} exceeds {budget:.1e}"
 
 
 def _read(model: Any, pixels: Tensor) -> Tensor:
@@ -127,23 +158,28 @@ def _read(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _prune_after(tower: Any, pixels: Tensor, stages) -> Tensor:
-    """The textbook order: every layer runs on all its tokens, then the chosen rows are cut out."""
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    cuts = {stage.layer: stage.indices + 1 for stage in stages}
-    where = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-    for number, layer in enumerate(list(tower.encoder.layers)[:-1]):
-        hidden = type(layer).forward(layer, hidden, None)
-        if number in cuts:
-            kept = torch.cat([torch.zeros_like(cuts[number][:, :1]), cuts[number]], 1)
-            row = torch.searchsorted(where.contiguous(), kept)
-            hidden = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
-            where = kept
-    return hidden
+    """The textbook order, image by image: every layer runs on all its tokens, then the chosen rows are cut out."""
+    images = []
+    for image in range(len(pixels)):
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels[image : image + 1]))
+        cuts = {stage.layer: stage.indices[image, : stage.kept[image]] + 1 for stage in stages}
+        where = torch.arange(hidden.shape[1], device=hidden.device)
+        for number, layer in enumerate(list(tower.encoder.layers)[:-1]):
+            hidden = type(layer).forward(layer, hidden, None)
+            if number in cuts:
+                kept = torch.cat([cuts[number].new_zeros(1), cuts[number]])
+                hidden, where = hidden[:, torch.searchsorted(where, kept)], kept
+        images.append(hidden)
+    return torch.cat(images)
 
 
-def _rows(stock, pixels: Tensor, tokens, backend: str | None, repeats: int) -> list[dict]:
+def _rows(stock, pixels: Tensor, tokens, backend: str | None, repeats: int, baselines: bool) -> list[dict]:
     """One row per budget; their rounds share one measurement of the stock model."""
     runs: dict[str, Callable[[], object]] = {"stock": lambda: stock.get_image_features(pixels)}
+    if baselines:
+        eager = twin(stock)
+        eager.set_attn_implementation("eager")
+        runs["stock_eager"] = lambda: eager.get_image_features(pixels)
     seen, split = {}, {}
     for budget in tokens:
         pruned = twin(stock)
@@ -153,6 +189,10 @@ def _rows(stock, pixels: Tensor, tokens, backend: str | None, repeats: int) -> l
             seen[budget] = trace(pruned)
         patch(pruned, policy, backend=backend)
         runs[str(budget)] = partial(pruned.get_image_features, pixels)
+        if baselines:
+            by_batch = replace(policy, batch="max")
+            for attention in ("sdpa", "eager"):
+                runs[f"torch_{attention} {budget}"] = partial(plain.encoder, stock, pixels, by_batch, attention)
     times = interleave(runs, repeats=repeats, clock=Clock(pixels.device), warmup=1)
     for budget in tokens:
         split[budget] = spent(runs[str(budget)], pixels.device, max(1, repeats // 2))
@@ -183,6 +223,12 @@ def _row(pixels: Tensor, budget: int, times: dict[str, Samples], seen: Trace, sp
         overhead=relative.median / ratio,
         met=relative.median / ratio <= TARGET,
         scoring_share=inside / split["total"],
+        **{
+            f"{name}_ratio": times[key].per(stock).median
+            for name in BASELINES
+            for key in (name, f"{name} {budget}")
+            if key in times
+        },
         **{f"{op}_seconds": split[op] for op in SCORING},
         split_seconds=split["total"],
         rest_seconds=split["total"] - inside,

@@ -28,7 +28,11 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     names = shlex.quote(",".join(POLICIES))
     jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
         (quality.measure, f"quality --per-scene 8 --policies {names}", common | asked),
-        (encoder.measure, "encoder --batch 1 --tokens 64 --repeats 3", common | dict(batches=(1,), repeats=3) | sized),
+        (
+            encoder.measure,
+            "encoder --batch 1 --tokens 64 --repeats 3 --no-baselines",
+            common | dict(batches=(1,), repeats=3, baselines=False) | sized,
+        ),
         (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3) | chain),
         (ops.measure, "ops --repeats 5", common | dict(repeats=5, toy=toy)),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import Relevance
+from ..policies import FlowCut
 
 
 def dots_matmul(anchor: Tensor, x: Tensor) -> Tensor:
@@ -72,16 +74,27 @@ def stats_forms(query: Tensor, key: Tensor, value: Tensor, relevance: Relevance)
     return forms
 
 
-def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: float) -> tuple[Tensor, Tensor]:
-    """topk, sort, cat with the class token, the count read back, as released code does it: (score, index)."""
-    attention, relevance, norm, history = (x[:, 1:] for x in criteria)
-    score = attention / attention.sum(-1, keepdim=True) + relevance / relevance.sum(-1, keepdim=True)
-    score = 0.5 * history + 0.5 * score * norm
-    count = score.shape[1] - budget
+def fuse(attention: Tensor, relevance: Tensor, norm: Tensor, history: Tensor | None) -> Tensor:
+    """The cumulative score [B, N] from criteria [B, N]; the class token's column is 0."""
+    share = attention / attention[:, 1:].sum(-1, keepdim=True) + relevance / relevance[:, 1:].sum(-1, keepdim=True)
+    score = share * norm
+    score[:, 0] = 0
+    return score if history is None else 0.5 * history + 0.5 * score
+
+
+def choose(score: Tensor, entropy: Tensor, budget: int, divisor: float) -> Tensor:
+    """topk, sort, cat with the class token, the count read back, as released code does it: index [B, M]."""
+    count = score.shape[1] - 1 - budget
     if divisor:
         count = int((count / divisor * (1 - entropy.square())).round().max().item())
-    index = score.topk(max(score.shape[1] - count, budget)).indices.sort().values + 1
-    return score, torch.cat([index.new_zeros(len(index), 1), index], 1)
+    index = score[:, 1:].topk(max(score.shape[1] - 1 - count, budget)).indices.sort().values + 1
+    return torch.cat([index.new_zeros(len(index), 1), index], 1)
+
+
+def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: float) -> tuple[Tensor, Tensor]:
+    """(score, index) of a layer whose criteria are attention, relevance, norm and history."""
+    score = fuse(*criteria)
+    return score, choose(score, entropy, budget, divisor)
 
 
 def gather(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -92,3 +105,47 @@ def gather(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 def gather_by_indexing(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     batch = torch.arange(len(index), device=index.device)[:, None]
     return [x[batch, index] for x in rows]
+
+
+def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tensor:
+    """FlowCut's default through a LLaVA's CLIP tower as a careful user of torch writes it: image features [B, T, D].
+
+    Stock layers, statistics by the fastest vectorised form, pruning after the layer, one count for the batch.
+
+    Args:
+        attention: "sdpa" keeps the stock attention; "eager" takes the class token's row from the N x N map of every
+            scored layer, as the released code does.
+    """
+    tower = model.model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    layers = tower.encoder.layers
+    patches, feature_layer = hidden.shape[1] - 1, len(layers) + model.config.vision_feature_layer
+    heads, budget = layers[0].self_attn.num_heads, policy.budget(patches)
+    history = None
+    for number, layer in enumerate(layers[: feature_layer + 1]):
+        step = policy.encoder_step(number, feature_layer, patches)
+        if step is None or hidden.shape[1] - 1 <= budget:
+            hidden = layer(hidden, None)
+            continue
+        normed, module = layer.layer_norm1(hidden), layer.self_attn
+        query, key, value = (
+            p(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        if attention == "eager":
+            logits = (query @ key.transpose(-1, -2)) * module.scale
+            weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+            mixed = weights @ value
+        else:
+            mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        hidden = hidden + module.out_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+        criteria = stats(query[:, :, :1], key, value, dots_block, Relevance.COSINE)
+        if attention == "eager":
+            criteria[0] = weights[:, :, 0].float().mean(1)
+        entropy = criteria.pop()[:, 0]
+        score = fuse(*criteria, history)
+        if step.prunes:
+            index = choose(score, entropy, step.budget, step.divisor)
+            hidden, score = gather((hidden, score), index)
+        history = score
+    return model.model.multi_modal_projector(hidden[:, 1:])

@@ -44,12 +44,14 @@ def measure(
     device = torch.device(device)
     small = (clip_large(4, **(vision_shape or {})), small_llama(2, **(text_shape or {})))
     patches = patches_of(small[0])
-    tick("check")
-    checked = refcheck(*small, device, backend, max(1, patches // 9))
-    rows, failed = [], [] if checked == "ok" else [checked]
+    rows, failed = [], []
+    for dtype in dtypes:
+        tick(f"check {_short(dtype)}")
+        checked = refcheck(*small, dtype, device, backend, max(1, patches // 9))
+        failed += [] if checked == "ok" else [f"{_short(dtype)}: {checked}"]
     vision, text = clip_large(layers, **(vision_shape or {})), small_llama(text_layers, **(text_shape or {}))
     if failed:
-        rows = [dict(dtype=_short(d), stock_tokens=patches, tokens=t, ok=False, refcheck=f"FAILED: {checked}")
+        rows = [dict(dtype=_short(d), stock_tokens=patches, tokens=t, ok=False, refcheck=f"FAILED: {failed[0]}")
                 for d in dtypes for t in tokens]  # fmt: skip
     else:
         stock = llava(vision, text, PAPER).to(device)
@@ -84,10 +86,10 @@ def prompt(model) -> Tensor:
 
 
 @torch.inference_mode()
-def refcheck(vision, text, device, backend, keep: int) -> str:
-    """ "ok", or what differs on a shallow fp32 model: all kept is stock; pruned is the decoder on kept features."""
-    model = llava(vision, text, PAPER).to(device)
-    ids, pixels = prompt(model), random_pixels(vision, 1).to(device)
+def refcheck(vision, text, dtype, device, backend, keep: int) -> str:
+    """ "ok", or what differs on a shallow model: all kept is stock; pruned is the decoder on kept features."""
+    model = llava(vision, text, PAPER).to(device, dtype)
+    ids, pixels = prompt(model), random_pixels(vision, 1).to(device, dtype)
     plain = model(input_ids=ids, pixel_values=pixels, logits_to_keep=1).logits
     with patched(model, FlowCut(target_tokens=model.config.image_seq_length), backend=backend):
         if not torch.equal(model(input_ids=ids, pixel_values=pixels, logits_to_keep=1).logits, plain):
@@ -100,7 +102,8 @@ def refcheck(vision, text, device, backend, keep: int) -> str:
     embeds = torch.cat([visual, model.get_input_embeddings()(ids[:, -TEXT:])], 1)
     hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state[:, -1:]
     error = ((model.lm_head(hidden) - output.logits).abs().max() / output.logits.abs().max()).item()
-    return "ok" if error <= 100 * torch.finfo(torch.float32).eps else f"pruned logits differ by {error:.1e}"
+    allowed = max(100 * torch.finfo(torch.float32).eps, 4 * torch.finfo(dtype).eps)
+    return "ok" if error <= allowed else f"pruned logits differ by {error:.1e}"
 
 
 def _row(stock, pruned, budget: int, steps: int, repeats: int, backend: str | None) -> dict:

@@ -134,6 +134,15 @@ TABLES: dict[str, list[Column]] = {
         Column("everything else", _time("rest_seconds")),
         Column("stock x FLOPs", _time("expected_seconds")),
     ],
+    "encoder others": [
+        Column("type", _type, False),
+        Column("B", _cell("batch")),
+        Column("kept", _cell("tokens")),
+        Column("FlowCut", _cell("time_ratio", times)),
+        Column("stock, eager", _cell("stock_eager_ratio", times)),
+        Column("torch FlowCut", _cell("torch_sdpa_ratio", times)),
+        Column("torch FlowCut, eager", _cell("torch_eager_ratio", times)),
+    ],
     "prefill": [
         Column("type", _type, False),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
@@ -170,6 +179,8 @@ def views(section: Section) -> list[View]:
     found = [View(TABLES[section.name], groups.get(section.name))]
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
+        if any("stock_eager_ratio" in row for row in section.rows):
+            found.append(View(TABLES["encoder others"], None, "Time as a share of the stock tower on SDPA", True))
     if section.name == "quality" and section.rows:
         kinds = [Column(kind, partial(_kind, kind), True, True) for kind in section.rows[0]["kinds"]]
         found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))
