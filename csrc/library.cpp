@@ -93,6 +93,21 @@ std::vector<int64_t> integers(const char* name, const Tensor& x) {
   return {p, p + n};
 }
 
+// The spans of [batch, 2] `ends`, cut to the tokens there are; without `ends` all of them.
+std::vector<Span> live_spans(const char* name, const std::optional<Tensor>& ends, int64_t batch,
+                             int64_t tokens, int64_t protect) {
+  std::vector<Span> spans(batch, Span{0, std::min(protect, tokens), tokens});
+  if (!ends) return spans;
+  check_shape(name, *ends, {batch, 2});
+  const std::vector<int64_t> values = integers(name, *ends);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t begin = std::clamp<int64_t>(values[2 * b], 0, tokens);
+    const int64_t end = std::clamp(values[2 * b + 1], begin, tokens);
+    spans[b] = {begin, std::clamp(values[2 * b] + protect, begin, end), end};
+  }
+  return spans;
+}
+
 Heads heads(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
@@ -132,16 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(Tensor query, Tensor key
   p.query = heads(query), p.key = heads(key), p.value = heads(value);
   p.scale = static_cast<float>(scale);
 
-  std::vector<Span> spans(p.batch, Span{0, std::min(protect, p.tokens), p.tokens});
-  if (key_span) {
-    check_shape("anchor_stats: key_span", *key_span, {p.batch, 2});
-    const std::vector<int64_t> ends = integers("anchor_stats: key_span", *key_span);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t begin = std::clamp<int64_t>(ends[2 * b], 0, p.tokens);
-      const int64_t end = std::clamp(ends[2 * b + 1], begin, p.tokens);
-      spans[b] = {begin, std::clamp(ends[2 * b] + protect, begin, end), end};
-    }
-  }
+  const std::vector<Span> spans = live_spans("anchor_stats: key_span", key_span, p.batch, p.tokens, protect);
   p.spans = spans.data();
 
   Tensor attention = empty_floats({p.batch, p.anchors, p.tokens});
@@ -275,12 +281,42 @@ std::vector<Tensor> gather_tokens(std::vector<Tensor> inputs, Tensor index, std:
   return outputs;
 }
 
+Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> key_span, double scale) {
+  check(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+        "attention: query, key and value must be [batch, heads, tokens, dim]");
+  Attention p{};
+  p.dtype = dtype_of("attention: key", key);
+  p.batch = key.size(0), p.kv_heads = key.size(1), p.tokens = key.size(2), p.dim = key.size(3);
+  p.heads = query.size(1), p.queries = query.size(2), p.value_dim = value.size(3);
+  check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "attention: query has ", p.heads,
+        " heads, which must be a multiple of key's ", p.kv_heads);
+  check_shape("attention: query", query, {p.batch, p.heads, p.queries, p.dim});
+  check_shape("attention: value", value, {p.batch, p.kv_heads, p.tokens, p.value_dim});
+  for (const Tensor* x : {&query, &key, &value}) {
+    check(x->is_cpu() && x->scalar_type() == key.scalar_type(),
+          "attention: query, key and value must be CPU tensors of one dtype");
+    check(x->stride(3) == 1 || x->size(3) <= 1,
+          "attention: query, key and value need a contiguous last dimension");
+  }
+  p.query = heads(query), p.key = heads(key), p.value = heads(value);
+  p.scale = static_cast<float>(scale);
+  const std::vector<Span> spans = live_spans("attention: key_span", key_span, p.batch, p.tokens, 0);
+  p.spans = spans.data();
+
+  const std::array<int64_t, 4> sizes{p.batch, p.queries, p.heads, p.value_dim};
+  Tensor out = empty(Sizes(sizes.data(), 4), dtype_code(query));
+  p.out = out.mutable_data_ptr();
+  kernels().attention(p, run_parallel);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
   m.impl("anchor_stats", TORCH_BOX(&anchor_stats));
   m.impl("score_select", TORCH_BOX(&score_select));
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+  m.impl("attention", TORCH_BOX(&attention));
 }
 
 // For flowcut_kernels.info and the tests, through ctypes.

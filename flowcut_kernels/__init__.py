@@ -7,6 +7,7 @@ out = model.generate(**processor(images=image, text=prompt, return_tensors="pt")
 fk.unpatch(model)
 """
 
+from .calibrate import calibrate
 from .models import patch, patched, supported_models, trace, unpatch
 from .policies import FlowCut, RandomTokens, UniformTokens
 from .trace import Stage, Trace
@@ -19,6 +20,7 @@ __all__ = [
     "Stage",
     "Trace",
     "UniformTokens",
+    "calibrate",
     "patch",
     "patched",
     "supported_models",

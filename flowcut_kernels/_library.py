@@ -67,8 +67,8 @@ def resolve_backend(backend: str | None = None) -> str:
     return name
 
 
-def choose_backend(op: str, backend: str | None, tensor: Tensor) -> str:
-    """One of "reference", "cpp", "triton" for `op` on `tensor`.
+def choose_backend(op: str, backend: str | None, tensor: Tensor, forms: tuple[str, ...] = ("cpp", "triton")) -> str:
+    """One of "reference", "cpp", "triton" for `op`, which has these native `forms`, on `tensor` and its like.
 
     An explicit request never falls back: RuntimeError says why it cannot be honoured. "auto" takes the native
     form of the tensor's device where its dtype allows, else the reference, and logs its choice once.
@@ -84,6 +84,8 @@ def choose_backend(op: str, backend: str | None, tensor: Tensor) -> str:
             choice, problem = "triton", triton_error()
         else:
             choice, problem = "reference", f"no native form for {device}"
+        if choice not in ("reference", *forms):
+            problem = f"no {choice} form for these tensors"
         if problem is None and dtype not in NATIVE_DTYPES:
             problem = f"{dtype} has no native form"
         choice = choice if problem is None else "reference"
@@ -92,7 +94,9 @@ def choose_backend(op: str, backend: str | None, tensor: Tensor) -> str:
         return choice
 
     problem = None
-    if requested == "cuda":
+    if requested in ("cpp", "triton") and requested not in forms:
+        problem = f"it has no {requested} form for these tensors; use {' or '.join(map(repr, (*forms, 'reference')))}"
+    elif requested == "cuda":
         problem = f"{op} has no CUDA C++ form; on CUDA tensors use 'triton'"
     elif requested == "cpp":
         problem = native_error() if device == "cpu" else f"it needs CPU tensors, got {device}"

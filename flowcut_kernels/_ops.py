@@ -46,14 +46,25 @@ LIB.define(
     "float scale, int protect, int relevance, int value_norm) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIB.define(
+    "attention_with_stats(Tensor query, Tensor key, Tensor value, Tensor? query_anchor, Tensor? value_anchor, "
+    "Tensor? key_span, Tensor? cu_seqlens, *, SymInt? max_seqlen, float scale, int protect, int relevance, "
+    "int value_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIB.define(
     "score_select(Tensor? attention, Tensor? relevance, Tensor? value_norm, Tensor? history, Tensor? entropy, "
     "Tensor? lengths, *, float history_weight, int protect, int mode, int budget, float divisor) "
     "-> (Tensor, Tensor, Tensor)"
 )
 LIB.define(
+    "anchor_stats_select(Tensor query, Tensor key, Tensor value, Tensor? value_anchor, Tensor? history, "
+    "Tensor? lengths, *, float scale, int protect, bool attention, int relevance, int value_norm, "
+    "float history_weight, int mode, int budget, float divisor) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIB.define(
     "gather_tokens(Tensor[] inputs, Tensor index, Tensor? norm_weight=None, Tensor? norm_bias=None, *, "
     "float eps=1e-05, bool rms=False) -> Tensor[]"
 )
+LIB.define("attention(Tensor query, Tensor key, Tensor value, Tensor? key_span, *, float scale) -> Tensor")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,22 +85,57 @@ def _(query, key, value, value_anchor, key_span, *, scale, protect, relevance, v
     )
 
 
+@torch.library.register_fake("flowcut_kernels::attention_with_stats", lib=LIB)
+def _(
+    query, key, value, query_anchor, value_anchor, key_span, cu_seqlens, *,
+    max_seqlen, scale, protect, relevance, value_norm,
+):  # fmt: skip
+    images, tokens = key.shape[0], key.shape[2]
+    if cu_seqlens is not None:
+        images, tokens = cu_seqlens.shape[0] - 1, max_seqlen
+    anchors, dtype = 0 if query_anchor is None else 1, accumulate_dtype(key.dtype)
+    new = lambda *shape: key.new_empty(shape, dtype=dtype)  # noqa: E731
+    return (
+        key.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])),
+        new(images, anchors, tokens),
+        new(images, anchors, tokens if relevance else 0),
+        new(images, tokens if value_norm else 0),
+        new(images, anchors),
+    )
+
+
 @torch.library.register_fake("flowcut_kernels::score_select", lib=LIB)
 def _(attention, relevance, value_norm, history, entropy, lengths, *, history_weight, protect, mode, budget, divisor):
-    first = next(t for t in (attention, relevance, value_norm) if t is not None)
-    batch, tokens = first.shape
-    width = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}.get(mode, tokens)
+    first = any_tensor(attention, relevance, value_norm)
+    return _selected(first, *first.shape, mode, protect, budget)
+
+
+def _selected(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int):
+    widths: dict[int, int] = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}
+    width = widths.get(mode, tokens)
     return (
-        torch.empty_like(first, memory_format=torch.contiguous_format),
-        first.new_empty((batch, width), dtype=torch.int64),
-        first.new_empty((batch,), dtype=torch.int32),
+        like.new_empty((batch, tokens), dtype=accumulate_dtype(like.dtype)),
+        like.new_empty((batch, width), dtype=torch.int64),
+        like.new_empty((batch,), dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("flowcut_kernels::anchor_stats_select", lib=LIB)
+def _(query, key, value, value_anchor, history, lengths, *, protect, mode, budget, **options):
+    selected = _selected(key, key.shape[0], key.shape[2], mode, protect, budget)
+    return (*selected, key.new_empty((key.shape[0],), dtype=accumulate_dtype(key.dtype)))
 
 
 @torch.library.register_fake("flowcut_kernels::gather_tokens", lib=LIB)
 def _(inputs, index, norm_weight=None, norm_bias=None, *, eps=1e-5, rms=False):
     rows = [x.new_empty((*index.shape, *x.shape[2:])) for x in inputs]
     return rows if norm_weight is None else [*rows, torch.empty_like(rows[0])]
+
+
+@torch.library.register_fake("flowcut_kernels::attention", lib=LIB)
+def _(query, key, value, key_span, *, scale):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, value.shape[3]))
 
 
 def any_tensor(*tensors: Tensor | None) -> Tensor:

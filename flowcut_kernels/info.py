@@ -13,7 +13,7 @@ from .bench import machine
 VARIABLES = {
     "FLOWCUT_BACKEND": "auto (default), reference, cpp, triton or cuda, for every call that names none",
     "FLOWCUT_NO_NATIVE": "1: do not load the native library",
-    "FLOWCUT_CPU_ISA": "avx512, avx2 or scalar: instruction set of the C++ kernels instead of the best one",
+    "FLOWCUT_CPU_ISA": "avx512_bf16, avx512, avx2, scalar: instruction set of the C++ kernels instead of the best one",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors in Triton's interpreter",
     "FLOWCUT_NATIVE": "0: build the Python part alone",
     "FLOWCUT_CUDA": "0: build without CUDA kernels although nvcc is there",

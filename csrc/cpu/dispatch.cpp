@@ -12,11 +12,13 @@ namespace flowcut {
   void anchor_stats(const AnchorStats&, ParallelFor);   \
   void score_select(const ScoreSelect&, ParallelFor);   \
   void gather_tokens(const GatherTokens&, ParallelFor); \
+  void attention(const Attention&, ParallelFor);        \
   }
-#define FLOWCUT_TABLE(isa) {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens}
+#define FLOWCUT_TABLE(isa) {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens, isa::attention}
 
 FLOWCUT_DECLARE(scalar)
 #ifdef FLOWCUT_X86
+FLOWCUT_DECLARE(avx512_bf16)
 FLOWCUT_DECLARE(avx512)
 FLOWCUT_DECLARE(avx2)
 #endif
@@ -28,12 +30,19 @@ struct Choice {
   bool supported;
 };
 
+#ifdef FLOWCUT_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const Kernels& choose() {
   // Best first. Every processor with AVX2 and FMA has F16C too.
   static const Choice choices[] = {
 #ifdef FLOWCUT_X86
-      {FLOWCUT_TABLE(avx512), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {FLOWCUT_TABLE(avx512_bf16), has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {FLOWCUT_TABLE(avx512), has_avx512()},
       {FLOWCUT_TABLE(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {FLOWCUT_TABLE(scalar), true},

@@ -45,6 +45,15 @@ struct AnchorStats {
   float *attention_out, *relevance_out, *norm_out, *entropy_out;
 };
 
+struct Attention {
+  DType dtype;
+  int64_t batch, heads, kv_heads, queries, tokens, dim, value_dim;
+  Heads query, key, value;
+  const Span* spans;  // [batch]; scored is not used
+  float scale;
+  void* out;  // [batch, queries, heads, value_dim]
+};
+
 // [batch, tokens] of floats, contiguous along tokens; null: not given.
 struct Criterion {
   const float* data;
@@ -94,6 +103,7 @@ struct Kernels {
   void (*anchor_stats)(const AnchorStats&, ParallelFor);
   void (*score_select)(const ScoreSelect&, ParallelFor);
   void (*gather_tokens)(const GatherTokens&, ParallelFor);
+  void (*attention)(const Attention&, ParallelFor);
 };
 
 // The best set this machine runs, or the one FLOWCUT_CPU_ISA names; std::runtime_error if it cannot be had.

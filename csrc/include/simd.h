@@ -233,6 +233,33 @@ inline F32 reduce_lanes(const F32* x) {
 #endif
 }
 
+// The lanes of a and b in turns, as two vectors.
+inline Pair interleave(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {(F32)_mm512_permutex2var_ps((__m512)a, low, (__m512)b),
+          (F32)_mm512_permutex2var_ps((__m512)a, high, (__m512)b)};
+#elif defined(__AVX2__)
+  const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  return {(F32)_mm256_permute2f128_ps(even, odd, 0x20), (F32)_mm256_permute2f128_ps(even, odd, 0x31)};
+#else
+  return {F32{a[0], b[0], a[1], b[1]}, F32{a[2], b[2], a[3], b[3]}};
+#endif
+}
+
+// x[i][j] becomes x[j][i].
+inline void transpose(F32* x) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    F32 y[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Pair rows = interleave(x[i], x[i + kLanes / 2]);
+      y[2 * i] = rows.a, y[2 * i + 1] = rows.b;
+    }
+    memcpy(x, y, sizeof(y));
+  }
+}
+
 inline F64 widen(F32 x) { return __builtin_convertvector(x, F64); }
 
 inline double sum(F64 x) {

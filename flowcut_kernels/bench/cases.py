@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from .._library import choose_backend
 from .._ops import Relevance, Select, ValueNorm
-from ..ops import anchor_stats, gather_tokens, score_select
+from ..ops import (
+    anchor_stats,
+    anchor_stats_select,
+    attention,
+    attention_with_stats,
+    gather_tokens,
+    score_select,
+)
 from . import plain
 from .machine import cache_bytes
 from .timing import Run
@@ -65,6 +73,13 @@ KINDS = {
 }
 
 
+def projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """A projection's output [B, N, H * d] seen as heads [B, H, N, d]: strided, as transformers passes it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    flat = torch.randn(batch, tokens, HEADS * DIM, generator=generator, device=device).to(dtype)
+    return flat.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+
+
 class Anchor:
     """`anchor_stats`: the CLS token's view of N tokens.
 
@@ -77,8 +92,8 @@ class Anchor:
     ) -> None:
         self.relevance, self.norm = KINDS[kind]
         self.backend = backend
-        self.key, self.value = (self._projected(batch, tokens, dtype, device, seed) for seed in (1, 2))
-        self.query = self._projected(batch, 1, dtype, device, 3)
+        self.key, self.value = (projected(batch, tokens, dtype, device, seed) for seed in (1, 2))
+        self.query = projected(batch, 1, dtype, device, 3)
         elements = batch * tokens * HEADS * DIM
         moved = 2 * elements * dtype.itemsize + 4 * batch * (3 * tokens + 1)
         self.case = Case(
@@ -95,13 +110,6 @@ class Anchor:
             wants_copy=0.6 if moved > 2 * cache_bytes(device) else None,
         )
 
-    @staticmethod
-    def _projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-        """A projection's output [B, N, H * d] seen as heads [B, H, N, d]: strided, as transformers passes it."""
-        generator = torch.Generator(device).manual_seed(seed)
-        flat = torch.randn(batch, tokens, HEADS * DIM, generator=generator, device=device).to(dtype)
-        return flat.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
-
     def run(self) -> tuple[Tensor, ...]:
         return self._stats(self.query, self.key, self.value, self.backend)
 
@@ -114,6 +122,42 @@ class Anchor:
         theirs = plain.stats(self.query, self.key, self.value, plain.dots_matmul, self.relevance)
         ours, others, truth = ([x.flatten() for x in outputs] for outputs in (self.run(), theirs, exact))
         return budgeted(ours, others, truth)
+
+
+class Attention:
+    """`attention`: M queries over N keys.
+
+    bytes = 2 B (M + N) H d size (Q, K, V and the output once), FLOPs = 4 B H M N d (exponentials not counted)
+    """
+
+    def __init__(
+        self, batch: int, queries: int, tokens: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        self.backend = backend
+        self.query = projected(batch, queries, dtype, device, 1)
+        self.key, self.value = (projected(batch, tokens, dtype, device, seed) for seed in (2, 3))
+        self.case = Case(
+            "attention",
+            f"B={batch} M={queries} N={tokens}",
+            dtype,
+            choose_backend("attention", backend, self.key, ("cpp",)),
+            self.run,
+            {"sdpa": self.plain},
+            self.check,
+            bytes=2 * batch * (queries + tokens) * HEADS * DIM * dtype.itemsize,
+            flops=4 * batch * HEADS * queries * tokens * DIM,
+            wants_speedup=2.0,
+        )
+
+    def run(self) -> Tensor:
+        return attention(self.query, self.key, self.value, backend=self.backend)
+
+    def plain(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
+
+    def check(self) -> Check:
+        exact = attention(self.query.double(), self.key.double(), self.value.double(), backend="reference")
+        return budgeted([self.run()], [self.plain().transpose(1, 2)], [exact])
 
 
 class Cut:
@@ -214,6 +258,124 @@ class Cut:
         return Check(same, detail="" if same else "gathered rows differ")
 
 
+class Layer:
+    """A pruning layer as FlowCut runs it: `anchor_stats_select`, and `gather_tokens` with the norm of the kept rows.
+
+    stats+select: bytes = 2 B N H d size (K and V once) + 20 B N (history in; score, index out), FLOPs as `anchor_stats`
+    gather+norm: bytes = 3 B M D size (rows in; rows and normed rows out) + 24 B M (index, history and position)
+    """
+
+    def __init__(
+        self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device, backend: str | None, limited: bool
+    ) -> None:
+        self.backend, self.budget = backend, tokens // 2
+        self.query, self.key, self.value = (projected(batch, n, dtype, device, 6 + n) for n in (1, tokens, tokens + 1))
+        self.value = self.value[:, :, :tokens]
+        generator = torch.Generator(device).manual_seed(7)
+        self.history = torch.rand(batch, tokens, generator=generator, device=device)
+        self.hidden = torch.randn(batch, tokens, HIDDEN, generator=generator, device=device).to(dtype)
+        self.position = torch.arange(tokens, device=device).repeat(batch, 1)
+        self.weight, self.bias = torch.randn(2, HIDDEN, generator=generator, device=device).to(dtype)
+        self.index = self.select()[1]
+        name, elements, kept = f"B={batch} N={tokens}", batch * tokens * HEADS * DIM, batch * self.index.shape[1]
+        chosen = choose_backend("anchor_stats_select", backend, self.key)
+        self.cases = [
+            Case(
+                "anchor_stats_select", name, dtype, chosen, self.select, {"vectorised": self.plain_select},
+                self.check_select, 2 * elements * dtype.itemsize + 20 * batch * tokens, 8 * elements,
+                wants_copy=0.8 if limited else None,
+            ),
+            Case(
+                "gather+norm", name, dtype, chosen, self.gather, {"gather, layer_norm": self.plain_gather},
+                self.check_gather, 3 * kept * HIDDEN * dtype.itemsize + 32 * kept, 8 * kept * HIDDEN,
+                wants_copy=0.8 if limited else None,
+            ),
+        ]  # fmt: skip
+
+    def select(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        return anchor_stats_select(
+            self.query, self.key, self.value, self.value[:, :, :1], history=self.history, protect=1, mode=Select.FIXED,
+            budget=self.budget, backend=backend or self.backend,
+        )  # fmt: skip
+
+    def gather(self) -> list[Tensor]:
+        rows = [self.hidden, self.history, self.position]
+        return gather_tokens(rows, self.index, self.weight, self.bias, backend=self.backend)
+
+    def plain_select(self) -> Tensor:
+        attention, related, norm, entropy = plain.stats(
+            self.query, self.key, self.value, plain.dots_block, Relevance.COSINE
+        )
+        return plain.choose(plain.fuse(attention, related, norm, self.history), entropy[:, 0], self.budget, 0.0)
+
+    def plain_gather(self) -> list[Tensor]:
+        hidden, *rest = plain.gather([self.hidden, self.history, self.position], self.index)
+        return [hidden, *rest, torch.nn.functional.layer_norm(hidden, (HIDDEN,), self.weight, self.bias)]
+
+    def check_select(self) -> Check:
+        wanted = self.select("reference")
+        score, index, lengths, entropy = self.select()
+        if not (torch.equal(index, wanted[1]) and torch.equal(lengths, wanted[2])):
+            return Check(False, detail="kept tokens differ from the reference")
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in ((score, wanted[0]), (entropy, wanted[3])))
+        return Check(error <= 1e-4, error, 1e-4, f"error {error:.1e} exceeds 1e-4")
+
+    def check_gather(self) -> Check:
+        ours, theirs = self.gather(), self.plain_gather()
+        if not all(torch.equal(a, b) for a, b in zip(ours[:-1], theirs[:-1], strict=True)):
+            return Check(False, detail="gathered rows differ")
+        rows, weight, bias = (x.double() for x in (theirs[0], self.weight, self.bias))
+        exact = torch.nn.functional.layer_norm(rows, (HIDDEN,), weight, bias)
+        return budgeted([ours[-1]], [theirs[-1]], [exact])
+
+
+class AttentionWithStats:
+    """`attention_with_stats`: all queries over all keys, and the class token's statistics; the opponent is SDPA alone.
+
+    bytes = 4 B N H d size (Q, K, V and the output once), FLOPs = 4 B H N N d
+    """
+
+    def __init__(
+        self, batch: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        self.backend = backend
+        heads = HEADS * DIM // dim
+        self.query, self.key, self.value = (
+            projected(batch, tokens, dtype, device, seed).transpose(1, 2).flatten(2).unflatten(-1, (heads, dim))
+            .transpose(1, 2) for seed in (1, 2, 3)
+        )  # fmt: skip
+        elements = batch * tokens * HEADS * DIM
+        self.case = Case(
+            "attention_with_stats",
+            f"B={batch} N={tokens} d={dim}",
+            dtype,
+            choose_backend("attention_with_stats", backend, self.key, ("triton",)),
+            self.run,
+            {"sdpa alone": self.plain},
+            self.check,
+            bytes=4 * elements * dtype.itemsize,
+            flops=4 * elements * tokens,
+            wants_speedup=1 / 1.1,
+        )
+
+    def run(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        inputs = (self.query, self.key, self.value, self.query[:, :, :1], self.value[:, :, :1])
+        return attention_with_stats(*inputs, protect=1, backend=backend or self.backend)
+
+    def plain(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
+
+    def check(self) -> Check:
+        wide = [x[:1].double() for x in (self.query, self.key, self.value)]
+        exact = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
+        output, *statistics = self.run()
+        _, *wanted = self.run("reference")
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(statistics, wanted, strict=True))
+        if not error <= 1e-4:
+            return Check(False, error, 1e-4, f"statistics: error {error:.1e} exceeds 1e-4")
+        return budgeted([output[:1]], [self.plain()[:1].transpose(1, 2)], [exact])
+
+
 def cases(
     device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None, toy: bool = False
 ) -> Iterator[Case]:
@@ -224,6 +386,10 @@ def cases(
         for dtype in dtypes:
             for kind in KINDS:
                 yield Anchor(batch, tokens, kind, dtype, device, backend).case
+    if device.type == "cpu" and backend != "triton":  # elsewhere it is torch's own attention
+        for batch, queries, tokens in [(2, 5, 37)] if toy else [(1, 577, 577), (4, 577, 577), (1, 64, 299)]:
+            for dtype in dtypes:
+                yield Attention(batch, queries, tokens, dtype, device, backend).case
     cuts = [(2, 37, 8, 2.0)] if toy else [(b, *cut) for b in (1, 8) for cut in ((577, 64, 2.0), (300, 64, 0.0))]
     for batch, tokens, budget, divisor in cuts:
         for dtype in dtypes:
@@ -231,3 +397,11 @@ def cases(
             if dtype == dtypes[0]:  # criteria are float32 whatever the model's dtype
                 yield cut.select_case
             yield from cut.cases
+    cuda = device.type == "cuda"
+    layers = [(64, 577), (64, 1025), (64, 2305)] if cuda else [(2, 37)] if toy else [(1, 577), (8, 577)]
+    for batch, tokens in layers:
+        for dtype in dtypes:
+            yield from Layer(batch, tokens, dtype, device, backend, limited=cuda).cases
+    if cuda or toy:  # its fused form is a GPU kernel
+        for tokens, dim in itertools.product((577, 1025, 2305, 4096) if cuda else (37,), (64, 128)):
+            yield AttentionWithStats(8 if cuda else 2, tokens, dim, dtypes[-1], device, backend).case

@@ -102,6 +102,7 @@ def encoder(
     image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
     hidden: Annotated[int, typer.Option(min=64, help="Width; heads of 64, MLP 4 x as wide.")] = 1024,
     baselines: Annotated[bool, typer.Option(help="Also time eager attention and FlowCut in plain torch.")] = True,
+    frozen: Annotated[bool, typer.Option(help="Also time the calibrated schedule and CUDA graphs.")] = False,
     dtype: Dtype = "fp32,bf16",
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -118,34 +119,47 @@ def encoder(
     options = dict(
         dtypes=dtypes(dtype), batches=numbers(batch, "--batch"), tokens=numbers(tokens, "--tokens"), weights=weights,
         layers=layers, repeats=repeats, backend=backend, shape=width(image_size, hidden),
-        baselines=baselines,
+        baselines=baselines, frozen=frozen,
     )  # fmt: skip
     section("encoder", measure, options, threads, device, json, csv)
 
 
 @app.command()
 def prefill(
+    model: Annotated[
+        str | None, typer.Option(help="llava-1.5-7b, llava-next-7b or llava-onevision-7b at full size; sets the rest.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     tokens: Counts = "192,64",
     layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
     text_layers: Annotated[int, typer.Option(min=1, help="Layers of the language model.")] = 8,
     image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
     hidden: Annotated[int, typer.Option(min=64, help="Width of both; heads of 64.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per repeat.")] = 4,
+    baselines: Annotated[bool, typer.Option(help="Also time eager attention and free selection, the limit.")] = False,
     dtype: Dtype = "bf16",
     repeats: Repeats = 3,
     threads: Threads = None,
     device: Device = "cpu",
     backend: Backend = None,
+    toy: Annotated[bool, typer.Option(hidden=True)] = False,
     json: Json = None,
     csv: Csv = None,
 ) -> None:
     """Image to first token and decoding: encoder, projector, language model, KV cache."""
-    from .prefill import measure
+    from .prefill import cpu_shape, measure
+    from .shapes import REAL, real
 
-    text = dict(hidden_size=hidden, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64)
+    if model in REAL:
+        shape = real(model, toy)
+    elif model is None:
+        text = dict(hidden_size=hidden, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64)
+        shape = cpu_shape(layers, text_layers, numbers(tokens, "--tokens"), width(image_size, hidden), text)
+    else:
+        raise typer.BadParameter(f"--model {model!r} is unknown: use {', '.join(REAL)}")
     options = dict(
-        dtypes=dtypes(dtype), tokens=numbers(tokens, "--tokens"), layers=layers, text_layers=text_layers, steps=steps,
-        repeats=repeats, backend=backend, vision_shape=width(image_size, hidden), text_shape=text,
+        dtypes=dtypes(dtype), shape=shape, batches=numbers(batch, "--batch"), steps=steps, repeats=repeats,
+        baselines=baselines, backend=backend,
     )  # fmt: skip
     section("prefill", measure, options, threads, device, json, csv)
 
@@ -214,7 +228,34 @@ def look(
 
 
 @app.command()
+def gpu(
+    out: Annotated[Path, typer.Option("--out", help="Folder for a file per step, their logs and gpu.json.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same steps on the CPU at toy size.")] = False,
+    only: Annotated[str | None, typer.Option(help="Steps to run (again), separated by commas.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds in all; steps that no longer fit are named.")] = 540,
+) -> None:
+    """Everything that needs a GPU, resumable: build, tests, operators, encoder, 7 B prefill, memory, targets."""
+    from . import gpu as steps
+
+    known = ["build", "tests", *(step.name for step in steps.STEPS)]
+    chosen = only.split(",") if only else []
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"--only {unknown[0]!r} is unknown: use {', '.join(known)}")
+    prepare(None, "cpu" if dry_run else "cuda")
+    with progress("gpu") as tick:
+        report, fates = steps.run(out, dry_run, chosen, limit, tick)
+    report.save(out / "gpu.json")
+    show_report(report, terminal())
+    for name, fate in fates.items():
+        print(f"{name}: {fate}")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def compile(
+    only: Annotated[str | None, typer.Option(help="Only kernels whose name contains this.")] = None,
     arch: Annotated[str, typer.Option(help="GPU architectures, separated by commas.")] = "80,90,100",
     json: Json = None,
     csv: Csv = None,
@@ -222,19 +263,18 @@ def compile(
     """Triton kernels compiled for GPUs this machine need not have: registers, spills, shared memory."""
     if importlib.util.find_spec("triton") is None:
         raise typer.BadParameter("compile needs triton: pip install triton")
-    section("compile", compiled, dict(architectures=numbers(arch, "--arch")), None, "cpu", json, csv)
+    section("compile", compiled, dict(architectures=numbers(arch, "--arch"), only=only), None, "cpu", json, csv)
 
 
-def compiled(*, architectures: tuple[int, ...], device: str, command: str, tick: Tick) -> Section:
+def compiled(*, architectures: tuple[int, ...], only: str | None, device: str, command: str, tick: Tick) -> Section:
     from .compile import compile_all
 
     tick("Triton kernels")
     rows = []
-    for found in compile_all(architectures):
-        row = asdict(found)
-        rows.append(row | dict(ok=not (row["stack"] or row["local"]), refcheck="spills"))
-    failed = [f"{row['kernel']} {row['variant']} sm_{row['arch']} spills" for row in rows if not row["ok"]]
-    notes = ["stack and local bytes are spills and fail; nothing runs, so no GPU is needed"]
+    for found in compile_all(architectures, only):
+        rows.append(asdict(found) | dict(ok=found.failure is None, refcheck=found.failure or ""))
+    failed = [f"{row['kernel']} {row['variant']} sm_{row['arch']} {row['refcheck']}" for row in rows if not row["ok"]]
+    notes = ["spills (stack and local bytes) and too much shared memory fail; nothing runs, so no GPU is needed"]
     return Section(
         "compile", "Triton kernels compiled", command, rows, dict(architectures=architectures), notes, failed
     )

@@ -22,10 +22,20 @@ from triton.runtime.jit import create_function_from_signature
 from .._ops import Relevance, Select, ValueNorm
 from ..ops._triton_common import Launch
 from ..ops.anchor_stats.triton import prepare as prepare_stats
+from ..ops.attention_with_stats.triton import prepare as prepare_attention
 from ..ops.gather_tokens.triton import prepare as prepare_gather
 from ..ops.score_select.triton import prepare as prepare_select
 
 ARCHITECTURES = (80, 90, 100)
+_REGISTERS, _BLOCKS = 65536, 32  # of a multiprocessor
+
+
+def limits(arch: int) -> tuple[int, int]:
+    """Bytes of shared memory that a block of ``sm_<arch>`` may ask for, and warps that a multiprocessor holds.
+
+    CUDA C++ Programming Guide, "Compute Capabilities"; others than data-centre parts have the least of all.
+    """
+    return {80: (163 * 1024, 64), 90: (227 * 1024, 64), 100: (227 * 1024, 64)}.get(arch, (99 * 1024, 48))
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,15 @@ class Row:
     stack: int
     local: int
     shared: int
+    blocks: int  # that fit a multiprocessor at once, by registers, shared memory and warps
+
+    @property
+    def failure(self) -> str | None:
+        """Why it must not be shipped: it spills, or needs more shared memory than a block may have."""
+        if self.stack or self.local:
+            return f"spills {self.stack + self.local} bytes"
+        most, _ = limits(self.arch)
+        return f"needs {self.shared} bytes of shared memory, a block has {most}" if self.shared > most else None
 
 
 def compile_launch(launch: Launch, arch: int) -> triton.compiler.CompiledKernel:
@@ -65,8 +84,21 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Launches at the sizes of real models: CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads."""
+def resident_blocks(arch: int, warps: int, registers: int, shared: int) -> int:
+    """Blocks that one multiprocessor of ``sm_<arch>`` holds; registers go to warps in units of 256.
+
+    Of its shared memory, 1 KiB more than a block may ask for, it keeps 1 KiB per block for itself.
+    """
+    most, most_warps = limits(arch)
+    by_registers = _REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, (most + 1024) // (shared + 1024), most_warps // warps, _BLOCKS)
+
+
+def launches(arch: int) -> Iterator[tuple[str, Launch]]:
+    """Launches on ``sm_<arch>`` at the sizes of real models.
+
+    CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads.
+    """
     for dim, dtype, tokens, batch, relevance, norm, fused in (
         (64, torch.bfloat16, 577, 8, Relevance.COSINE, ValueNorm.FULL, True),
         (64, torch.bfloat16, 577, 64, Relevance.SOFTMAX, ValueNorm.HEAD_MEAN, False),
@@ -82,12 +114,31 @@ def launches() -> Iterator[tuple[str, Launch]]:
         key = key.view(batch, tokens, heads, dim).transpose(1, 2)
         selection = dict(
             history=torch.empty(batch, tokens, device="meta"), lengths=None, history_weight=0.5,
-            mode=Select.ADAPTIVE, budget=64, divisor=2.0,
+            mode=Select.ADAPTIVE, budget=64, divisor=2.0, attention=True,
         )  # fmt: skip
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
         yield name + " select" * fused, prepare_stats(
             key[:, :, :1], key, key, key[:, :, :1], None,
             scale=dim**-0.5, protect=1, relevance=relevance, value_norm=norm, selection=selection if fused else None,
+        )  # fmt: skip
+    for dim, dtype, batch, tokens, segments, anchored in (
+        (64, torch.bfloat16, 8, 577, 0, True), (64, torch.bfloat16, 8, 577, 0, False),
+        (72, torch.bfloat16, 8, 729, 0, True), (80, torch.bfloat16, 8, 577, 0, True),
+        (80, torch.bfloat16, 1, 4096, 64, True), (128, torch.bfloat16, 1, 4096, 0, True),
+        (64, torch.float32, 8, 577, 0, True), (128, torch.float32, 8, 577, 0, True),
+    ):  # fmt: skip
+        heads, images = 16, segments or batch
+        key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
+        key = key.view(batch, tokens, heads, dim).transpose(1, 2)
+        anchor = torch.empty(images, heads, 1, dim, dtype=dtype, device="meta") if anchored else None
+        cu_seqlens = torch.empty(segments + 1, dtype=torch.int32, device="meta") if segments else None
+        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}"
+        name += f" {segments} segments" * bool(segments) + " no statistics" * (not anchored)
+        yield name, prepare_attention(
+            key, key, key, anchor, anchor, None, cu_seqlens,
+            max_seqlen=tokens // segments if segments else None, scale=dim**-0.5, protect=0 if segments else 1,
+            relevance=Relevance.COSINE if anchored else Relevance.NONE,
+            value_norm=ValueNorm.FULL if anchored else ValueNorm.NONE, arch=arch,
         )  # fmt: skip
     for tokens, mode in (
         (577, Select.ADAPTIVE_BATCH), (2305, Select.FIXED), (16384, Select.ADAPTIVE),
@@ -115,17 +166,21 @@ def launches() -> Iterator[tuple[str, Launch]]:
         )
 
 
-def compile_all(architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
-    """One row per launch of :func:`launches` and architecture."""
+def compile_all(architectures: Iterable[int] = ARCHITECTURES, only: str | None = None) -> list[Row]:
+    """One row per launch of :func:`launches` whose kernel's name contains `only`, and architecture."""
     rows = []
-    for variant, launch in launches():
-        for arch in architectures:
+    architectures = tuple(architectures)
+    for variants in zip(*map(launches, architectures), strict=True):
+        for arch, (variant, launch) in zip(architectures, variants, strict=True):
+            if only and only not in launch.kernel.fn.__name__:
+                continue
             compiled = compile_launch(launch, arch)
-            used = resources(compiled.asm["cubin"])
+            used, warps, shared = resources(compiled.asm["cubin"]), launch.meta["num_warps"], compiled.metadata.shared
             rows.append(
                 Row(
-                    launch.kernel.fn.__name__.lstrip("_"), variant, arch, launch.meta["num_warps"],
-                    used["REG"], used["STACK"], used["LOCAL"], compiled.metadata.shared,
+                    launch.kernel.fn.__name__.lstrip("_"), variant, arch, warps,
+                    used["REG"], used["STACK"], used["LOCAL"], shared,
+                    resident_blocks(arch, warps, used["REG"], shared),
                 )
             )  # fmt: skip
     return rows

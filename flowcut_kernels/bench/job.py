@@ -23,7 +23,7 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     """Fewer cases and repeats than the subcommands take; each section names the command that repeats it."""
     common = dict(device=device, backend=backend)
     sized = dict(shape=SMALL, layers=6, tokens=(16, 8)) if toy else dict(tokens=(64,))
-    chain = dict(vision_shape=SMALL, text_shape=SMALL_TEXT, layers=6, tokens=(8,)) if toy else dict(tokens=(64,))
+    chain = prefill.cpu_shape(6, 1, (8,), SMALL, SMALL_TEXT) if toy else prefill.cpu_shape(tokens=(64,))
     asked = dict(questions=64 if toy else 2000, per_scene=8, policies=POLICIES)
     names = shlex.quote(",".join(POLICIES))
     jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
@@ -33,7 +33,7 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
             "encoder --batch 1 --tokens 64 --repeats 3 --no-baselines",
             common | dict(batches=(1,), repeats=3, baselines=False) | sized,
         ),
-        (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3) | chain),
+        (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3, shape=chain)),
         (ops.measure, "ops --repeats 5", common | dict(repeats=5, toy=toy)),
     )
     start, sections = time.perf_counter(), []

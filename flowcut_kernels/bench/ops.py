@@ -90,6 +90,7 @@ def _row(case: Case, clock: Clock, repeats: int) -> dict:
         torch_seconds=times["torch"].median,
         torch_form=opponent,
         speedup=speedup.median,
+        of_torch=times["ours"].per(times["torch"]).median,
         speedup_low=speedup.quartiles[0],
         speedup_high=speedup.quartiles[1],
         gbs=case.bytes / times["ours"].median / 1e9,

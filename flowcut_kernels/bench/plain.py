@@ -93,7 +93,8 @@ def choose(score: Tensor, entropy: Tensor, budget: int, divisor: float) -> Tenso
 
 def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: float) -> tuple[Tensor, Tensor]:
     """(score, index) of a layer whose criteria are attention, relevance, norm and history."""
-    score = fuse(*criteria)
+    attention, relevance, norm, history = criteria
+    score = fuse(attention, relevance, norm, history)
     return score, choose(score, entropy, budget, divisor)
 
 
@@ -121,7 +122,7 @@ def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tens
     layers = tower.encoder.layers
     patches, feature_layer = hidden.shape[1] - 1, len(layers) + model.config.vision_feature_layer
     heads, budget = layers[0].self_attn.num_heads, policy.budget(patches)
-    history = None
+    history: Tensor | None = None
     for number, layer in enumerate(layers[: feature_layer + 1]):
         step = policy.encoder_step(number, feature_layer, patches)
         if step is None or hidden.shape[1] - 1 <= budget:
@@ -139,13 +140,12 @@ def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tens
             mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         hidden = hidden + module.out_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        criteria = stats(query[:, :, :1], key, value, dots_block, Relevance.COSINE)
+        row, related, norm, entropy = stats(query[:, :, :1], key, value, dots_block, Relevance.COSINE)
         if attention == "eager":
-            criteria[0] = weights[:, :, 0].float().mean(1)
-        entropy = criteria.pop()[:, 0]
-        score = fuse(*criteria, history)
+            row = weights[:, :, 0].float().mean(1)
+        score = fuse(row, related, norm, history)
         if step.prunes:
-            index = choose(score, entropy, step.budget, step.divisor)
+            index = choose(score, entropy[:, 0], step.budget, step.divisor)
             hidden, score = gather((hidden, score), index)
         history = score
     return model.model.multi_modal_projector(hidden[:, 1:])

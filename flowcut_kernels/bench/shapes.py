@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,61 @@ class Gains:
 PAPER = Gains(qk=((0, 0.9), (10, 1.6), (23, 2.8)), value=0.35, output=0.4, mlp=0.5)
 # The stored recipe of a published comparison: FlowCut cuts 576 -> 570 -> 561 -> ... -> 299 -> 64.
 GOLDEN_LIKE = Gains(qk=((0, 1.2), (23, 1.9)), value=0.35, output=0.4, mlp=0.5)
+# Without a class token: the mean of all queries is short, so the same entropies ask for larger weights.
+PAPER_MEAN = Gains(qk=((0, 2.5), (12, 4.0), (26, 6.5)), value=0.35, output=0.4, mlp=0.5)
 WEIGHTS = {"paper-like": PAPER, "golden-like": GOLDEN_LIKE}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A vision-language model to time: configurations, images per prompt, and what to keep of a prompt."""
+
+    name: str
+    vision: Any
+    text: Any
+    views: int  # crops of one picture, each a row of the encoder's batch
+    tokens: tuple[int, ...]  # visual tokens kept per prompt
+    gains: Gains = PAPER
+
+    @property
+    def has_class_token(self) -> bool:
+        return isinstance(self.vision, CLIPVisionConfig)
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of a prompt before pruning."""
+        return self.views * patches_of(self.vision)
+
+
+def real(name: str, toy: bool = False) -> Shape:
+    """One of REAL at full size, or with the same structure at a size for a dry run."""
+    vision, text, views, tokens, gains = REAL[name]
+    if toy:
+        small = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=6)
+        vision = type(vision)(**(vision.to_dict() | small | dict(image_size=8 * vision.patch_size)))
+        text = type(text)(
+            hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+            vocab_size=64,
+        )  # fmt: skip
+        tokens = tuple(views * kept for kept in (24, 8))
+    return Shape(name, vision, text, views, tokens, gains)
+
+
+def _llama_7b(vocabulary: int) -> LlamaConfig:
+    """Vicuna-7B."""
+    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096)
 
 
 def clip_large(layers: int = 24, **changes: Any) -> CLIPVisionConfig:
     """CLIP-L/14-336: 24 layers, 16 heads of 64, 576 patches and CLS."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=336, patch_size=14)
     return CLIPVisionConfig(num_hidden_layers=layers, **(shape | changes))
+
+
+def siglip_so400m(layers: int = 26, **changes: Any) -> SiglipVisionConfig:
+    """SigLIP-so400m/14-384 as LLaVA-OneVision reads it: 26 layers, 16 heads of 72, 729 patches, no class token."""
+    shape = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, image_size=384, patch_size=14)
+    return SiglipVisionConfig(num_hidden_layers=layers, vision_use_head=False, **(shape | changes))
 
 
 def small_llama(layers: int = 8, **changes: Any) -> LlamaConfig:
@@ -53,13 +108,31 @@ def small_llama(layers: int = 8, **changes: Any) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, **(shape | changes))
 
 
+def _qwen2_7b() -> Qwen2Config:
+    return Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064,
+    )  # fmt: skip
+
+
 def patches_of(config: Any) -> int:
     """Patches of an image at the size a vision configuration names."""
     return (config.image_size // config.patch_size) ** 2
 
 
-def llava(vision: CLIPVisionConfig, text: LlamaConfig | None = None, gains: Gains = PAPER) -> Any:
-    """A LlavaForConditionalGeneration that reads layer -2 of that tower; without `text` its decoder hardly exists."""
+def llava(
+    vision: Any,
+    text: Any = None,
+    gains: Gains = PAPER,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A LlavaForConditionalGeneration made on `device`; without `text` its decoder hardly exists.
+
+    It reads layer -2 of a CLIP tower, without the class token, and the last layer of a SigLIP tower.
+    """
+    clip = isinstance(vision, CLIPVisionConfig)
     text = text or LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -69,15 +142,16 @@ def llava(vision: CLIPVisionConfig, text: LlamaConfig | None = None, gains: Gain
         vocab_size=64,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1, vision_feature_layer=-2,
-        image_seq_length=patches_of(vision),
+        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1,
+        image_seq_length=patches_of(vision), vision_feature_layer=-2 if clip else -1,
+        vision_feature_select_strategy="default" if clip else "full",
     )  # fmt: skip
-    with _NoInit():
-        model = LlavaForConditionalGeneration(config).eval()
+    with _NoInit(), torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         fill(model.model.vision_tower, gains)
         rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-        generator = torch.Generator().manual_seed(gains.seed)
+        generator = torch.Generator(device).manual_seed(gains.seed)
         for parameter in rest:
             if parameter.dim() > 1:
                 bound = math.sqrt(3 / parameter.shape[1])
@@ -129,10 +203,17 @@ def draw(name: str, seed: int, shape: tuple[int, ...], bound: float, offset: flo
     return torch.from_numpy(values.astype(np.float32))
 
 
-def random_pixels(config: CLIPVisionConfig, batch: int, seed: int = 33) -> Tensor:
+def random_pixels(config: Any, batch: int, seed: int = 33) -> Tensor:
     """Normalised pixels [B, 3, S, S], uniform noise."""
     size: Any = config.image_size
     return draw("pixel_values", seed, (batch, 3, size, size), 1.8)
+
+
+REAL: dict[str, tuple] = {
+    "llava-1.5-7b": (clip_large(), _llama_7b(32064), 1, (192, 128, 64), PAPER),
+    "llava-next-7b": (clip_large(), _llama_7b(32064), 5, (640, 320, 160), PAPER),
+    "llava-onevision-7b": (siglip_so400m(), _qwen2_7b(), 5, (1820, 910, 365), PAPER_MEAN),
+}
 
 
 def twin(model: Any) -> Any:

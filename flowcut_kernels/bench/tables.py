@@ -45,7 +45,9 @@ def duration(seconds: float) -> str:
     return DASH
 
 
-def _sizes(before: float, after: float) -> str:
+def _sizes(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return DASH
     unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if before >= s), ("KiB", 2**10))
     return f"{before / scale:.3g}→{after / scale:.3g} {unit}"
 
@@ -128,8 +130,7 @@ TABLES: dict[str, list[Column]] = {
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("in all", _time("split_seconds")),
-        Column("stats", _time("anchor_stats_seconds")),
-        Column("select", _time("score_select_seconds")),
+        Column("stats, select", _time("anchor_stats_select_seconds")),
         Column("gather", _time("gather_tokens_seconds")),
         Column("everything else", _time("rest_seconds")),
         Column("stock x FLOPs", _time("expected_seconds")),
@@ -143,15 +144,36 @@ TABLES: dict[str, list[Column]] = {
         Column("torch FlowCut", _cell("torch_sdpa_ratio", times)),
         Column("torch FlowCut, eager", _cell("torch_eager_ratio", times)),
     ],
+    "encoder frozen": [
+        Column("type", _type, False),
+        Column("B", _cell("batch")),
+        Column("kept", _cell("tokens")),
+        Column("FlowCut", _cell("time_ratio", times)),
+        Column("frozen", _cell("frozen_ratio", times)),
+        Column("limit", _cell("limit_ratio", times)),
+        Column("frozen, graph", _cell("frozen_graph_ratio", times)),
+        Column("stock, graph", _cell("stock_graph_ratio", times)),
+    ],
     "prefill": [
         Column("type", _type, False),
+        Column("B", _cell("batch")),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
         Column("encoder", lambda r: _pair(r, "encoder")),
         Column("LLM prefill", lambda r: _pair(r, "llm")),
         Column("1st token", lambda r: _pair(r, "first")),
         Column("faster", _cell("speedup", times)),
         Column("a token", lambda r: _pair(r, "decode")),
-        Column("KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"]),
+        Column(
+            "KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"], True, True
+        ),
+    ],
+    "prefill limits": [
+        Column("type", _type, False),
+        Column("B", _cell("batch")),
+        Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
+        Column("stock, eager : stock", _cell("eager_ratio", times)),
+        Column("of the limit", _cell("of_limit", percent)),
+        Column("memory beyond weights", lambda r: _sizes(r["stock_peak_bytes"], r["peak_bytes"])),
     ],
     "quality": [
         *KEPT,
@@ -159,6 +181,12 @@ TABLES: dict[str, list[Column]] = {
         Column("against random", _points("over_random")),
         Column("against FlowCut", _points("over_flowcut")),
         Column("encoder/image", _time("encoder_seconds")),
+    ],
+    "gpu": [
+        Column("what", _cell("what"), False, True),
+        Column("target", _cell("target")),
+        Column("measured", _cell("found", "{:.3g}".format)),
+        Column("met", _verdict("met"), False),
     ],
     "compile": [
         Column("kernel", _cell("kernel"), False),
@@ -169,6 +197,7 @@ TABLES: dict[str, list[Column]] = {
         Column("stack", _cell("stack")),
         Column("local", _cell("local")),
         Column("shared", _cell("shared")),
+        Column("blocks/SM", _cell("blocks")),
     ],
 }
 
@@ -181,6 +210,10 @@ def views(section: Section) -> list[View]:
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
         if any("stock_eager_ratio" in row for row in section.rows):
             found.append(View(TABLES["encoder others"], None, "Time as a share of the stock tower on SDPA", True))
+        if any("frozen_ratio" in row for row in section.rows):
+            found.append(View(TABLES["encoder frozen"], None, "Static schedule, as a share of the stock tower", True))
+    if section.name == "prefill" and any("of_limit" in row for row in section.rows):
+        found.append(View(TABLES["prefill limits"], None, "Against eager attention and free selection", True))
     if section.name == "quality" and section.rows:
         kinds = [Column(kind, partial(_kind, kind), True, True) for kind in section.rows[0]["kinds"]]
         found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))

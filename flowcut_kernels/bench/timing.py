@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -47,6 +48,34 @@ def synchronise(device: torch.device) -> None:
     """Wait until everything queued on `device` is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """What `run` returns, and the bytes it needed beyond those that were allocated before; None but on CUDA."""
+    if device.type != "cuda":
+        return run(), None
+    synchronise(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = run()
+    synchronise(device)
+    return result, torch.cuda.max_memory_allocated(device) - before
+
+
+def captured(run: Run, device: torch.device) -> Run:
+    """`run` as a replay of a CUDA graph; without CUDA the same function, so that a dry run takes the same path."""
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 class Clock:

@@ -22,6 +22,7 @@ from .._ops import Select
 # launch has as many. Only a heuristic: fewer multiprocessors just see more waves.
 ENOUGH_PROGRAMS = 400
 
+LOG2_E = 1.4426950408889634
 _SCORE_ONLY = tl.constexpr(int(Select.SCORE_ONLY))
 _ADAPTIVE_BATCH = tl.constexpr(int(Select.ADAPTIVE_BATCH))
 _FIXED = tl.constexpr(int(Select.FIXED))
@@ -55,6 +56,14 @@ def device_guard(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def architecture(device: torch.device) -> int:
+    """90 for an sm_90 device; for the interpreter 80, the least that the kernels are written for."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def steps(x: Tensor, dims: int) -> tuple[int, ...]:
     """The leading `dims` strides of x; 0 where a dimension of size 1 makes the stride meaningless."""
     return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:dims], x.shape[:dims], strict=True))
@@ -67,6 +76,19 @@ def vector_unit(itemsize: int, *sizes: int) -> int:
     rows of 72 or 88 elements are 16-byte aligned, which it cannot see in the numbers themselves.
     """
     return gcd(16 // itemsize, *sizes)
+
+
+def unit_steps(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...] | None]]:
+    """The common vector unit of tensors [batch, heads, tokens, dim], and their first three strides divided by it."""
+    given = [None if x is None else steps(x, 3) for x in tensors]
+    itemsize = next(x.element_size() for x in tensors if x is not None)
+    unit = vector_unit(itemsize, *(s for three in given if three for s in three))
+    return unit, [None if three is None else tuple(s // unit for s in three) for three in given]
+
+
+def contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """x, copied only if its last dimension is strided."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 # Zeroed counters by (device, stream), and by device those that captured launches take from.

@@ -54,6 +54,9 @@ class Policy:
         assert self.retain_ratio is not None
         return min(max(1, round(self.retain_ratio * tokens)), tokens)
 
+    def check_encoder(self, feature_layer: int, tokens: int) -> None:
+        """ValueError where this policy does not fit an encoder of `tokens` patches that is read at `feature_layer`."""
+
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         """What to do at an encoder layer whose output feeds the next one; None: run the layer as it is."""
         raise NotImplementedError
@@ -82,6 +85,7 @@ class EncoderStep(NamedTuple):
     mode: Select
     budget: int = 0  # patches to end with, for the pruning modes
     divisor: float = 0.0  # sqrt of the remaining layers, for the adaptive modes
+    static: bool = False  # counts follow from the step and the shapes alone: nothing has to be read back
 
     @property
     def prunes(self) -> bool:

@@ -21,7 +21,9 @@ class _BlindPolicy(Policy):
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         budget = self.budget(tokens)
-        return EncoderStep(Select.FIXED, budget) if layer == feature_layer - 1 and budget < tokens else None
+        return (
+            EncoderStep(Select.FIXED, budget, static=True) if layer == feature_layer - 1 and budget < tokens else None
+        )
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         batch, device = view.key.shape[0], view.key.device

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-import torch
-
 from .._ops import Relevance, Select, ValueNorm
-from ..ops import anchor_stats, score_select
+from ..ops import anchor_stats_select
 from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
 
 CRITERIA = ("attention", "relevance", "value_norm")
@@ -36,6 +35,8 @@ class FlowCut(Policy):
         batch: "independent" images, or the "max" count of the batch for all (released code).
         anchor: "cls", "mean" (mean token), or "auto": CLS where the encoder has one.
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
+        schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
+            static and nothing is read back; set by :func:`~flowcut_kernels.calibrate`.
     """
 
     criteria: tuple[str, ...] = CRITERIA
@@ -48,6 +49,7 @@ class FlowCut(Policy):
     batch: Literal["independent", "max"] = "independent"
     anchor: Literal["auto", "cls", "mean"] = "auto"
     feature_layer: int | None = None
+    schedule: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +75,35 @@ class FlowCut(Policy):
         if not is_whole(self.interval) or self.interval < 1:
             raise ValueError(f"FlowCut: interval={self.interval!r} must be a whole number of layers, at least 1")
         check_feature_layer(self)
+        if self.schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        try:
+            pairs = tuple((layer, kept) for layer, kept in self.schedule or ())
+        except (TypeError, ValueError):
+            pairs = ()
+        steps = list(pairwise(pairs))
+        whole = all(is_whole(x) for pair in pairs for x in pair)
+        if not pairs or not whole or pairs[0][0] < 0 or pairs[-1][1] < 1:
+            raise ValueError(f"FlowCut: schedule={self.schedule!r} must be (layer, kept) pairs of whole numbers")
+        if any(later[0] <= layer or later[1] >= kept for (layer, kept), later in steps):
+            raise ValueError(f"FlowCut: schedule={self.schedule!r} must name rising layers and falling counts")
+        if self.target_tokens is not None and pairs[-1][1] != self.target_tokens:
+            raise ValueError(
+                f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens}: calibrate again"
+            )
+        object.__setattr__(self, "schedule", pairs)
+
+    def check_encoder(self, feature_layer: int, tokens: int) -> None:
+        budget = self.budget(tokens)
+        if self.schedule is None or budget >= tokens:
+            return
+        if self.schedule[-1][0] >= feature_layer or self.schedule[0][1] >= tokens or self.schedule[-1][1] != budget:
+            raise ValueError(
+                f"FlowCut: schedule={self.schedule} does not fit an encoder of {tokens} patches whose layer "
+                f"{feature_layer} is read, with {budget} to keep: calibrate on this model"
+            )
 
     @classmethod
     def release(cls, target_tokens: int | None = None, retain_ratio: float | None = None, **changes: Any) -> FlowCut:
@@ -85,6 +116,8 @@ class FlowCut(Policy):
         budget = self.budget(tokens)
         if remaining < 0 or budget >= tokens:
             return None
+        if self.schedule is not None:
+            return self._scheduled_step(layer)
         if remaining % self.interval:
             return EncoderStep(Select.SCORE_ONLY) if self.cumulative else None
         if remaining == 0:
@@ -97,34 +130,33 @@ class FlowCut(Policy):
         done = cuts - remaining // self.interval
         return EncoderStep(Select.FIXED, max(budget, round(tokens * (budget / tokens) ** (done / cuts))))
 
+    def _scheduled_step(self, layer: int) -> EncoderStep | None:
+        assert self.schedule is not None
+        kept = dict(self.schedule).get(layer)
+        if kept is not None:
+            return EncoderStep(Select.FIXED, kept, static=True)
+        scores = self.cumulative and layer < self.schedule[-1][0]
+        return EncoderStep(Select.SCORE_ONLY, static=True) if scores else None
+
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         anchor = self.anchor if self.anchor != "auto" else ("cls" if view.protect else "mean")
         query, value_anchor = view.anchor(anchor)
-        lengths = view.lengths
-        wants_relevance = "relevance" in self.criteria
-        attention, relevance, norm, entropy = anchor_stats(
+        relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
+        score, index, lengths, entropy = anchor_stats_select(
             query,
             view.key,
             view.value,
-            value_anchor if wants_relevance else None,
-            key_span=None if lengths is None else torch.stack((torch.zeros_like(lengths), lengths), 1),
-            protect=view.protect,
-            relevance=Relevance[self.relevance.upper()] if wants_relevance else Relevance.NONE,
-            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
-            backend=view.backend,
-        )
-        score, index, lengths = score_select(
-            attention[:, 0] if "attention" in self.criteria else None,
-            relevance[:, 0] if wants_relevance else None,
-            norm if "value_norm" in self.criteria else None,
+            value_anchor if relevance else None,
             history=view.history if self.cumulative else None,
-            entropy=entropy[:, 0],
-            lengths=lengths,
-            history_weight=self.history_weight,
+            lengths=view.lengths,
             protect=view.protect,
+            attention="attention" in self.criteria,
+            relevance=relevance,
+            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            history_weight=self.history_weight,
             mode=step.mode,
             budget=step.budget,
             divisor=step.divisor,
             backend=view.backend,
         )
-        return Selection(index if step.prunes else None, lengths, score, entropy[:, 0])
+        return Selection(index if step.prunes else None, lengths, score, entropy)

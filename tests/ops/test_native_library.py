@@ -43,13 +43,15 @@ print(isa().decode())
 
 
 # The best one is what the other tests run on.
-@pytest.mark.parametrize("isa", ["avx2", "scalar"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
 def test_other_instruction_sets_pass_the_operator_tests(isa):
     chosen = python("-c", CHOSEN_ISA, FLOWCUT_CPU_ISA=isa)
     if "cannot be had" in chosen.stderr:
         pytest.skip(chosen.stderr.splitlines()[-1])
     assert chosen.stdout.strip() == isa, chosen.stderr
-    files = [str(HERE / f"test_{op}.py") for op in ("anchor_stats", "score_select", "gather_tokens")]
+    # avx512_bf16 and avx512 compile to the same but for attention.
+    ops = ["attention"] if isa == "avx512" else ["anchor_stats", "score_select", "gather_tokens", "attention"]
+    files = [str(HERE / f"test_{op}.py") for op in ops]
     run = python("-m", "pytest", "-q", "-k", "cpp and not compile and not opcheck", *files, FLOWCUT_CPU_ISA=isa)
     assert run.returncode == 0, run.stdout[-4000:]
     assert "[100%]" in run.stdout
@@ -152,6 +154,10 @@ def _score_select(*criteria, mode=3, budget=1, divisor=0.0, protect=0):
     return OPS.score_select(*criteria, *[None] * (6 - len(criteria)), **options)
 
 
+def _attention(query, key, value, span=None):
+    return OPS.attention(query, key, value, span, scale=1.0)
+
+
 K = torch.ones(1, 2, 3, 4)
 Q = torch.ones(1, 2, 1, 4)
 S = torch.ones(2, 5)
@@ -181,6 +187,13 @@ DIRECT_CALLS = {
     "tokens": (lambda: OPS.gather_tokens([X, S[:, :4]], I), r"inputs\[1\] must be a CPU tensor \[2, 5, ...\]"),
     "norm size": (lambda: OPS.gather_tokens([X], I, torch.ones(3)), r"norm_weight must be \[4\]"),
     "norm dtype": (lambda: OPS.gather_tokens([X], I, torch.ones(4).half()), "norm_weight must have the dtype"),
+    "attention fp64": (lambda: _attention(Q.double(), K.double(), K.double()), "float32, bfloat16 and float16"),
+    "attention heads": (lambda: _attention(torch.ones(1, 3, 1, 4), K, K), "must be a multiple of key's 2"),
+    "attention dim": (lambda: _attention(torch.ones(1, 2, 1, 5), K, K), r"query must be \[1, 2, 1, 4\], got"),
+    "attention value": (lambda: _attention(Q, K, K[:, :, :2]), r"value must be \[1, 2, 3, 4\]"),
+    "attention dtype": (lambda: _attention(Q.half(), K, K), "of one dtype"),
+    "attention strides": (lambda: _attention(torch.ones(1, 2, 3, 8)[..., ::2], K, K), "contiguous last dimension"),
+    "attention span": (lambda: _attention(Q, K, K, torch.zeros(2, 2, dtype=torch.int32)), "key_span must be"),
 }
 
 

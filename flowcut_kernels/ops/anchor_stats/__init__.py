@@ -48,7 +48,7 @@ def anchor_stats(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         RuntimeError: an explicitly requested backend that cannot serve these tensors.
     """
-    _check(query, key, value, value_anchor, key_span, protect, relevance, value_norm)
+    check_arguments("anchor_stats", query, key, value, value_anchor, key_span, protect, relevance, value_norm)
     arguments = (query, key, value, value_anchor, key_span)
     options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -64,41 +64,40 @@ def anchor_stats(
     return torch.ops.flowcut_kernels.anchor_stats.default(*arguments, **options)
 
 
-def _check(query, key, value, value_anchor, key_span, protect, relevance, value_norm) -> None:
+def check_arguments(op, query, key, value, value_anchor, key_span, protect, relevance, value_norm) -> None:
+    """ValueError in the name of `op` unless the arguments of `anchor_stats` fit each other."""
     for name, x, kind in (("relevance", relevance, Relevance), ("value_norm", value_norm, ValueNorm)):
         if x not in kind._value2member_map_:
-            raise ValueError(f"anchor_stats: {name}={x!r} is unknown: use one of {[k.name for k in kind]}")
+            raise ValueError(f"{op}: {name}={x!r} is unknown: use one of {[k.name for k in kind]}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
-            raise ValueError(f"anchor_stats: {name} must be [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
+            raise ValueError(f"{op}: {name} must be [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise ValueError(f"anchor_stats: {name} must be floating point, got {x.dtype}")
+            raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
         if x.dtype != key.dtype or x.device != key.device:
             raise ValueError(
-                f"anchor_stats: {name} is {x.dtype} on {x.device} but key is {key.dtype} on {key.device}; move one"
+                f"{op}: {name} is {x.dtype} on {x.device} but key is {key.dtype} on {key.device}; move one"
             )
     batch, heads, tokens, dim = key.shape
     if query.shape[0] != batch or query.shape[3] != dim or heads == 0 or query.shape[1] % heads:
         raise ValueError(
-            f"anchor_stats: query {tuple(query.shape)} does not fit key {tuple(key.shape)}: batch and dim must be "
+            f"{op}: query {tuple(query.shape)} does not fit key {tuple(key.shape)}: batch and dim must be "
             "equal and query heads a multiple of key heads"
         )
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"anchor_stats: value {tuple(value.shape)} does not fit key {tuple(key.shape)}")
+        raise ValueError(f"{op}: value {tuple(value.shape)} does not fit key {tuple(key.shape)}")
     for name, x in (("key", key), ("value", value)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"anchor_stats: {name} needs a contiguous last dimension, got strides {x.stride()}")
+            raise ValueError(f"{op}: {name} needs a contiguous last dimension, got strides {x.stride()}")
     if relevance != Relevance.NONE:
         want = (batch, heads, query.shape[2], value.shape[3])
         if value_anchor is None or tuple(value_anchor.shape) != want or value_anchor.dtype != value.dtype:
             got = None if value_anchor is None else (tuple(value_anchor.shape), value_anchor.dtype)
-            raise ValueError(f"anchor_stats: value_anchor must be {want} of {value.dtype} for relevance, got {got}")
+            raise ValueError(f"{op}: value_anchor must be {want} of {value.dtype} for relevance, got {got}")
     if key_span is not None and (tuple(key_span.shape) != (batch, 2) or key_span.is_floating_point()):
-        raise ValueError(
-            f"anchor_stats: key_span must be integer [{batch}, 2], got {tuple(key_span.shape)} {key_span.dtype}"
-        )
+        raise ValueError(f"{op}: key_span must be integer [{batch}, 2], got {tuple(key_span.shape)} {key_span.dtype}")
     if not 0 <= protect <= tokens:
-        raise ValueError(f"anchor_stats: protect={protect} must lie in 0..{tokens} (the number of tokens)")
+        raise ValueError(f"{op}: protect={protect} must lie in 0..{tokens} (the number of tokens)")
 
 
 def _triton(*arguments, **options):

@@ -11,26 +11,28 @@ at D = 64. At 4.8 TB/s a CLIP-L layer (N = 577, H * D = 1024) takes 0.5 us per i
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._ops import Relevance, Select, ValueNorm
+from ..._ops import Relevance, ValueNorm
 from .._triton_common import (
     ENOUGH_PROGRAMS,
+    LOG2_E,
     TINY,
     Launch,
     arrival_counters,
+    contiguous_rows,
     entropy_ratio,
     head_mean_softmax,
     select_image,
     select_outputs,
-    steps,
-    vector_unit,
+    unit_steps,
 )
 
-_LOG2_E = 1.4426950408889634
 _NO_RELEVANCE = tl.constexpr(int(Relevance.NONE))
 _COSINE = tl.constexpr(int(Relevance.COSINE))
 _NO_NORM = tl.constexpr(int(ValueNorm.NONE))
@@ -189,6 +191,50 @@ def read_span(key_span, b, tokens, protect):
     return start, tl.maximum(start + protect, 0), end
 
 
+@triton.jit
+def statistics_program(
+    block, blocks, b, start, scored_from, end, query, key, value, anchor,
+    attention, relevance, value_norm, entropy, scratch, counters, selection,
+    query_steps, key_steps, value_steps, anchor_steps, pitch, image_size, tokens, anchors, protect, scale, factor,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
+    DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr, UNIT: tl.constexpr,
+    RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, ANCHORS: tl.constexpr,
+    TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
+    MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
+):  # fmt: skip
+    """The whole program for block `block` of the `blocks` of image b, inside whatever launch runs it.
+
+    MODE None: statistics alone; else `selection` has the arguments of `select_image` that only it needs.
+    """
+    logits = scratch + b * image_size
+    stream_block(
+        query, key, value, anchor, relevance, value_norm, logits,
+        query_steps, key_steps, value_steps, anchor_steps, b, block, pitch, tokens, anchors,
+        start, scored_from, end, scale, factor,
+        H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM, TOKENS, HEADS, STAGES, ANCHORS,
+    )  # fmt: skip
+    # The barrier gathers this program's stores before the one thread that announces them.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + b, 1, sem="acq_rel") == blocks - 1:
+        finish_image(
+            attention, relevance, entropy, logits, b, pitch, tokens, anchors, scored_from, end,
+            H, G, RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
+        )  # fmt: skip
+        if MODE is not None:
+            # The scores are made from what other threads of this program have just written.
+            tl.debug_barrier()
+            criterion, counting, history, lengths, score, index, new_lengths = selection[0]
+            width, history_weight, score_weight, budget, divisor = selection[1]
+            select_image(
+                b, criterion, relevance if RELEVANCE != _NO_RELEVANCE else None,
+                value_norm if VALUE_NORM != _NO_NORM else None, history, counting, lengths, score, index, new_lengths,
+                tl.num_programs(1), tokens, width, history_weight, score_weight, protect, budget, divisor,
+                MODE, 1024, SELECT_TILES, 1,
+            )  # fmt: skip
+        tl.store(counters + b, 0)
+
+
 # Pruning changes the number of tokens from layer to layer: it must not mean a new kernel each time.
 @triton.jit(do_not_specialize=["tokens"])
 def _anchor_stats(
@@ -201,36 +247,19 @@ def _anchor_stats(
     TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
     MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """MODE None: statistics alone; else `selection` has the arguments of `select_image` that only it needs."""
-    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     start, scored_from, end = read_span(key_span, b, tokens, protect)
-    logits = scratch + b * image_size
-    stream_block(
-        query, key, value, anchor, relevance, value_norm, logits,
-        query_steps, key_steps, value_steps, anchor_steps, b, block, pitch, tokens, anchors,
-        start, scored_from, end, scale, factor,
-        H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM, TOKENS, HEADS, STAGES, ANCHORS,
+    if MODE is not None:
+        lengths = selection[0][3]
+        if lengths is not None:
+            end = tl.minimum(tl.load(lengths + b), tokens).to(tl.int32)
+    statistics_program(
+        tl.program_id(0), tl.num_programs(0), b, start, scored_from, end, query, key, value, anchor,
+        attention, relevance, value_norm, entropy, scratch, counters, selection,
+        query_steps, key_steps, value_steps, anchor_steps, pitch, image_size, tokens, anchors, protect, scale, factor,
+        H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM,
+        TOKENS, HEADS, STAGES, ANCHORS, TAIL_HEADS, TAIL_TOKENS, MODE, SELECT_TILES,
     )  # fmt: skip
-    # The barrier gathers this program's stores before the one thread that announces them.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + b, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        finish_image(
-            attention, relevance, entropy, logits, b, pitch, tokens, anchors, scored_from, end,
-            H, G, RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
-        )  # fmt: skip
-        if MODE is not None:
-            # The scores are made from what other threads of this program have just written.
-            tl.debug_barrier()
-            history, lengths, score, index, new_lengths, width, history_weight, score_weight, budget, divisor = (
-                selection
-            )
-            select_image(
-                b, attention, relevance if RELEVANCE != _NO_RELEVANCE else None,
-                value_norm if VALUE_NORM != _NO_NORM else None, history, entropy, lengths, score, index, new_lengths,
-                tl.num_programs(1), tokens, width, history_weight, score_weight, protect, budget, divisor,
-                MODE, 1024, SELECT_TILES, 1,
-            )  # fmt: skip
-        tl.store(counters + b, 0)
 
 
 def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -> tuple[int, int, int]:
@@ -254,6 +283,67 @@ def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -
     return block, chunk, stages
 
 
+class Plan(NamedTuple):
+    """What a launch with statistics programs needs of them, whatever else it does."""
+
+    blocks: int  # programs per image
+    outputs: list[Tensor]  # attention, relevance, value norm, entropy
+    scratch: tuple  # logits and arrival counters
+    sizes: tuple[int, int]  # pitch and image_size
+    factor: float
+    meta: dict[str, Any]  # constexpr arguments
+
+
+def plan_statistics(
+    key: Tensor,
+    value: Tensor,
+    query_heads: int,
+    anchors: int,
+    batch: int,
+    tokens: int,
+    relevance: int,
+    value_norm: int,
+) -> Plan:
+    """Block sizes, outputs and scratch for `batch` images of up to `tokens` tokens of K and V."""
+    heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
+    new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    outputs = [
+        new(batch, anchors, tokens),
+        new(batch, anchors, tokens if relevance else 0),
+        new(batch, tokens if value_norm else 0),
+        new(batch, anchors),
+    ]
+    if not tokens:  # no program runs: an empty image has entropy ratio 1
+        outputs[3].fill_(1.0)
+
+    main, value_main = (1 << (d.bit_length() - 1) for d in (dim, value_dim))
+    rest, value_rest = (
+        triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main))
+    )
+    block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
+    softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
+    channels = anchors * (query_heads + heads if softmax else query_heads)
+    # The tail's registers count against every program: wider tiles only where the tail is long enough to matter.
+    tail_heads = triton.next_power_of_2(query_heads)
+    tail_tokens = max((2048 if tokens <= 4096 else 4096) // tail_heads, 16)
+    pitch = triton.cdiv(tokens, max(block, tail_tokens)) * max(block, tail_tokens)
+    if channels * pitch >= 2**31:
+        raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens are too many logits")
+    return Plan(
+        triton.cdiv(tokens, block),
+        outputs,
+        (new(batch * channels * pitch), arrival_counters(batch, key.device)),
+        (pitch, channels * pitch),
+        LOG2_E * (value_dim**-0.5 if relevance == Relevance.SCALED_SOFTMAX else 1.0),
+        dict(
+            D_MAIN=main, D_REST=rest, DV_MAIN=value_main, DV_REST=value_rest,
+            RELEVANCE=relevance, VALUE_NORM=value_norm,
+            TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=triton.next_power_of_2(anchors),
+            TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
+        ),
+    )  # fmt: skip
+
+
 def prepare(
     query: Tensor,
     key: Tensor,
@@ -270,67 +360,40 @@ def prepare(
     """The launch of :func:`anchor_stats`, or with `selection` (that function's further options) of the fused form."""
     batch, query_heads, anchors, dim = query.shape
     heads, tokens, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    if query.stride(-1) != 1:
-        query = query.contiguous()
-    if value_anchor is not None and value_anchor.stride(-1) != 1:
-        value_anchor = value_anchor.contiguous()
+    query, value_anchor = contiguous_rows(query), contiguous_rows(value_anchor)
     if key_span is not None:
         key_span = key_span.contiguous()
+    plan = plan_statistics(key, value, query_heads, anchors, batch, tokens, relevance, value_norm)
 
-    new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    attention = new(batch, anchors, tokens)
-    relevance_out = new(batch, anchors, tokens if relevance else 0)
-    norm_out = new(batch, tokens if value_norm else 0)
-    entropy = new(batch, anchors)
-
-    main, value_main = (1 << (d.bit_length() - 1) for d in (dim, value_dim))
-    rest, value_rest = (
-        triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main))
-    )
-    block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
-    blocks = triton.cdiv(tokens, block)
-    softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
-    channels = anchors * (query_heads + heads if softmax else query_heads)
-    # The tail's registers count against every program: wider tiles only where the tail is long enough to matter.
-    tail_heads = triton.next_power_of_2(query_heads)
-    tail_tokens = max((2048 if tokens <= 4096 else 4096) // tail_heads, 16)
-    pitch = triton.cdiv(tokens, max(block, tail_tokens)) * max(block, tail_tokens)
-    if channels * pitch >= 2**31:
-        raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens are too many logits")
-
-    outputs = [attention, relevance_out, norm_out, entropy]
+    outputs = list(plan.outputs)
     select_arguments, mode = None, None
     if selection is not None:
         mode, budget, weight = int(selection["mode"]), selection["budget"], selection["history_weight"]
         history, lengths = (None if x is None else x.contiguous() for x in (selection["history"], selection["lengths"]))
         selected = select_outputs(key, batch, tokens, mode, protect, budget)
+        # Without a divisor the count is n - budget whatever the entropy.
+        criterion, counting = plan.outputs[0], plan.outputs[3]
         select_arguments = (
-            history, lengths, *selected, selected[1].shape[1], weight, 1 - weight, budget, selection["divisor"],
+            (
+                criterion if selection["attention"] else None, counting if selection["divisor"] else None,
+                history, lengths, *selected,
+            ),
+            (selected[1].shape[1], weight, 1 - weight, budget, selection["divisor"]),
         )  # fmt: skip
         outputs += selected
-    if not tokens:  # no program runs: an empty image has entropy ratio 1 and new length 0
-        entropy.fill_(1.0)
-        if selection is not None:
+        if not tokens:  # no program runs: an empty image's new length is 0
             outputs[-1].zero_()
 
-    given = [None if x is None else steps(x, 3) for x in (query, key, value, value_anchor)]
-    unit = vector_unit(key.element_size(), *(s for three in given if three for s in three))
-    all_steps = tuple(None if three is None else tuple(s // unit for s in three) for three in given)
+    unit, all_steps = unit_steps(query, key, value, value_anchor)
     return Launch(
         _anchor_stats,
-        (blocks, batch if anchors else 0),
+        (plan.blocks, batch if anchors else 0),
         (
-            query, key, value, value_anchor, key_span, attention, relevance_out, norm_out, entropy,
-            new(batch * channels * pitch), arrival_counters(batch, key.device), select_arguments,
-            *all_steps, pitch, channels * pitch, tokens, anchors, protect, scale * _LOG2_E,
-            _LOG2_E * (value_dim**-0.5 if relevance == Relevance.SCALED_SOFTMAX else 1.0),
+            query, key, value, value_anchor, key_span, *plan.outputs, *plan.scratch, select_arguments,
+            *all_steps, *plan.sizes, tokens, anchors, protect, scale * LOG2_E, plan.factor,
         ),
         dict(
-            H=query_heads, G=heads, D=dim, D_MAIN=main, D_REST=rest,
-            DV=value_dim, DV_MAIN=value_main, DV_REST=value_rest, UNIT=unit,
-            RELEVANCE=relevance, VALUE_NORM=value_norm,
-            TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=triton.next_power_of_2(anchors),
-            TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
+            plan.meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
             MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024),
             # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
             # still fit a multiprocessor.
@@ -345,39 +408,3 @@ def anchor_stats(*arguments, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Arguments, results and definition: ``reference.py``; float32, bfloat16 or float16 inputs."""
     attention, relevance, value_norm, entropy = prepare(*arguments, **options)()
     return attention, relevance, value_norm, entropy
-
-
-def anchor_stats_select(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_anchor: Tensor | None,
-    key_span: Tensor | None,
-    history: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    scale: float,
-    protect: int,
-    relevance: int,
-    value_norm: int,
-    history_weight: float,
-    mode: int,
-    budget: int,
-    divisor: float,
-) -> list[Tensor]:
-    """`anchor_stats` of one anchor, then `score_select` of what it found, in one launch.
-
-    Returns the four results of the one and the three of the other. Options as there; relevance or value norm NONE drops
-    that criterion. ADAPTIVE_BATCH needs the entropy of all images before any can go on, hence two launches.
-    """
-    if query.shape[2] != 1 or mode == Select.ADAPTIVE_BATCH:
-        raise ValueError(
-            f"anchor_stats_select: one anchor, any mode but ADAPTIVE_BATCH; got {query.shape[2]} and {Select(mode)!r}"
-        )
-    selection = dict(
-        history=history, lengths=lengths, history_weight=history_weight, mode=mode, budget=budget, divisor=divisor
-    )
-    return prepare(
-        query, key, value, value_anchor, key_span,
-        scale=scale, protect=protect, relevance=relevance, value_norm=value_norm, selection=selection,
-    )()  # fmt: skip

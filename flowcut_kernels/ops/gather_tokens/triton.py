@@ -36,17 +36,20 @@ def _normed(x, inside, weight, bias, column, eps, WIDTH: tl.constexpr, RMS: tl.c
         return row * scale + tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "kept"])
+@triton.jit(do_not_specialize=["index_step", "rows", "kept"])
 def _gather_tokens(
-    inputs, outputs, input_steps, index, weight, bias, normed, rows, kept, eps,
+    inputs, outputs, input_steps, index, index_step, weight, bias, normed, rows, kept, eps,
     WIDTHS: tl.constexpr, UNITS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """inputs and outputs are tuples of pointers, input_steps their (batch, token) strides in UNITS, index [rows]."""
+    """inputs and outputs are tuples of pointers, input_steps their (batch, token) strides in UNITS.
+
+    index is [rows // kept, kept]; an adaptive cut reads the front of wider rows, index_step apart.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     written = (row < rows)[:, None]
-    token = tl.load(index + row, mask=row < rows, other=-1)
-    present = (token >= 0)[:, None]
     image = (row // kept).to(tl.int64)
+    token = tl.load(index + image * index_step + row % kept, mask=row < rows, other=-1)
+    present = (token >= 0)[:, None]
     row = row.to(tl.int64)[:, None]
     # All loads before the first store, which would wait for its own load: one latency, not one per tensor.
     tiles = ()
@@ -92,7 +95,8 @@ def prepare(
     rms: bool = False,
 ) -> Launch:
     """The launch of :func:`gather_tokens`."""
-    index = index.contiguous()
+    if index.stride(1) != 1:
+        index = index.contiguous()
     outputs = [x.new_empty((*index.shape, *x.shape[2:])) for x in inputs]
     sources = [_plain(_with_contiguous_rows(x)) for x in inputs]
     targets = tuple(_plain(x) for x in outputs)
@@ -114,7 +118,8 @@ def prepare(
         _gather_tokens,
         (triton.cdiv(rows, block),),
         (
-            tuple(sources), targets, scaled_steps, index, norm_weight, norm_bias, normed, rows, index.shape[1], eps,
+            tuple(sources), targets, scaled_steps, index, index.stride(0), norm_weight, norm_bias, normed,
+            rows, index.shape[1], eps,
         ),
         dict(
             WIDTHS=tuple(widths), UNITS=tuple(units), TILES=tuple(tiles), ROWS=block, RMS=rms,

@@ -1,0 +1,173 @@
+"""Everything that only a GPU can show, as one resumable command; on a CPU the same steps at toy size.
+
+Each step is a process of its own that writes one file, so that a failure or a time limit costs that step alone.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .report import Report, Section, load
+
+CLI = [sys.executable, "-m", "flowcut_kernels.bench.cli"]
+ROOT = Path(__file__).parents[2]  # of a clone
+
+
+@dataclass(frozen=True)
+class Step:
+    """A subcommand of flowcut-bench with the options of a real and of a dry run."""
+
+    name: str
+    real: str
+    dry: str
+
+
+TOY = "--repeats 1 --device cpu"
+ENCODER = "--layers 6 --image-size 112 --hidden 64 --frozen"
+STEPS = (
+    Step("compile", "compile --arch {arch}", "compile --arch 90 --only gather"),
+    Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
+    Step("ops-cold", "ops --dtype bf16 --repeats 15 --device cuda --cold", f"ops --toy --only gather --cold {TOY}"),
+    Step(
+        "encoder", "encoder --dtype bf16 --batch 1,8,32 --frozen --repeats 9 --device cuda",
+        f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
+    ),
+    Step(
+        "encoder-16384", "encoder --dtype bf16 --batch 1 --image-size 1792 --layers 8 --tokens 1638 --repeats 5 "
+        "--no-baselines --device cuda", f"encoder {ENCODER} --tokens 8 --batch 1 --no-baselines {TOY}",
+    ),
+    *(
+        Step(
+            f"prefill-{model}", f"prefill --model {model} --batch {batch} --baselines --repeats 5 --device cuda",
+            f"prefill --model {model} --toy --batch 1,2 --baselines {TOY}",
+        )
+        for model, batch in (("llava-1.5-7b", "1,8,32"), ("llava-next-7b", "1,8"), ("llava-onevision-7b", "1,8"))
+    ),
+)  # fmt: skip
+TESTS = "tests/ops tests/modules tests/policies tests/test_calibrate.py"
+DRY_TESTS = "tests/ops/test_gather_tokens.py"
+
+
+def run(
+    out: Path, dry: bool, only: Iterable[str], limit: float, tick: Callable[..., object]
+) -> tuple[Report, dict[str, str]]:
+    """Run the steps that have no file in `out` yet (all that `only` names, if it names any), within `limit` seconds.
+
+    Returns:
+        All sections found in `out` with the table of targets, and what became of every step.
+    """
+    only, start, fates = set(only), time.perf_counter(), {}
+    out.mkdir(parents=True, exist_ok=True)
+    names = [*(["build", "tests"] if (ROOT / "setup.py").exists() else []), *(step.name for step in STEPS)]
+    steps = {step.name: step for step in STEPS}
+    for number, name in enumerate(names):
+        path = out / f"{name}.json"
+        if only and name not in only:
+            continue
+        left = limit - (time.perf_counter() - start)
+        if not only and name in steps and path.exists():
+            fates[name] = "done before"
+        elif left < 1:
+            fates[name] = "no time left"
+        else:
+            tick(name, number / len(names))
+            path.unlink(missing_ok=True)
+            fates[name] = _process(_command(name, steps, path, dry), out / f"{name}.log", left)
+    files = [out / f"{name}.json" for name in steps]
+    reports = [load(file) for file in files if file.exists()]
+    sections = [section for report in reports for section in report.sections]
+    failed = [f"{name}: {fate}" for name, fate in fates.items() if fate not in ("ok", "done before")]
+    again = f"flowcut-bench gpu --out {out.name}" + " --dry-run" * dry
+    rows = targets(sections)
+    summary = Section("gpu", "Targets", again, rows, dict(steps=fates), ["a miss is reported, not a failure"], failed)
+    return Report(
+        machine.facts("cpu" if dry else "cuda"), again, [summary, *sections], time.perf_counter() - start
+    ), fates
+
+
+def _command(name: str, steps: dict[str, Step], path: Path, dry: bool) -> list[str]:
+    if name == "build":
+        return [sys.executable, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-build-isolation", "--no-deps"]
+    if name == "tests":
+        chosen = (DRY_TESTS if dry else TESTS).split()
+        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+                *(str(ROOT / part) for part in chosen)]  # fmt: skip
+    step = steps[name]
+    return [*CLI, *(step.dry if dry else step.real).format(arch=_architecture(dry)).split(), "--json", str(path)]
+
+
+def _architecture(dry: bool) -> int:
+    import torch
+
+    if dry:
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _process(command: list[str], log: Path, seconds: float) -> str:
+    """ "ok", or how the process ended; its output is in `log`."""
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s, see {log.name}"
+    return "ok" if code == 0 else f"exit status {code}, see {log.name}"
+
+
+def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
+    """What was promised, what was measured, and whether it holds; None where nothing was measured."""
+    rows = [dict(row, section=section.name) for section in sections for row in section.rows if row.get("ok")]
+
+    def of(key: str, combine: Callable = max, **wanted: Any) -> float | None:
+        found = [row[key] for row in rows if row.get(key) is not None and _matches(row, wanted)]
+        return combine(found) if found else None
+
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else a / b
+
+    def at_most(what: str, bound: float, found: float | None) -> dict[str, Any]:
+        return dict(
+            ok=True, what=what, target=f"<= {bound:g}", found=found, met=None if found is None else found <= bound
+        )
+
+    def at_least(what: str, bound: float, found: float | None) -> dict[str, Any]:
+        return dict(
+            ok=True, what=what, target=f">= {bound:g}", found=found, met=None if found is None else found >= bound
+        )
+
+    bf16: dict[str, Any] = dict(section="encoder", dtype="bfloat16")
+    prefill: dict[str, Any] = dict(section="prefill", dtype="bfloat16")
+    graph = of("frozen_graph_ratio", tokens=64, batch=1, patches=576, **bf16)
+    return [
+        at_least("stats+select, B=64, N=577..2,305: share of copy", 0.8, of("of_copy", min, op="anchor_stats_select")),
+        at_least("gather+norm, B=64, N=577..2,305: share of copy", 0.8, of("of_copy", min, op="gather+norm")),
+        at_most("scoring over all layers, CLIP-L B=8: share of the stock encoder", 0.03,
+                of("scoring_of_stock", tokens=64, batch=8, patches=576, **bf16)),
+        at_most("encoder 576→64, B=8: time / FLOPs", 1.15, of("overhead", tokens=64, batch=8, patches=576, **bf16)),
+        at_most("encoder 576→64, B=32: time / FLOPs", 1.15, of("overhead", tokens=64, batch=32, patches=576, **bf16)),
+        at_most("same, B=1, frozen in a CUDA graph: share of stock", 0.5, graph),
+        at_most("same: share of stock in its own CUDA graph", 1.0,
+                ratio(graph, of("stock_graph_ratio", tokens=64, batch=1, patches=576, **bf16))),
+        at_least("prefill LLaVA-1.5-7B 576→64, B=8: times faster", 3.2,
+                 of("speedup", model="llava-1.5-7b", tokens=64, batch=8, **prefill)),
+        at_least("same: share of the free-selection limit", 0.9,
+                 of("of_limit", model="llava-1.5-7b", tokens=64, batch=8, **prefill)),
+        at_least("prefill LLaVA-NeXT-7B 2,880→160, B=1 and 8: times faster", 5.0,
+                 of("speedup", min, model="llava-next-7b", tokens=160, **prefill)),
+        at_most("attention_with_stats : SDPA, N=577..4,096", 1.1,
+                of("of_torch", op="attention_with_stats")),
+        at_most("peak memory of the encoder at N=16,384: share of stock", 1.0,
+                ratio(of("peak_bytes", patches=16384, **bf16), of("stock_peak_bytes", patches=16384, **bf16))),
+    ]  # fmt: skip
+
+
+def _matches(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(row.get(key) == value for key, value in wanted.items())

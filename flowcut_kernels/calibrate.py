@@ -1,0 +1,63 @@
+"""Freeze an adaptive policy: per-layer counts from sample images instead of a decision per image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import patched, trace
+from .policies import FlowCut
+
+
+def calibrate(
+    model: nn.Module, policy: FlowCut, inputs: Mapping[str, Any] | Tensor | Iterable[Mapping[str, Any] | Tensor]
+) -> FlowCut:
+    """The same policy with the mean schedule of sample images.
+
+    A model patched with the result has static shapes and reads nothing back: it can be captured as a CUDA graph and
+    compiled as one graph. Which tokens go is still decided by every image; only how many is fixed.
+
+    Args:
+        model: an unpatched instance of one of :func:`supported_models`.
+        policy: the policy to freeze; a schedule it has already is replaced.
+        inputs: one batch of processor output or pixel values, or several of them; only images are looked at.
+
+    Returns:
+        ``policy`` with ``schedule``: for every cut the mean over all images of what they kept, rounded half to even.
+
+    Raises:
+        TypeError: a policy that adapts to nothing, or inputs of another type.
+        ValueError: no images, or a model that is patched.
+    """
+    if not isinstance(policy, FlowCut):
+        raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
+    batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
+    accepted = inspect.signature(getattr(model, "get_image_features", model.forward)).parameters
+    kept: list[dict[int, int]] = []  # per image, layer -> patches it kept there
+    with torch.no_grad(), patched(model, replace(policy, schedule=None), record=True):
+        run: Any = getattr(model, "get_image_features", model)
+        for number, batch in enumerate(batches):
+            arguments = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
+            if not isinstance(arguments, Mapping):
+                raise TypeError(f"calibrate: inputs[{number}] is {type(batch).__name__}; give processor output")
+            if arguments.get("pixel_values") is None:
+                raise ValueError(f"calibrate: inputs[{number}] holds no pixel_values; give images")
+            run(**{name: value for name, value in arguments.items() if name in accepted})
+            stages = trace(model).stages
+            images = len(stages[0].kept) if stages else 0
+            kept += [{stage.layer: stage.kept[image] for stage in stages} for image in range(images)]
+    if not batches:
+        raise ValueError("calibrate: inputs is empty; give at least one batch of images")
+    schedule: list[tuple[int, int]] = []
+    for layer in sorted({layer for counts in kept for layer in counts}):
+        # A batch that reached its budget early has no later stages.
+        counts = [counts.get(layer, min(counts.values())) for counts in kept]
+        mean = round(sum(counts) / len(counts))
+        if not schedule or mean < schedule[-1][1]:
+            schedule.append((layer, mean))
+    return replace(policy, schedule=tuple(schedule) or None)

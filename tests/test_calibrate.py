@@ -1,0 +1,156 @@
+"""`calibrate`: the same policy with static shapes, and what static shapes are for."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+import flowcut_kernels as fk
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def stages(model, policy, pixels, backend=None):
+    with fk.patched(model, policy, record=True, backend=backend), torch.no_grad():
+        model(pixels)
+        return fk.trace(model).stages
+
+
+@pytest.mark.parametrize("changes", [{}, dict(interval=1), dict(batch="max"), dict(cumulative=False)], ids=str)
+def test_schedule_is_the_mean_of_the_images(changes):
+    tower, policy = tiny.clip_tower(), fk.FlowCut(8, **changes)
+    batches = [tiny.images(3, seed=1), tiny.images(2, seed=2)]
+    frozen = fk.calibrate(tower, policy, batches)
+    seen = [stages(tower, policy, pixels) for pixels in batches]
+    wanted = {stage.layer: [] for stage in seen[0]}
+    for run in seen:
+        for stage in run:
+            wanted[stage.layer] += stage.kept
+    assert dict(frozen.schedule) == {layer: round(sum(counts) / len(counts)) for layer, counts in wanted.items()}
+    assert frozen.schedule[-1][1] == 8
+    kept = [stage.kept for stage in stages(tower, frozen, batches[0])]
+    assert kept == [[count] * 3 for _, count in frozen.schedule]
+    assert "_flowcut_patch" not in vars(tower)
+
+
+def test_an_image_that_has_the_mean_count_keeps_the_same_tokens():
+    """One sample: its own schedule, hence its own tokens."""
+    tower, policy, pixels = tiny.clip_tower(), fk.FlowCut(8), tiny.images(1)
+    frozen = fk.calibrate(tower, policy, {"pixel_values": pixels, "input_ids": torch.zeros(1, 4)})
+    for ours, free in zip(stages(tower, frozen, pixels), stages(tower, policy, pixels), strict=True):
+        assert torch.equal(ours.indices, free.indices)
+
+
+def test_whole_models():
+    model = tiny.llava()
+    frozen = fk.calibrate(model, fk.FlowCut(retain_ratio=0.25), tiny.images(2))
+    assert (
+        frozen.schedule[-1][1] == frozen.budget(tiny.PATCHES) and fk.calibrate(model, frozen, tiny.images(2)) == frozen
+    )
+    assert fk.calibrate(model, fk.FlowCut(tiny.PATCHES), tiny.images(1)).schedule is None
+
+
+@pytest.mark.parametrize("make", [tiny.clip_tower, tiny.siglip_tower], ids=["clip", "siglip"])
+def test_compiles_as_one_graph(make):
+    tower = make()
+    policy = fk.calibrate(tower, fk.FlowCut(8), tiny.images(2))
+    with fk.patched(tower, policy), torch.no_grad():
+        compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+        for seed in (3, 4):
+            pixels = tiny.images(2, seed=seed)
+            assert_close(compiled(pixels).last_hidden_state, tower(pixels).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_that_are_not_finite_are_not_hidden():
+    """In a graph nothing can be raised: the features are NaN, never a ranking of NaN."""
+    tower = tiny.clip_tower()
+    policy = fk.calibrate(tower, fk.FlowCut(8), tiny.images(2))
+    pixels = tiny.images(2)
+    pixels[1, 0, 0, 0] = float("nan")
+    with fk.patched(tower, policy), torch.no_grad():
+        with pytest.raises(ValueError, match=r"sample\(s\) \[1\] at encoder layer 0"):
+            tower(pixels)
+        hidden = torch.compile(tower, fullgraph=True, backend="aot_eager")(pixels).last_hidden_state
+    assert hidden[0].isfinite().all() and hidden[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ((), "pairs of whole numbers"),
+        (((1, 2, 3),), "pairs of whole numbers"),
+        (((1, 2.5), (2, 8)), "pairs of whole numbers"),
+        (((2, 20), (2, 8)), "rising layers"),
+        (((1, 8), (2, 20)), "rising layers"),
+        (((1, 20), (2, 9)), "target_tokens=8"),
+    ],
+)
+def test_bad_schedules(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        fk.FlowCut(8, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", [((1, 20), (7, 8)), ((1, 70), (3, 8))], ids=["layer", "count"])
+def test_a_schedule_of_another_model(schedule):
+    tower = tiny.clip_tower()
+    with pytest.raises(ValueError, match="calibrate on this model"):
+        fk.patch(tower, fk.FlowCut(8, schedule=schedule))
+    assert "_flowcut_patch" not in vars(tower) and "forward" not in vars(tower.encoder)
+
+
+@pytest.mark.parametrize(
+    ("policy", "inputs", "error", "message"),
+    [
+        (fk.RandomTokens(8), tiny.images(1), TypeError, "RandomTokens"),
+        (fk.FlowCut(8), [], ValueError, "inputs is empty"),
+        (fk.FlowCut(8), {"input_ids": torch.zeros(1, 1)}, ValueError, r"inputs\[0\] holds no pixel_values"),
+        (fk.FlowCut(8), [3], TypeError, r"inputs\[0\] is int"),
+    ],
+)
+def test_bad_input(policy, inputs, error, message):
+    tower = tiny.clip_tower()
+    with pytest.raises(error, match=message):
+        fk.calibrate(tower, policy, inputs)
+    assert "_flowcut_patch" not in vars(tower)
+
+
+@GPU
+@pytest.mark.parametrize("make", [tiny.clip_tower, tiny.siglip_tower], ids=["clip", "siglip"])
+def test_cuda_graph_without_synchronisation(make):
+    """No read-back; a replay with new images gives what a plain run gives, bit for bit."""
+    tower, pixels = make().cuda(), tiny.images(2).cuda()
+    policy = fk.calibrate(tower, fk.FlowCut(8), pixels)
+    with fk.patched(tower, policy), torch.no_grad():
+        tower(pixels)  # warm up: compiles kernels, makes the counters
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tower(pixels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = tower(pixels).last_hidden_state
+        for seed in (5, 6):
+            fresh = tiny.images(2, seed=seed).cuda()
+            pixels.copy_(fresh)
+            graph.replay()
+            assert torch.equal(output, tower(fresh).last_hidden_state)
+
+
+@GPU
+def test_adaptive_reads_back_once_per_cut():
+    import warnings
+
+    tower, pixels = tiny.clip_tower().cuda(), tiny.images(4).cuda()
+    cuts = len(stages(tower, fk.FlowCut(8), pixels))
+    with fk.patched(tower, fk.FlowCut(8)), torch.no_grad():
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                tower(pixels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(w.message) for w in seen) == cuts
