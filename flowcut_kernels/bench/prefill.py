@@ -54,7 +54,8 @@ def measure(
         baselines: also time the stock model on eager attention, and pruning with free selection.
     """
     device, shape = torch.device(device), shape or cpu_shape()
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for dtype in dtypes:
         tick(f"check {_short(dtype)}")
         checked = refcheck(shape, dtype, device, backend)
@@ -74,6 +75,7 @@ def measure(
                 )
                 rows.append(_row(stock, pruned, shape, batch, budget, steps, repeats, baselines, backend))
         del stock, pruned
+    cuts = " ".join(map(str, rows[-1]["schedule"])) if not failed else "-"
     return Section(
         "prefill",
         f"Image to tokens: {shape.name}",
@@ -84,6 +86,8 @@ def measure(
         notes=[
             f"{shape.views} view(s) of an image and {TEXT} words per prompt; language model of {millions:,.0f} M "
             "parameters, random weights; all → pruned",
+            "tower weights scaled so that the entropy of the anchor's attention falls with depth (shapes.py); kept "
+            f"after each cut, first view: {cuts}",
             "1st token: encoder, projector and prefill; a token: decoding on the cache that prefill left",
             *(["limit: the same schedule with rows chosen for free, so that only scoring is missing"] * baselines),
         ],
@@ -133,13 +137,13 @@ def _row(
     pixels = random_pixels(shape.vision, shape.views).to(device, stock.dtype).repeat(batch, 1, 1, 1)
     token = ids[:, -1:]
     policy = FlowCut(target_tokens=budget // shape.views)
+    with torch.inference_mode(), patched(pruned, policy, record=True, backend=backend):
+        pruned.get_image_features(pixels)
+        stages = trace(pruned).stages
     models: dict[str, tuple[Any, Policy | None]] = {"stock": (stock, None), "ours": (pruned, policy)}
     if baselines:
         eager, free = twin(stock), twin(stock)
         eager.set_attn_implementation("eager")
-        with torch.inference_mode(), patched(free, policy, record=True, backend=backend):
-            free.get_image_features(pixels)
-            stages = trace(free).stages
         models |= {"eager": (eager, None), "limit": (free, FreeSelection.like(policy, stages))}
     runs: dict[str, Callable[[], object]] = {}
     encoder: dict[str, Samples] = {name: Samples() for name in models}
@@ -172,7 +176,8 @@ def _row(
         times = interleave(runs, repeats=repeats, clock=Clock(device), warmup=1)
     row = dict(model=shape.name, dtype=_short(stock.dtype), batch=batch, stock_tokens=shape.patches, tokens=budget,
                ok=True, refcheck="ok", stock_kv_bytes=sizes["stock"], kv_bytes=sizes["ours"],
-               stock_peak_bytes=peaks["stock"], peak_bytes=peaks["ours"])  # fmt: skip
+               stock_peak_bytes=peaks["stock"], peak_bytes=peaks["ours"],
+               schedule=[stage.kept[0] for stage in stages])  # fmt: skip
     for name, prefix in (("stock", "stock_"), ("ours", "")):
         seconds = {"encoder": Samples(encoder[name].values[1:]).median, "first": times[f"{name} first"].median}
         seconds["llm"] = max(seconds["first"] - seconds["encoder"], 0.0)
