@@ -38,6 +38,7 @@ def calibrate(
         raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
     batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
     accepted = inspect.signature(getattr(model, "get_image_features", model.forward)).parameters
+    patches = 0
     kept: list[dict[int, int]] = []  # per image, layer -> patches it kept there
     with torch.no_grad(), patched(model, replace(policy, schedule=None), record=True):
         run: Any = getattr(model, "get_image_features", model)
@@ -50,14 +51,18 @@ def calibrate(
             run(**{name: value for name, value in arguments.items() if name in accepted})
             stages = trace(model).stages
             images = len(stages[0].kept) if stages else 0
+            if stages and stages[0].scores is not None:
+                patches = stages[0].scores.shape[1]
             kept += [{stage.layer: stage.kept[image] for stage in stages} for image in range(images)]
     if not batches:
         raise ValueError("calibrate: inputs is empty; give at least one batch of images")
     schedule: list[tuple[int, int]] = []
+    last = patches
     for layer in sorted({layer for counts in kept for layer in counts}):
         # A batch that reached its budget early has no later stages.
         counts = [counts.get(layer, min(counts.values())) for counts in kept]
         mean = round(sum(counts) / len(counts))
-        if not schedule or mean < schedule[-1][1]:
+        if mean < last:  # a cut that drops nothing is none
             schedule.append((layer, mean))
+            last = mean
     return replace(policy, schedule=tuple(schedule) or None)

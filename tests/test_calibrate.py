@@ -52,10 +52,25 @@ def test_whole_models():
     assert fk.calibrate(model, fk.FlowCut(tiny.PATCHES), tiny.images(1)).schedule is None
 
 
+def test_a_cut_that_drops_nothing_is_left_out():
+    """Uniform attention in the early layers: the entropy rule keeps everything there."""
+    tower, pixels = tiny.clip_tower(), tiny.images(2)
+    with torch.no_grad():
+        for layer in tower.encoder.layers[:4]:
+            layer.self_attn.q_proj.weight.zero_()
+            layer.self_attn.q_proj.bias.zero_()
+    frozen = fk.calibrate(tower, fk.FlowCut(8), pixels)
+    assert frozen.schedule[0][0] > 1 and frozen.schedule[0][1] < tiny.PATCHES
+    assert stages(tower, frozen, pixels)[-1].kept == [8, 8]
+
+
 @pytest.mark.parametrize("make", [tiny.clip_tower, tiny.siglip_tower], ids=["clip", "siglip"])
-def test_compiles_as_one_graph(make):
+@pytest.mark.parametrize("choose", [lambda t: fk.calibrate(t, fk.FlowCut(8), tiny.images(2)),
+                                    lambda t: fk.FlowCut(8, adaptive=False), lambda t: fk.UniformTokens(8)],
+                         ids=["calibrated", "fixed shares", "uniform"])  # fmt: skip
+def test_compiles_as_one_graph(make, choose):
     tower = make()
-    policy = fk.calibrate(tower, fk.FlowCut(8), tiny.images(2))
+    policy = choose(tower)
     with fk.patched(tower, policy), torch.no_grad():
         compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
         for seed in (3, 4):

@@ -80,7 +80,8 @@ inline F32 exp2(F32 x) {
   const F32 shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
   const F32 y = polynomial(r, 1.53458124e-4f, 1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 0.240226462f,
                            0.693147182f, 1.0f);
-  return select(x < -126.0f, F32{}, (F32)((I32)y + ((I32)shifted << 23)));
+  const F32 power = select(x < -126.0f, F32{}, (F32)((I32)y + ((I32)shifted << 23)));
+  return select(x != x, x, power);  // the sum of bits would make a number of some NaNs
 }
 
 // sum[i][j] += a's row i times b's column vector j over `depth` words; b is [depth][kCount vectors].

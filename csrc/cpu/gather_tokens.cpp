@@ -58,10 +58,11 @@ void gather_tokens(const GatherTokens& p, ParallelFor run) {
       for (int64_t row = first; row < last; ++row) {
         char* out = x.out + row * x.row_bytes;
         const int64_t batch = row / p.kept, token = p.index[batch * p.index_stride + row % p.kept];
+        const char* in = x.data + batch * x.batch_stride + max(token, 0) * x.token_stride;
         if (token < 0)
           memset(out, 0, x.row_bytes);
         else
-          copy(out, x.data + batch * x.batch_stride + token * x.token_stride, x.row_bytes, streamed);
+          copy(out, in, x.row_bytes, streamed);
         if (i > 0 || !p.norm_out) continue;
         char* normed = (char*)p.norm_out + row * x.row_bytes;
         if (token < 0)
@@ -69,7 +70,7 @@ void gather_tokens(const GatherTokens& p, ParallelFor run) {
         else
           with_dtype(p.dtype, [&](auto type) {
             using T = decltype(type);
-            norm_row(p, (const T*)out, (T*)normed);
+            norm_row(p, (const T*)in, (T*)normed);  // not from `out`, which may have gone past the cache
           });
       }
     }

@@ -99,32 +99,42 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
 
     CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads.
     """
-    for dim, dtype, tokens, batch, relevance, norm, fused in (
-        (64, torch.bfloat16, 577, 8, Relevance.COSINE, ValueNorm.FULL, True),
-        (64, torch.bfloat16, 577, 64, Relevance.SOFTMAX, ValueNorm.HEAD_MEAN, False),
-        (64, torch.bfloat16, 2305, 64, Relevance.COSINE, ValueNorm.FULL, True),
-        (72, torch.bfloat16, 2305, 8, Relevance.COSINE, ValueNorm.FULL, True),
-        (80, torch.bfloat16, 577, 64, Relevance.SCALED_SOFTMAX, ValueNorm.FULL, False),
-        (128, torch.bfloat16, 16384, 1, Relevance.COSINE, ValueNorm.FULL, False),
-        (64, torch.float32, 577, 64, Relevance.COSINE, ValueNorm.FULL, False),
-        (128, torch.float32, 16384, 64, Relevance.COSINE, ValueNorm.HEAD_MEAN, True),
+    cosine, full, head_mean = Relevance.COSINE, ValueNorm.FULL, ValueNorm.HEAD_MEAN
+    half, single, bf16 = torch.float16, torch.float32, torch.bfloat16
+    for dim, dtype, tokens, batch, anchors, relevance, norm, mode, ragged in (
+        (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False),
+        (64, bf16, 577, 8, 1, cosine, full, Select.SCORE_ONLY, False),
+        (64, bf16, 577, 8, 1, cosine, full, Select.FIXED, True),
+        (64, bf16, 577, 64, 1, Relevance.SOFTMAX, head_mean, None, False),
+        (64, bf16, 2305, 64, 1, cosine, full, Select.ADAPTIVE, True),
+        (72, bf16, 2305, 8, 1, cosine, full, Select.ADAPTIVE, False),
+        (80, bf16, 577, 64, 1, Relevance.SCALED_SOFTMAX, full, None, False),
+        (88, half, 577, 64, 1, cosine, full, Select.FIXED, False),
+        (96, bf16, 577, 8, 1, cosine, full, Select.FIXED, False),
+        (128, bf16, 16384, 1, 1, cosine, full, None, False),
+        (64, bf16, 577, 8, 8, cosine, full, None, False),
+        (64, single, 577, 64, 1, cosine, full, None, False),
+        (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False),
     ):
         heads = 16
         key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
         key = key.view(batch, tokens, heads, dim).transpose(1, 2)
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta") if ragged else None
         selection = dict(
-            history=torch.empty(batch, tokens, device="meta"), lengths=None, history_weight=0.5,
-            mode=Select.ADAPTIVE, budget=64, divisor=2.0, attention=True,
+            history=torch.empty(batch, tokens, device="meta"), lengths=lengths, history_weight=0.5,
+            mode=mode, budget=64, divisor=2.0 if mode == Select.ADAPTIVE else 0.0, attention=True,
         )  # fmt: skip
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
-        yield name + " select" * fused, prepare_stats(
-            key[:, :, :1], key, key, key[:, :, :1], None,
-            scale=dim**-0.5, protect=1, relevance=relevance, value_norm=norm, selection=selection if fused else None,
+        name += f" R={anchors}" * (anchors > 1) + " ragged" * ragged
+        yield name + (f" select {mode.name.lower()}" if mode is not None else ""), prepare_stats(
+            key[:, :, :anchors], key, key, key[:, :, :anchors], None, scale=dim**-0.5, protect=1, relevance=relevance,
+            value_norm=norm, selection=None if mode is None else selection,
         )  # fmt: skip
     for dim, dtype, batch, tokens, segments, anchored in (
         (64, torch.bfloat16, 8, 577, 0, True), (64, torch.bfloat16, 8, 577, 0, False),
         (72, torch.bfloat16, 8, 729, 0, True), (80, torch.bfloat16, 8, 577, 0, True),
         (80, torch.bfloat16, 1, 4096, 64, True), (128, torch.bfloat16, 1, 4096, 0, True),
+        (88, torch.float16, 8, 577, 0, True), (96, torch.bfloat16, 8, 577, 0, True),
         (64, torch.float32, 8, 577, 0, True), (128, torch.float32, 8, 577, 0, True),
     ):  # fmt: skip
         heads, images = 16, segments or batch

@@ -5,6 +5,8 @@ Each step is a process of its own that writes one file, so that a failure or a t
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,54 +34,66 @@ class Step:
 TOY = "--repeats 1 --device cpu"
 ENCODER = "--layers 6 --image-size 112 --hidden 64 --frozen"
 STEPS = (
-    Step("compile", "compile --arch {arch}", "compile --arch 90 --only gather"),
-    Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
-    Step("ops-cold", "ops --dtype bf16 --repeats 15 --device cuda --cold", f"ops --toy --only gather --cold {TOY}"),
-    Step(
-        "encoder", "encoder --dtype bf16 --batch 1,8,32 --frozen --repeats 9 --device cuda",
-        f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
-    ),
-    Step(
-        "encoder-16384", "encoder --dtype bf16 --batch 1 --image-size 1792 --layers 8 --tokens 1638 --repeats 5 "
-        "--no-baselines --device cuda", f"encoder {ENCODER} --tokens 8 --batch 1 --no-baselines {TOY}",
-    ),
     *(
         Step(
             f"prefill-{model}", f"prefill --model {model} --batch {batch} --baselines --repeats 5 --device cuda",
             f"prefill --model {model} --toy --batch 1,2 --baselines {TOY}",
         )
-        for model, batch in (("llava-1.5-7b", "1,8,32"), ("llava-next-7b", "1,8"), ("llava-onevision-7b", "1,8"))
+        for model, batch in (("llava-1.5-7b", "1,8,32"), ("llava-next-7b", "1,8"))
     ),
+    Step(
+        "encoder", "encoder --dtype bf16 --batch 1,8,32 --frozen --repeats 9 --device cuda",
+        f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
+    ),
+    Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
+    Step(
+        "encoder-16384", "encoder --dtype bf16 --batch 1 --image-size 1792 --layers 8 --tokens 1638 --repeats 5 "
+        "--no-baselines --device cuda", f"encoder {ENCODER} --tokens 8 --batch 1 --no-baselines {TOY}",
+    ),
+    Step("ops-cold", "ops --dtype bf16 --repeats 15 --device cuda --cold", f"ops --toy --only gather --cold {TOY}"),
+    Step(
+        "prefill-llava-onevision-7b",
+        "prefill --model llava-onevision-7b --batch 1,8 --baselines --repeats 5 --device cuda",
+        f"prefill --model llava-onevision-7b --toy --batch 1,2 --baselines {TOY}",
+    ),
+    Step("compile", "compile --arch {arch}", "compile --arch 90 --only gather"),
 )  # fmt: skip
-TESTS = "tests/ops tests/modules tests/policies tests/test_calibrate.py"
+# Compilation for other generations needs no GPU, and CI does it.
+TESTS = "tests/ops tests/modules tests/policies tests/test_calibrate.py --deselect tests/ops/test_triton_compile.py"
 DRY_TESTS = "tests/ops/test_gather_tokens.py"
+TEST_SECONDS = 150  # the tests' share; a run of its own (--only tests) may take all the time
 
 
 def run(
     out: Path, dry: bool, only: Iterable[str], limit: float, tick: Callable[..., object]
 ) -> tuple[Report, dict[str, str]]:
-    """Run the steps that have no file in `out` yet (all that `only` names, if it names any), within `limit` seconds.
+    """Run the steps that have no file of this commit in `out` (all that `only` names, if any), within `limit` seconds.
 
     Returns:
         All sections found in `out` with the table of targets, and what became of every step.
     """
-    only, start, fates = set(only), time.perf_counter(), {}
+    only, start, fates, stamp = set(only), time.perf_counter(), {}, machine.commit() or "no commit"
     out.mkdir(parents=True, exist_ok=True)
-    names = [*(["build", "tests"] if (ROOT / "setup.py").exists() else []), *(step.name for step in STEPS)]
+    clone = (ROOT / "setup.py").exists()
+    names = [*["build"] * clone, *(step.name for step in STEPS), *["tests"] * clone]
     steps = {step.name: step for step in STEPS}
     for number, name in enumerate(names):
-        path = out / f"{name}.json"
+        path, marker = out / f"{name}.json", out / f"{name}.done"
         if only and name not in only:
             continue
         left = limit - (time.perf_counter() - start)
-        if not only and name in steps and path.exists():
+        if not only and marker.exists() and marker.read_text() == stamp:
             fates[name] = "done before"
         elif left < 1:
             fates[name] = "no time left"
         else:
             tick(name, number / len(names))
-            path.unlink(missing_ok=True)
-            fates[name] = _process(_command(name, steps, path, dry), out / f"{name}.log", left)
+            for file in (path, marker):
+                file.unlink(missing_ok=True)
+            seconds = min(left, TEST_SECONDS) if name == "tests" and not only else left
+            fates[name] = _process(_command(name, steps, path, dry), out / f"{name}.log", seconds)
+            if fates[name] == "ok":
+                marker.write_text(stamp)
     files = [out / f"{name}.json" for name in steps]
     reports = [load(file) for file in files if file.exists()]
     sections = [section for report in reports for section in report.sections]
@@ -115,20 +129,33 @@ def _architecture(dry: bool) -> int:
 def _process(command: list[str], log: Path, seconds: float) -> str:
     """ "ok", or how the process ended; its output is in `log`."""
     with log.open("w") as file:
+        # A session of its own, so that what the process started ends with it.
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             return f"stopped after {seconds:.0f} s, see {log.name}"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     return "ok" if code == 0 else f"exit status {code}, see {log.name}"
 
 
 def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
     """What was promised, what was measured, and whether it holds; None where nothing was measured."""
-    rows = [dict(row, section=section.name) for section in sections for row in section.rows if row.get("ok")]
+    rows = [
+        dict(row, section=section.name)
+        for section in sections
+        for row in section.rows
+        if row.get("ok") and not section.facts.get("cold cache")
+    ]
 
-    def of(key: str, combine: Callable = max, **wanted: Any) -> float | None:
+    def of(key: str, combine: Callable = max, count: int = 1, **wanted: Any) -> float | None:
+        """The worst of `count` rows; None unless every one of them is there."""
         found = [row[key] for row in rows if row.get(key) is not None and _matches(row, wanted)]
-        return combine(found) if found else None
+        return combine(found) if len(found) == count else None
 
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else a / b
@@ -143,12 +170,15 @@ def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
             ok=True, what=what, target=f">= {bound:g}", found=found, met=None if found is None else found >= bound
         )
 
+    # Every real case and no toy: rows are told apart by their size.
     bf16: dict[str, Any] = dict(section="encoder", dtype="bfloat16")
     prefill: dict[str, Any] = dict(section="prefill", dtype="bfloat16")
     graph = of("frozen_graph_ratio", tokens=64, batch=1, patches=576, **bf16)
     return [
-        at_least("stats+select, B=64, N=577..2,305: share of copy", 0.8, of("of_copy", min, op="anchor_stats_select")),
-        at_least("gather+norm, B=64, N=577..2,305: share of copy", 0.8, of("of_copy", min, op="gather+norm")),
+        at_least("stats+select, B=64, N=577..2,305: share of copy", 0.8,
+                 of("of_copy", min, 3, op="anchor_stats_select", wants_copy=0.8)),
+        at_least("gather+norm, B=64, N=577..2,305: share of copy", 0.8,
+                 of("of_copy", min, 3, op="gather+norm", wants_copy=0.8)),
         at_most("scoring over all layers, CLIP-L B=8: share of the stock encoder", 0.03,
                 of("scoring_of_stock", tokens=64, batch=8, patches=576, **bf16)),
         at_most("encoder 576→64, B=8: time / FLOPs", 1.15, of("overhead", tokens=64, batch=8, patches=576, **bf16)),
@@ -161,9 +191,9 @@ def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
         at_least("same: share of the free-selection limit", 0.9,
                  of("of_limit", model="llava-1.5-7b", tokens=64, batch=8, **prefill)),
         at_least("prefill LLaVA-NeXT-7B 2,880→160, B=1 and 8: times faster", 5.0,
-                 of("speedup", min, model="llava-next-7b", tokens=160, **prefill)),
+                 of("speedup", min, 2, model="llava-next-7b", tokens=160, **prefill)),
         at_most("attention_with_stats : SDPA, N=577..4,096", 1.1,
-                of("of_torch", op="attention_with_stats")),
+                of("of_torch", max, 8, op="attention_with_stats")),
         at_most("peak memory of the encoder at N=16,384: share of stock", 1.0,
                 ratio(of("peak_bytes", patches=16384, **bf16), of("stock_peak_bytes", patches=16384, **bf16))),
     ]  # fmt: skip

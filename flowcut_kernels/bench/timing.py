@@ -62,6 +62,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int 
     return result, torch.cuda.max_memory_allocated(device) - before
 
 
+@torch.inference_mode()
 def captured(run: Run, device: torch.device) -> Run:
     """`run` as a replay of a CUDA graph; without CUDA the same function, so that a dry run takes the same path."""
     if device.type != "cuda":
@@ -73,7 +74,7 @@ def captured(run: Run, device: torch.device) -> Run:
             run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):
         run()
     return graph.replay
 
@@ -81,8 +82,9 @@ def captured(run: Run, device: torch.device) -> Run:
 class Clock:
     """Times calls on one device: events on CUDA, the wall clock elsewhere."""
 
-    def __init__(self, device: torch.device | str = "cpu", cold: bool = False) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", cold: bool = False, queued: bool = False) -> None:
+        """`queued`: on CUDA, hold the device back until the calls wait in its queue: no launch latency is timed."""
+        self.device, self.queued = torch.device(device), queued
         # Two caches' worth: reading and writing it leaves nothing of the data behind.
         size = 2 * cache_bytes(self.device) if cold else 0
         self.trash = torch.zeros(size // 4, device=self.device) if cold else None
@@ -101,6 +103,8 @@ class Clock:
         synchronise(self.device)
         if self.device.type == "cuda":
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if self.queued:
+                torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
             first.record()
             for _ in range(calls):
                 run()

@@ -72,7 +72,11 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
             f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: "
             "call unpatch(model) first"
         )
-    choose_backend("patch", backend, next(model.parameters()))
+    weight = next(model.parameters())
+    if choose_backend("patch", backend, weight) == "triton" and weight.device.type == "cuda":
+        from ..ops._triton_common import reserve_counters
+
+        reserve_counters(weight.device)
     encoder, replacements = adapter.replacements(model, policy, record=record, backend=backend)
     for module, name, _ in replacements:
         if name in vars(module):

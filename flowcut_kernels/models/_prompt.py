@@ -137,6 +137,13 @@ class _PromptMethod(_Bound):
         token = torch.tensor(self.shrinker.image_token_id, device=embeds.device)
         return (embeds == self.model.get_input_embeddings()(token)).all(-1)
 
+    @staticmethod
+    def _is_one_token(arguments: dict[str, Any]) -> bool:
+        """Whether the input is a single column without position ids."""
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        return tokens is not None and tokens.shape[1] == 1 and arguments.get("position_ids") is None
+
     def _shrink(self, arguments: dict[str, Any]) -> tuple[Shrunk, Shrunk] | None:
         """Shrink every prompt-shaped argument in place of `arguments`.
 
@@ -147,6 +154,8 @@ class _PromptMethod(_Bound):
         images, cache, mask = _images(arguments), arguments.get("past_key_values"), arguments.get("attention_mask")
         if images is None and getattr(cache, _PROMPT, None) is None:
             return None
+        if images is None and mask is None and self._is_one_token(arguments):
+            return None  # a decoding step, with nothing in it that counts the prompt's columns
         is_image = self._placeholders(arguments)
         if is_image is None:
             return None

@@ -147,8 +147,8 @@ class EncoderState:
 
 
 def _is_plain_layer_norm(norm: Any, x: Tensor) -> bool:
-    """Whether `norm` is nothing but a LayerNorm with weights of the dtype of x: no subclass, no hook."""
-    if type(norm) is not nn.LayerNorm or norm._forward_hooks or norm._forward_pre_hooks:
+    """Whether `norm` is nothing but a LayerNorm with weights of the dtype of x: no subclass, hook or other forward."""
+    if type(norm) is not nn.LayerNorm or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return False
     return norm.weight is not None and norm.weight.dtype == x.dtype
 
@@ -176,6 +176,13 @@ class PrunedEncoderLayer:
         step = pruning.step(self.number)
         if step is None and pruning.mask is None:
             return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kwargs)
+        hidden_states = self._attention_half(hidden_states, step, pruning, **kwargs)
+        return hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
+
+    def _attention_half(
+        self, hidden_states: Tensor, step: EncoderStep | None, pruning: EncoderState, **kwargs: Any
+    ) -> Tensor:
+        """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
         parts = self.parts
         residual, normed = hidden_states, parts.norm1(hidden_states)
         key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
@@ -204,8 +211,7 @@ class PrunedEncoderLayer:
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
         else:
             mixed = self._attend(query, key, value, key_mask, **kwargs)
-        hidden_states = residual + parts.out_proj(mixed.flatten(2))
-        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+        return residual + parts.out_proj(mixed.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.parts.attention.head_dim)).transpose(1, 2)
@@ -218,9 +224,13 @@ class PrunedEncoderLayer:
             query = self._heads(self.parts.q_proj(normed[:, 0])[:, None]) if query is None else query[:, :, :1]
             return query, value[:, :, :1]
         # Projections are linear, so the mean token's query and value cost one row each.
-        count = normed.shape[1] if mask is None else mask.sum(1)[:, None, None]
-        live = normed if mask is None else normed.masked_fill(~mask[..., None], 0)
-        mean = (live.sum(1, keepdim=True, dtype=accumulate_dtype(normed.dtype)) / count).to(normed.dtype)
+        dtype = accumulate_dtype(normed.dtype)
+        if mask is None:
+            mean = normed.mean(1, keepdim=True, dtype=dtype)
+        else:
+            live = normed.masked_fill(~mask[..., None], 0)
+            mean = live.sum(1, keepdim=True, dtype=dtype) / mask.sum(1)[:, None, None]
+        mean = mean.to(normed.dtype)
         return self._heads(self.parts.q_proj(mean)), self._heads(self.parts.v_proj(mean))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -290,8 +300,10 @@ class PrunedEncoder:
             trace=Trace() if self.record else None,
             entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
         )
-        # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers.
-        hidden_states = inputs_embeds.contiguous()
+        # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers. Where
+        # nothing is pruned it stays: other layouts round differently.
+        rows = inputs_embeds.shape[1] - self.protect
+        hidden_states = inputs_embeds.contiguous() if self.policy.budget(rows) < rows else inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
         self.trace = state.trace

@@ -91,34 +91,46 @@ def contiguous_rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-# Zeroed counters by (device, stream), and by device those that captured launches take from.
+# Zeroed counters by (device, stream), and by device those that nobody has taken yet.
 _counters: dict[tuple[int, int], Tensor] = {}
 _reserve: dict[int, Tensor] = {}
-_RESERVE = 1 << 16
+_RESERVE, _SHARE = 1 << 16, 1 << 10
+
+
+def reserve_counters(device: torch.device) -> None:
+    """Make a GPU's counters, so that no later launch allocates any, be it captured or in a private memory pool."""
+    if device.index not in _reserve:
+        with device_guard(device):
+            _reserve[device.index] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)  # launches of any stream may take from it
 
 
 def arrival_counters(count: int, device: torch.device) -> Tensor:
     """`count` int32 zeros for one launch, which must leave them at zero again; no memset in the steady state.
 
     Launches of a stream run one after another and share their counters. A captured launch may be replayed beside
-    anything, so it gets counters of its own from a reserve of 65,536 made before the capture; only a capture that
-    nothing warmed up, or one that exhausts the reserve, pays a memset node.
+    anything, so it gets counters of its own. Only a capture that nothing warmed up, or one that finds the reserve of
+    65,536 exhausted, pays a memset node.
     """
     count = -(-count // 4) * 4  # slices stay 16-byte aligned
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     with device_guard(device):
         if torch.cuda.is_current_stream_capturing():
-            reserve = _reserve.get(device.index)
-            if reserve is None or reserve.numel() < count:
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            _reserve[device.index] = reserve[count:]
-            return reserve[:count]
+            return _take(count, device)
         key = (device.index, torch.cuda.current_stream().cuda_stream)
         if key not in _counters or _counters[key].numel() < count:
-            _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-            _reserve.setdefault(device.index, torch.zeros(_RESERVE, dtype=torch.int32, device=device))
+            reserve_counters(device)
+            _counters[key] = _take(max(count, _SHARE), device)
         return _counters[key]
+
+
+def _take(count: int, device: torch.device) -> Tensor:
+    reserve = _reserve.get(device.index)
+    if reserve is None or reserve.numel() < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _reserve[device.index] = reserve[count:]
+    return reserve[:count]
 
 
 def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,13 +27,21 @@ class _BlindPolicy(Policy):
         )
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
-        batch, device = view.key.shape[0], view.key.device
-        patches = self._patches(view.grid, step.budget).to(device)
-        index = torch.cat([torch.arange(view.protect, device=device), patches + view.protect]).expand(batch, -1)
-        return Selection(index, torch.full((batch,), index.shape[1], dtype=torch.int32, device=device))
+        index, lengths = _chosen(self, view.grid, step.budget, view.protect, view.key.device)
+        batch = view.key.shape[0]
+        return Selection(index.expand(batch, -1), lengths.expand(batch))
 
     def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
         raise NotImplementedError
+
+
+@lru_cache(maxsize=16)
+def _chosen(
+    policy: _BlindPolicy, grid: tuple[int, int], budget: int, protect: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows [M] and their number [], copied to the device once: a copy would wait for it."""
+    index = torch.cat([torch.arange(protect), policy._patches(grid, budget) + protect])
+    return index.to(device), torch.tensor(len(index), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

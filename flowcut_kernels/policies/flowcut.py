@@ -119,16 +119,17 @@ class FlowCut(Policy):
         if self.schedule is not None:
             return self._scheduled_step(layer)
         if remaining % self.interval:
-            return EncoderStep(Select.SCORE_ONLY) if self.cumulative else None
+            return EncoderStep(Select.SCORE_ONLY, static=not self.adaptive) if self.cumulative else None
         if remaining == 0:
-            return EncoderStep(Select.FIXED, budget)
+            return EncoderStep(Select.FIXED, budget, static=not self.adaptive)
         if self.adaptive:
             mode = Select.ADAPTIVE_BATCH if self.batch == "max" else Select.ADAPTIVE
             return EncoderStep(mode, budget, math.sqrt(remaining))
         # The same share at every cut: after cut i of m, N * (T/N)^(i/m) tokens are left.
         cuts = (feature_layer - 1) // self.interval + 1
         done = cuts - remaining // self.interval
-        return EncoderStep(Select.FIXED, max(budget, round(tokens * (budget / tokens) ** (done / cuts))))
+        kept = max(budget, round(tokens * (budget / tokens) ** (done / cuts)))
+        return EncoderStep(Select.FIXED, kept, static=True)
 
     def _scheduled_step(self, layer: int) -> EncoderStep | None:
         assert self.schedule is not None

@@ -7,6 +7,7 @@ package.
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import tiny
@@ -250,3 +251,29 @@ def test_a_module_swapped_after_patching_counts():
     with fk.patched(model, fk.FlowCut(target_tokens=5)), torch.no_grad():
         assert torch.equal(swapped, model(pixels).last_hidden_state)
     assert not torch.equal(before, swapped)
+
+
+def test_a_norm_with_a_forward_of_its_own_counts():
+    """Offloading and other wrappers replace an instance's forward: kept rows are not normed behind its back."""
+    model, pixels = tiny.clip_tower(), tiny.images(2)
+    for layer in model.encoder.layers:
+        norm = layer.layer_norm1
+        norm.forward = lambda x, norm=norm: 0.5 * type(norm).forward(norm, x)
+    model, pixels = model.double(), pixels.double()
+    want, _ = prune_after_layer(model, pixels, fk.FlowCut(8), tiny.LAYERS - 2, 1, "cls")
+    with fk.patched(model, fk.FlowCut(8)), torch.no_grad():
+        got = model(pixels).last_hidden_state
+    assert_close(got, torch.stack(want[-1]), rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_of_the_attention_lives_during_the_mlp():
+    """Peak memory: queries, keys, values and normed rows are gone before the wide MLP runs, as in the stock layer."""
+    model, pixels = tiny.clip_tower(), tiny.images(2)
+    made, alive = [], []
+    for layer in model.encoder.layers:
+        for module in (layer.layer_norm1, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            module.register_forward_hook(lambda _, args, out: made.append(weakref.ref(out)))
+        layer.mlp.register_forward_pre_hook(lambda *_: alive.append(sum(x() is not None for x in made)))
+    with fk.patched(model, fk.FlowCut(8)), torch.no_grad():
+        model(pixels)
+    assert made and alive == [0] * tiny.LAYERS

@@ -57,18 +57,24 @@ def test_kernel_launches(monkeypatch, record):
     assert added == [score, score, prune, score, prune, prune, [], []]
 
 
-def test_nothing_else_is_launched():
-    """Around those launches a pruning layer runs one more operator: the query projection of the class token alone."""
+# The anchor's own arithmetic, one row per image: the query of the class token where a layer prunes (elsewhere it is
+# among all queries); the mean token and its query and value where there is no class token.
+ANCHORS = {"clip": Counter(addmm=3), "siglip": Counter(mean=6, addmm=12)}
+
+
+@pytest.mark.parametrize("kind", ANCHORS)
+def test_nothing_else_is_launched(kind):
+    """Around those launches runs what makes the anchor, and nothing more."""
     if native_error():
         pytest.skip(native_error())
-    tower, pixels = tiny.clip_tower(), tiny.images(2)
+    tower, pixels = tiny.TOWERS[kind](), tiny.images(2)
     with torch.no_grad(), Operators() as stock:
         tower(pixels)
     with fk.patched(tower, fk.FlowCut(8, schedule=SCHEDULE)), torch.no_grad(), Operators() as ours:
         tower(pixels)
     # On a CPU the scored layers' attention is one operator for another.
-    added = Counter(anchor_stats_select=6, gather_tokens=3, addmm=3, attention=6)
-    assert ours.counts - stock.counts == added
+    added = Counter(anchor_stats_select=6, gather_tokens=3, attention=6)
+    assert ours.counts - stock.counts == added + ANCHORS[kind]
     assert stock.counts - ours.counts == Counter(_scaled_dot_product_flash_attention_for_cpu=6)
 
 

@@ -14,6 +14,13 @@ from flowcut_kernels.testing import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
+PAYLOADS = (0x7FC00000, 0x7FC00001, 0x7F800001, -0x00400000)  # bit patterns of NaN
+
+
+@pytest.fixture
+def device() -> str:
+    """The C++ form is for CPUs; on a GPU there would only be torch's own attention to test."""
+    return "cpu"
 
 
 @pytest.fixture(params=["reference", "cpp"])
@@ -123,6 +130,14 @@ def test_place_and_threads_change_no_bit(dtype):
         one, live = slice(b, b + 1), slice(start, end)
         alone = attention(query[one, :, :7], key[one, :, live], value[one, :, live], backend="cpp")
         assert torch.equal(alone, results[0][one, :7])
+
+
+@pytest.mark.parametrize("bits", PAYLOADS, ids=hex)
+def test_every_nan_stays(backend, device, bits):
+    query, key, value = draw(1, 1, 1, 20, 20, 16, device=device)
+    query[0, 0, 3] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    out = attention(query, key, value, backend=backend)
+    assert out[0, 3].isnan().all() and out[0, :3].isfinite().all() and out[0, 4:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -396,8 +396,8 @@ def prepare(
             plan.meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
             MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024),
             # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
-            # still fit a multiprocessor.
-            num_warps=8, maxnreg=128, enable_fp_fusion=True,
+            # still fit a multiprocessor; the sums of many anchors need more.
+            num_warps=8, maxnreg=128 if anchors <= 4 else 255, enable_fp_fusion=True,
         ),
         key.device,
         outputs,
