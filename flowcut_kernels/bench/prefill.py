@@ -85,7 +85,7 @@ def measure(
         notes=[
             f"{shape.views} view(s) of an image and {TEXT} words per prompt; language model of {millions:,.0f} M "
             "parameters, random weights; all → pruned",
-            *(["views go in as images of LlavaForConditionalGeneration: no newline tokens, no unpadding"] * (shape.views > 1)),
+            *(["views go in as images of LLaVA-1.5's class: no newline tokens, no unpadding"] * (shape.views > 1)),
             "tower weights scaled so that the entropy of the anchor's attention falls with depth (shapes.py); kept "
             f"after each cut, first view: {cuts}",
             "1st token: encoder, projector and prefill; a token: decoding on the cache that prefill left",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -252,6 +253,8 @@ class PrunedEncoderLayer:
         """Whether the C++ attention takes the place of SDPA at a layer that scores: several times faster on a CPU."""
         module: Any = self.parts.attention
         if query.device.type != "cpu" or module.config._attn_implementation != "sdpa" or module.training:
+            return False
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:  # somebody put their own in its place
             return False
         backend = resolve_backend(backend)
         return backend in ("auto", "cpp") and choose_backend("attention", backend, query, ("cpp",)) == "cpp"
