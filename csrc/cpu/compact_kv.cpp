@@ -30,12 +30,13 @@ void turn_row(const T* x, const float* cos, const float* sin, int64_t half, T* o
 
 }  // namespace
 
+// Stores go through the caches: past them, into pages that are new, this took twice as long (2 cores, 8 layers,
+// 608 -> 96 rows of 256 bytes).
 // In place a head is swept forward: row m comes from a row at or after m, so what it overwrites was read before.
 void compact_kv(const CompactKV& p, ParallelFor run) {
   int64_t bytes = 1;
   for (int64_t i = 0; i < p.count; ++i) bytes = max(bytes, p.kept * p.tensors[i].row_bytes);
   const int64_t heads = p.batch * p.heads;
-  const bool streamed = !p.in_place && p.count * heads * bytes > kStreamed;
   parallel_for(run, p.count * heads, max(1, kGrain / bytes), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const CacheRows& x = p.tensors[i / heads];
@@ -58,10 +59,9 @@ void compact_kv(const CompactKV& p, ParallelFor run) {
             turn_row((const T*)row, p.cos + at * p.half, p.sin + at * p.half, p.half, (T*)out);
             done = 2 * p.half * sizeof(T);
           });
-        if (row != out) copy(out + done, row + done, x.row_bytes - done, streamed);
+        if (row != out) memcpy(out + done, row + done, x.row_bytes - done);
       }
     }
-    if (streamed) publish_streamed();
   });
 }
 

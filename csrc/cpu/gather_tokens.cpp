@@ -5,6 +5,7 @@ namespace flowcut::FLOWCUT_ISA {
 namespace {
 
 constexpr int64_t kGrain = 64 * 1024;  // bytes that are worth a thread
+constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
 
 // LayerNorm or RMSNorm of one row, statistics in float; RMSNorm rounds to T before the weight, as Llama does.
 template <class T>

@@ -41,8 +41,6 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
-
 // memcpy; `streamed` past the caches, which saves reading the lines that are about to be overwritten.
 inline void copy(char* out, const char* in, int64_t bytes, [[maybe_unused]] bool streamed) {
 #if defined(__AVX2__)
