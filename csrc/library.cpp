@@ -321,7 +321,8 @@ void* current_stream(int32_t device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"))
+                      : nullptr;
   }();
   check(get, "compact_kv: this torch has no CUDA");
   void* stream;
@@ -334,7 +335,8 @@ void* current_stream(int32_t device) {
 std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<Tensor>& values, Tensor keep,
                             std::optional<Tensor> cos, std::optional<Tensor> sin, bool in_place) {
   check(!keys.empty() && keys.size() == values.size(),
-        "compact_kv: keys and values must be as many, at least one, got ", keys.size(), " and ", values.size());
+        "compact_kv: keys and values must be as many, at least one, got ", keys.size(), " and ",
+        values.size());
   check(keep.dim() == 2 && keep.scalar_type() == ScalarType::Long,
         "compact_kv: keep must be int64 [batch, kept]");
   const Tensor& first = keys[0];
@@ -370,9 +372,10 @@ std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<T
   int64_t tokens = INT32_MAX;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& x = tensors[i];
-    check(x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads && x.scalar_type() == first.scalar_type(),
-          "compact_kv: keys and values must be [", p.batch, ", ", p.heads, ", tokens, dim] of one dtype, got ",
-          x.sizes());
+    check(x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads &&
+              x.scalar_type() == first.scalar_type(),
+          "compact_kv: keys and values must be [", p.batch, ", ", p.heads,
+          ", tokens, dim] of one dtype, got ", x.sizes());
     check_place("compact_kv: keys and values", x);
     check(x.stride(3) == 1 || x.size(3) <= 1, "compact_kv: keys and values need a contiguous last dimension");
     check(i >= keys.size() || 2 * p.half <= x.size(3), "compact_kv: cos and sin are for ", 2 * p.half,
@@ -381,8 +384,13 @@ std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<T
     check(x.size(2) < INT32_MAX && x.size(3) * bytes < INT32_MAX, "compact_kv: got ", x.sizes(),
           ", tokens and the bytes of a row must fit 32 bits");
     tokens = std::min(tokens, x.size(2));
-    CacheRows row{static_cast<const char*>(x.const_data_ptr()), nullptr, x.stride(0) * bytes, x.stride(1) * bytes,
-                  x.stride(2) * bytes, static_cast<int32_t>(x.size(2)), static_cast<int32_t>(x.size(3) * bytes)};
+    CacheRows row{static_cast<const char*>(x.const_data_ptr()),
+                  nullptr,
+                  x.stride(0) * bytes,
+                  x.stride(1) * bytes,
+                  x.stride(2) * bytes,
+                  static_cast<int32_t>(x.size(2)),
+                  static_cast<int32_t>(x.size(3) * bytes)};
     if (!in_place) {
       const std::array<int64_t, 4> sizes{p.batch, p.heads, p.kept, x.size(3)};
       outputs.push_back(torch::stable::new_empty(x, Sizes(sizes.data(), 4)));
@@ -397,8 +405,8 @@ std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<T
       for (int64_t m = 0, last = -1; m < p.kept; ++m) {
         const int64_t token = p.keep[b * p.kept + m];
         const bool padding = token == -1, padded = m > 0 && last == -1;
-        check(padding || (!padded && last < token && token < tokens), "compact_kv: keep[", b, ", ", m, "] = ",
-              token, " after ", last, ": rows must ascend within 0..", tokens - 1, ", then -1");
+        check(padding || (!padded && last < token && token < tokens), "compact_kv: keep[", b, ", ", m,
+              "] = ", token, " after ", last, ": rows must ascend within 0..", tokens - 1, ", then -1");
         last = token;
       }
     kernels().compact_kv(p, run_parallel);

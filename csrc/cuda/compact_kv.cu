@@ -1,11 +1,11 @@
 // Chooses the widest vector that all addresses and sizes allow and launches compact_kv.
-#include "compact_kv.cuh"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+
+#include "compact_kv.cuh"
 
 namespace flowcut::cuda {
 namespace {
@@ -19,7 +19,8 @@ void launch(const Table& table, const CompactKV& p, cudaStream_t stream) {
   const int64_t blocks = p.count * p.batch * p.heads * pieces;
   // The kernel counts vectors of a head and blocks in 32 bits.
   if (std::max(vectors, blocks) > INT32_MAX)
-    throw std::runtime_error("compact_kv: this cache is too large for one launch; compact fewer layers at a time");
+    throw std::runtime_error(
+        "compact_kv: this cache is too large for one launch; compact fewer layers at a time");
   compact_kv<V, T, kInPlace><<<blocks, kThreads, 0, stream>>>(table, p, pieces);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     throw std::runtime_error(std::string("compact_kv: ") + cudaGetErrorString(error));

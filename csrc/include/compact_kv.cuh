@@ -13,9 +13,9 @@
 namespace flowcut::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;                  // vectors that a thread loads before it stores the first
-constexpr int kTile = kThreads * kInFlight;   // vectors that a block moves between two barriers
-constexpr int kTensors = 256;                 // 12 KiB of kernel parameters: 128 layers in one launch
+constexpr int kInFlight = 4;                 // vectors that a thread loads before it stores the first
+constexpr int kTile = kThreads * kInFlight;  // vectors that a block moves between two barriers
+constexpr int kTensors = 256;                // 12 KiB of kernel parameters: 128 layers in one launch
 
 struct Table {
   CacheRows tensors[kTensors];
@@ -64,12 +64,13 @@ __device__ inline void turn(V& a, V& b, const float* cos, const float* sin) {
 // Moves `p.kept` rows of every head in vectors V. T: the keys' type where they are turned, void otherwise.
 // Blocks are in the order tensor, sample, head, piece; in place a head is one piece.
 //
-// An item is a vector of a row, or the two vectors that are turned together. In place, items are swept in row-major
-// order, a tile at a time: what the tile writes may be what it reads itself, hence the barrier; a later tile reads
-// only at or after its own rows, which no earlier tile writes, so one barrier a tile is enough.
+// An item is a vector of a row, or the two vectors that are turned together. In place, items are swept in
+// row-major order, a tile at a time: what the tile writes may be what it reads itself, hence the barrier; a
+// later tile reads only at or after its own rows, which no earlier tile writes, so one barrier a tile is
+// enough.
 template <class V, class T, bool kInPlace>
-__global__ void __launch_bounds__(kThreads) compact_kv(const __grid_constant__ Table table,
-                                                       const __grid_constant__ CompactKV p, unsigned pieces) {
+__global__ void __launch_bounds__(kThreads)
+    compact_kv(const __grid_constant__ Table table, const __grid_constant__ CompactKV p, unsigned pieces) {
   const unsigned place = blockIdx.x / pieces, heads = p.batch * p.heads;
   const unsigned tensor = place / heads, batch = place % heads / p.heads, head = place % p.heads;
   const CacheRows& x = table.tensors[tensor];

@@ -111,7 +111,7 @@ struct CompactKV {
   int64_t batch, heads, kept;
   const int64_t* keep;  // [batch, kept]: ascending rows, then -1
   bool in_place;
-  // Rotation of columns j and j + half, j < half, by the angle whose cosine and sine are in [batch, kept, half].
+  // Rotation of columns j and j + half, j < half, by the angles of the tables [batch, kept, half].
   DType dtype;
   int64_t half;
   const float *cos, *sin;
@@ -131,7 +131,8 @@ struct Kernels {
 const Kernels& kernels();
 
 namespace cuda {
-// Pointers but `tensors` are the device's; queued on the stream (a cudaStream_t). std::runtime_error if it cannot be.
+// All pointers but `tensors` are the device's; `stream` is a cudaStream_t. std::runtime_error if the launch
+// fails.
 void compact_kv(const CompactKV&, void* stream);
 }  // namespace cuda
 

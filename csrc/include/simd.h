@@ -108,9 +108,7 @@ inline void store_pair(BFloat16* p, Pair v) {
 // kLanes elements in their own order.
 inline F32 widen(const float* p) { return load(p); }
 inline void narrow(float* p, F32 x) { store(p, x); }
-inline F32 widen(const BFloat16* p) {
-  return (F32)(__builtin_convertvector(load_as<U16>(p), I32) << 16);
-}
+inline F32 widen(const BFloat16* p) { return (F32)(__builtin_convertvector(load_as<U16>(p), I32) << 16); }
 inline void narrow(BFloat16* p, F32 x) {
   const U16 out = __builtin_convertvector((round_to_bfloat16(x) >> 16) & 0xffff, U16);
   memcpy(p, &out, sizeof(out));

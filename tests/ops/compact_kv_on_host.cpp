@@ -1,5 +1,5 @@
-// The GPU kernel of compact_kv run on the host: a thread for every thread of a block, a barrier for __syncthreads.
-// Random caches against the plain definition; a sanitizer watches the memory.
+// The GPU kernel of compact_kv run on the host: a thread for every thread of a block, a barrier for
+// __syncthreads. Random caches against the plain definition; a sanitizer watches the memory.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -79,8 +79,13 @@ bool right(int64_t dim, int64_t half) {
     memory[i].resize(rows * width), out[i].resize(new_rows * width);
     for (Element& x : memory[i]) x = Element(float(draw(0, 100)));
     const int64_t bytes = width * sizeof(Element);
-    table.tensors[i] = {reinterpret_cast<const char*>(memory[i].data()), reinterpret_cast<char*>(out[i].data()),
-                        kHeads * tokens * bytes, tokens * bytes, bytes, int32_t(tokens), int32_t(bytes)};
+    table.tensors[i] = {reinterpret_cast<const char*>(memory[i].data()),
+                        reinterpret_cast<char*>(out[i].data()),
+                        kHeads * tokens * bytes,
+                        tokens * bytes,
+                        bytes,
+                        int32_t(tokens),
+                        int32_t(bytes)};
     wanted[i] = kInPlace ? memory[i] : out[i];
     for (int64_t head = 0; head < kBatch * kHeads; ++head)
       for (int64_t m = 0; m < kept; ++m) {
@@ -100,7 +105,8 @@ bool right(int64_t dim, int64_t half) {
   }
   launch<V, T, kInPlace>(table, p, 2 * dim * sizeof(Element));
   for (int i = 0; i < 2; ++i)
-    if (memcmp(wanted[i].data(), kInPlace ? memory[i].data() : out[i].data(), wanted[i].size() * sizeof(Element)))
+    if (memcmp(wanted[i].data(), kInPlace ? memory[i].data() : out[i].data(),
+               wanted[i].size() * sizeof(Element)))
       return false;
   return true;
 }

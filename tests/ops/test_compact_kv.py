@@ -245,6 +245,13 @@ def test_bad_input(op, change, message):
     assert (X == 0).all()
 
 
+def test_a_requested_backend_is_never_replaced():
+    with pytest.raises(RuntimeError, match=r"needs CUDA tensors"):
+        compact_kv([X], [X], KEEP, backend="cuda")
+    with pytest.raises(RuntimeError, match="it has no triton form"):
+        compact_kv_([X], [X], KEEP, backend="triton")
+
+
 def test_an_expanded_tensor_is_not_compacted_in_place():
     with pytest.raises(ValueError, match=r"values\[0\] is an expanded tensor"):
         compact_kv_([X.clone()], [X[:, :, :1].expand(-1, -1, 5, -1)], KEEP)
