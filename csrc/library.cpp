@@ -1,9 +1,14 @@
-// The operators' CPU registration on the libtorch stable ABI. Schemas are defined in flowcut_kernels/_ops.py,
+// The operators' registration on the libtorch stable ABI. Schemas are defined in flowcut_kernels/_ops.py,
 // arguments are validated in flowcut_kernels/ops/; what is checked here again is what the kernels' memory
 // safety rests on.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#ifdef FLOWCUT_WITH_CUDA
+#include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -310,6 +315,124 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
   return out;
 }
 
+#ifdef FLOWCUT_WITH_CUDA
+// The stream that torch works on. The symbol is looked up when it is needed: a CPU build of torch lacks it.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"))
+                      : nullptr;
+  }();
+  check(get, "compact_kv: this torch has no CUDA");
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+#endif
+
+// Both operators on both devices: the outputs, keys before values; none in place.
+std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<Tensor>& values, Tensor keep,
+                            std::optional<Tensor> cos, std::optional<Tensor> sin, bool in_place) {
+  check(!keys.empty() && keys.size() == values.size(),
+        "compact_kv: keys and values must be as many, at least one, got ", keys.size(), " and ",
+        values.size());
+  check(keep.dim() == 2 && keep.scalar_type() == ScalarType::Long,
+        "compact_kv: keep must be int64 [batch, kept]");
+  const Tensor& first = keys[0];
+  check(first.dim() == 4, "compact_kv: keys[0] must be [batch, heads, tokens, dim]");
+  auto check_place = [&](const char* name, const Tensor& x) {
+    check((x.is_cpu() && first.is_cpu()) ||
+              (x.is_cuda() && first.is_cuda() && x.get_device_index() == first.get_device_index()),
+          name, " must be on the device of keys[0]");
+  };
+  CompactKV p{};
+  p.batch = keep.size(0), p.heads = first.size(1), p.kept = keep.size(1), p.in_place = in_place;
+  check_place("compact_kv: keep", keep);
+  keep = torch::stable::contiguous(keep);
+  p.keep = static_cast<const int64_t*>(keep.const_data_ptr());
+
+  check(cos.has_value() == sin.has_value(), "compact_kv: cos and sin come together");
+  if (cos) {
+    p.dtype = dtype_of("compact_kv: keys (turned)", first), p.turned = keys.size();
+    p.half = cos->dim() == 3 ? cos->size(2) : 0;
+    for (auto* table : {&cos, &sin}) {
+      check_shape("compact_kv: cos and sin", **table, {p.batch, p.kept, p.half});
+      check((*table)->scalar_type() == ScalarType::Float, "compact_kv: cos and sin must be float32");
+      check_place("compact_kv: cos and sin", **table);
+      *table = torch::stable::contiguous(**table);
+    }
+    p.cos = static_cast<const float*>(cos->const_data_ptr());
+    p.sin = static_cast<const float*>(sin->const_data_ptr());
+  }
+
+  std::vector<Tensor> tensors = keys, outputs;
+  tensors.insert(tensors.end(), values.begin(), values.end());
+  std::vector<CacheRows> rows;
+  int64_t tokens = INT32_MAX;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& x = tensors[i];
+    check(x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads &&
+              x.scalar_type() == first.scalar_type(),
+          "compact_kv: keys and values must be [", p.batch, ", ", p.heads,
+          ", tokens, dim] of one dtype, got ", x.sizes());
+    check_place("compact_kv: keys and values", x);
+    check(x.stride(3) == 1 || x.size(3) <= 1, "compact_kv: keys and values need a contiguous last dimension");
+    check(i >= keys.size() || 2 * p.half <= x.size(3), "compact_kv: cos and sin are for ", 2 * p.half,
+          " columns, keys have ", x.size(3));
+    const int64_t bytes = x.element_size();
+    check(x.size(2) < INT32_MAX && x.size(3) * bytes < INT32_MAX, "compact_kv: got ", x.sizes(),
+          ", tokens and the bytes of a row must fit 32 bits");
+    tokens = std::min(tokens, x.size(2));
+    CacheRows row{static_cast<const char*>(x.const_data_ptr()),
+                  nullptr,
+                  x.stride(0) * bytes,
+                  x.stride(1) * bytes,
+                  x.stride(2) * bytes,
+                  static_cast<int32_t>(x.size(2)),
+                  static_cast<int32_t>(x.size(3) * bytes)};
+    if (!in_place) {
+      const std::array<int64_t, 4> sizes{p.batch, p.heads, p.kept, x.size(3)};
+      outputs.push_back(torch::stable::new_empty(x, Sizes(sizes.data(), 4)));
+      row.out = static_cast<char*>(outputs.back().mutable_data_ptr());
+    }
+    rows.push_back(row);
+  }
+  p.tensors = rows.data(), p.count = rows.size();
+
+  if (first.is_cpu()) {
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t m = 0, last = -1; m < p.kept; ++m) {
+        const int64_t token = p.keep[b * p.kept + m];
+        const bool padding = token == -1, padded = m > 0 && last == -1;
+        check(padding || (!padded && last < token && token < tokens), "compact_kv: keep[", b, ", ", m,
+              "] = ", token, " after ", last, ": rows must ascend within 0..", tokens - 1, ", then -1");
+        last = token;
+      }
+    kernels().compact_kv(p, run_parallel);
+    return outputs;
+  }
+#ifdef FLOWCUT_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+  cuda::compact_kv(p, current_stream(first.get_device_index()));
+#endif
+  return outputs;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> compact_kv(std::vector<Tensor> keys,
+                                                                std::vector<Tensor> values, Tensor keep,
+                                                                std::optional<Tensor> cos,
+                                                                std::optional<Tensor> sin) {
+  const std::vector<Tensor> all = compact(keys, values, keep, cos, sin, false);
+  const auto middle = all.begin() + keys.size();
+  return {{all.begin(), middle}, {middle, all.end()}};
+}
+
+void compact_kv_in_place(std::vector<Tensor> keys, std::vector<Tensor> values, Tensor keep,
+                         std::optional<Tensor> cos, std::optional<Tensor> sin) {
+  compact(keys, values, keep, cos, sin, true);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
@@ -317,7 +440,16 @@ STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
   m.impl("score_select", TORCH_BOX(&score_select));
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("compact_kv", TORCH_BOX(&compact_kv));
+  m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place));
 }
+
+#ifdef FLOWCUT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CUDA, m) {
+  m.impl("compact_kv", TORCH_BOX(&compact_kv));
+  m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place));
+}
+#endif
 
 // For flowcut_kernels.info and the tests, through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* flowcut_cpu_isa() { return kernels().isa; }

@@ -7,6 +7,7 @@ out = model.generate(**processor(images=image, text=prompt, return_tensors="pt")
 fk.unpatch(model)
 """
 
+from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .models import patch, patched, supported_models, trace, unpatch
 from .policies import FlowCut, RandomTokens, UniformTokens
@@ -21,6 +22,7 @@ __all__ = [
     "Trace",
     "UniformTokens",
     "calibrate",
+    "compact_kv_cache",
     "patch",
     "patched",
     "supported_models",

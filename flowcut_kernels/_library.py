@@ -19,12 +19,13 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Plain globals, so that choosing a backend can be traced by torch.compile.
 _native_error: str | None = "it was not loaded yet"
+_cuda_error: str | None = "the native library was not loaded yet"
 _triton_error = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def load_native() -> None:
     """Load the native library if it is there, which registers the C++ forms; remember why not otherwise."""
-    global _native_error
+    global _native_error, _cuda_error
     folder = Path(__file__).parent
     found = sorted(folder.glob("flowcut_kernels_native*.so"))
     if os.environ.get("FLOWCUT_NO_NATIVE") == "1":
@@ -37,11 +38,22 @@ def load_native() -> None:
             _native_error = None
         except Exception as error:  # a library built for another torch or machine must not break the import
             _native_error = f"{found[0].name} did not load: {error}"
+    if _native_error is not None:
+        _cuda_error = _native_error
+    elif torch._C._dispatch_has_kernel_for_dispatch_key("flowcut_kernels::compact_kv", "CUDA"):
+        _cuda_error = None
+    else:
+        _cuda_error = "the native library was built without nvcc"
 
 
 def native_error() -> str | None:
     """None when the native library is loaded, else the reason why it is not."""
     return _native_error
+
+
+def cuda_error() -> str | None:
+    """None when the native library carries CUDA kernels, else the reason why not."""
+    return _cuda_error
 
 
 def triton_error() -> str | None:
@@ -67,8 +79,14 @@ def resolve_backend(backend: str | None = None) -> str:
     return name
 
 
-def choose_backend(op: str, backend: str | None, tensor: Tensor, forms: tuple[str, ...] = ("cpp", "triton")) -> str:
-    """One of "reference", "cpp", "triton" for `op`, which has these native `forms`, on `tensor` and its like.
+def choose_backend(
+    op: str,
+    backend: str | None,
+    tensor: Tensor,
+    forms: tuple[str, ...] = ("cpp", "triton"),
+    dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES,
+) -> str:
+    """The form of `op` for `tensor` and its like: "reference" or one of its native `forms`, which take `dtypes`.
 
     An explicit request never falls back: RuntimeError says why it cannot be honoured. "auto" takes the native
     form of the tensor's device where its dtype allows, else the reference, and logs its choice once.
@@ -81,12 +99,12 @@ def choose_backend(op: str, backend: str | None, tensor: Tensor, forms: tuple[st
         if device == "cpu":
             choice, problem = "cpp", native_error()
         elif device == "cuda":
-            choice, problem = "triton", triton_error()
+            choice, problem = ("cuda", cuda_error()) if "cuda" in forms else ("triton", triton_error())
         else:
             choice, problem = "reference", f"no native form for {device}"
         if choice not in ("reference", *forms):
             problem = f"no {choice} form for these tensors"
-        if problem is None and dtype not in NATIVE_DTYPES:
+        if problem is None and dtype not in dtypes:
             problem = f"{dtype} has no native form"
         choice = choice if problem is None else "reference"
         if not torch.compiler.is_compiling():
@@ -94,17 +112,17 @@ def choose_backend(op: str, backend: str | None, tensor: Tensor, forms: tuple[st
         return choice
 
     problem = None
-    if requested in ("cpp", "triton") and requested not in forms:
+    if requested not in forms:
         problem = f"it has no {requested} form for these tensors; use {' or '.join(map(repr, (*forms, 'reference')))}"
     elif requested == "cuda":
-        problem = f"{op} has no CUDA C++ form; on CUDA tensors use 'triton'"
+        problem = cuda_error() if device == "cuda" else f"it needs CUDA tensors, got {device}"
     elif requested == "cpp":
         problem = native_error() if device == "cpu" else f"it needs CPU tensors, got {device}"
     elif requested == "triton":
         problem = triton_error()
         if problem is None and device != "cuda" and not (device == "cpu" and _interpreted()):
             problem = f"it needs CUDA tensors (or CPU tensors with TRITON_INTERPRET=1), got {device}"
-    if problem is None and dtype not in NATIVE_DTYPES:
+    if problem is None and dtype not in dtypes:
         problem = f"{dtype} has no native form; use float32, bfloat16 or float16, or backend='reference'"
     if problem is not None:
         raise RuntimeError(f"backend={requested!r} was asked for {op}, but {problem}")

@@ -1,8 +1,8 @@
 """Every operator of ``torch.ops.flowcut_kernels``: schema and fake (shape) implementation, torch only.
 
 Bodies are registered elsewhere under the same names: the reference as the default for any device
-(``ops/<op>/__init__.py``), the C++ form for CPU tensors (``csrc/library.cpp``), the Triton form for CUDA tensors
-(``ops/<op>/triton.py``).
+(``ops/<op>/__init__.py``), the C++ form for CPU tensors and the CUDA C++ form (``csrc/library.cpp``), the Triton form
+for CUDA tensors (``ops/<op>/triton.py``).
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ LIB.define(
     "float eps=1e-05, bool rms=False) -> Tensor[]"
 )
 LIB.define("attention(Tensor query, Tensor key, Tensor value, Tensor? key_span, *, float scale) -> Tensor")
+LIB.define(
+    "compact_kv(Tensor[] keys, Tensor[] values, Tensor keep, Tensor? cos=None, Tensor? sin=None) "
+    "-> (Tensor[], Tensor[])"
+)
+LIB.define("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor keep, Tensor? cos=None, Tensor? sin=None) -> ()")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,6 +141,17 @@ def _(inputs, index, norm_weight=None, norm_bias=None, *, eps=1e-5, rms=False):
 def _(query, key, value, key_span, *, scale):
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3]))
+
+
+@torch.library.register_fake("flowcut_kernels::compact_kv", lib=LIB)
+def _(keys, values, keep, cos=None, sin=None):
+    new = lambda x: x.new_empty((*x.shape[:2], keep.shape[1], x.shape[3]))  # noqa: E731
+    return [new(x) for x in keys], [new(x) for x in values]
+
+
+@torch.library.register_fake("flowcut_kernels::compact_kv_", lib=LIB)
+def _(keys, values, keep, cos=None, sin=None):
+    return None
 
 
 def any_tensor(*tensors: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ._library import native_error, triton_error
+from ._library import cuda_error, native_error, triton_error
 from .bench import machine
 
 # name -> what it does; the one table of variables that the package reads at run time or while it is built.
@@ -39,6 +39,7 @@ def sections() -> dict[str, dict[str, str]]:
         "reference": "available",
         "cpp": _state(native_error()),
         "triton": _state(triton),
+        "cuda": _state(cuda_error() or (None if torch.cuda.is_available() else "no CUDA device")),
     }
     variables = {
         name: (f"= {os.environ[name]!r}; " if name in os.environ else "not set; ") + what

@@ -13,8 +13,10 @@ namespace flowcut {
   void score_select(const ScoreSelect&, ParallelFor);   \
   void gather_tokens(const GatherTokens&, ParallelFor); \
   void attention(const Attention&, ParallelFor);        \
+  void compact_kv(const CompactKV&, ParallelFor);       \
   }
-#define FLOWCUT_TABLE(isa) {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens, isa::attention}
+#define FLOWCUT_TABLE(isa) \
+  {#isa, isa::anchor_stats, isa::score_select, isa::gather_tokens, isa::attention, isa::compact_kv}
 
 FLOWCUT_DECLARE(scalar)
 #ifdef FLOWCUT_X86

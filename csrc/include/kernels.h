@@ -1,4 +1,4 @@
-// The CPU kernels on raw pointers: no torch header, so that any host program can drive them.
+// The kernels on raw pointers: no torch header, so that any host program can drive them.
 #pragma once
 
 #include <cstdint>
@@ -97,6 +97,26 @@ struct GatherTokens {
   bool rms;
 };
 
+// Keys or values of one layer [batch, heads, tokens, dim]: strides and row size in bytes, rows contiguous.
+struct CacheRows {
+  const char* data;
+  char* out;  // contiguous [batch, heads, kept, dim]; not used in place, where `data` is written
+  int64_t batch_stride, head_stride, token_stride;
+  int32_t tokens, row_bytes;
+};
+
+struct CompactKV {
+  const CacheRows* tensors;
+  int64_t count, turned;  // the first `turned` tensors are keys whose rotation changes
+  int64_t batch, heads, kept;
+  const int64_t* keep;  // [batch, kept]: ascending rows, then -1
+  bool in_place;
+  // Rotation of columns j and j + half, j < half, by the angles of the tables [batch, kept, half].
+  DType dtype;
+  int64_t half;
+  const float *cos, *sin;
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -104,9 +124,16 @@ struct Kernels {
   void (*score_select)(const ScoreSelect&, ParallelFor);
   void (*gather_tokens)(const GatherTokens&, ParallelFor);
   void (*attention)(const Attention&, ParallelFor);
+  void (*compact_kv)(const CompactKV&, ParallelFor);
 };
 
 // The best set this machine runs, or the one FLOWCUT_CPU_ISA names; std::runtime_error if it cannot be had.
 const Kernels& kernels();
+
+namespace cuda {
+// All pointers but `tensors` are the device's; `stream` is a cudaStream_t. std::runtime_error if the launch
+// fails.
+void compact_kv(const CompactKV&, void* stream);
+}  // namespace cuda
 
 }  // namespace flowcut

@@ -42,7 +42,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // memcpy; `streamed` past the caches, which saves reading the lines that are about to be overwritten.
-inline void copy(char* out, const char* in, int64_t bytes, bool streamed) {
+inline void copy(char* out, const char* in, int64_t bytes, [[maybe_unused]] bool streamed) {
 #if defined(__AVX2__)
   if (streamed && (uintptr_t)out % 32 == 0 && bytes % 32 == 0) {
     for (int64_t i = 0; i < bytes; i += 32)
@@ -94,14 +94,24 @@ inline void store_pair(float* p, Pair v) {
 // shuffle.
 inline Pair split(I32 words) { return {(F32)(words << 16), (F32)(words & (int32_t)0xffff0000)}; }
 inline Pair load_pair(const BFloat16* p) { return split(load_as<I32>(p)); }
+// To nearest even, in the upper half.
+inline I32 round_to_bfloat16(F32 x) {
+  const I32 bits = (I32)x;
+  const I32 even = bits + 0x7fff + ((bits >> 16) & 1);
+  return (x == x ? even : bits | 0x00400000) & (int32_t)0xffff0000;
+}
 inline void store_pair(BFloat16* p, Pair v) {
-  auto round = [](F32 x) {  // to nearest even, in the upper half
-    const I32 bits = (I32)x;
-    const I32 even = bits + 0x7fff + ((bits >> 16) & 1);
-    return (x == x ? even : bits | 0x00400000) & (int32_t)0xffff0000;
-  };
-  const I32 low = (round(v.a) >> 16) & 0xffff, words = low | round(v.b);
+  const I32 low = (round_to_bfloat16(v.a) >> 16) & 0xffff, words = low | round_to_bfloat16(v.b);
   memcpy(p, &words, sizeof(words));
+}
+
+// kLanes elements in their own order.
+inline F32 widen(const float* p) { return load(p); }
+inline void narrow(float* p, F32 x) { store(p, x); }
+inline F32 widen(const BFloat16* p) { return (F32)(__builtin_convertvector(load_as<U16>(p), I32) << 16); }
+inline void narrow(BFloat16* p, F32 x) {
+  const U16 out = __builtin_convertvector((round_to_bfloat16(x) >> 16) & 0xffff, U16);
+  memcpy(p, &out, sizeof(out));
 }
 
 #if defined(__AVX512F__)

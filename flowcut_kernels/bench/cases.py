@@ -17,6 +17,7 @@ from ..ops import (
     anchor_stats_select,
     attention,
     attention_with_stats,
+    compact_kv,
     gather_tokens,
     score_select,
 )
@@ -379,6 +380,55 @@ class AttentionWithStats:
         return budgeted([output[:1]], [self.plain()[:1].transpose(1, 2)], [exact])
 
 
+class Compaction:
+    """`compact_kv`: rows of the keys and values of all layers dropped.
+
+    bytes = 4 L B H M d size (kept keys and values read and written) + 8 B M (index), FLOPs = 0
+    """
+
+    def __init__(
+        self, batch: int, layers: int, heads: int, dim: int, tokens: int, kept: int,
+        dtype: torch.dtype, device: torch.device, backend: str | None,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator(device).manual_seed(8)
+        self.backend = backend
+        self.keys, self.values = (
+            [
+                torch.randn(batch, heads, tokens, dim, generator=generator, device=device).to(dtype)
+                for _ in range(layers)
+            ]
+            for _ in range(2)
+        )
+        drawn = torch.rand(batch, tokens, generator=generator, device=device).topk(kept).indices
+        self.keep = drawn.sort().values
+        self.case = Case(
+            "compact_kv",
+            f"L={layers} B={batch} {tokens}→{kept}",
+            dtype,
+            choose_backend("compact_kv", backend, self.keys[0], ("cpp", "cuda"), (dtype,)),
+            self.run,
+            {"gather": self.gather} | ({"index_select": self.index_select} if batch == 1 else {}),
+            self.check,
+            bytes=4 * layers * batch * heads * kept * dim * dtype.itemsize + 8 * batch * kept,
+            flops=0,
+        )
+
+    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+        return compact_kv(self.keys, self.values, self.keep, backend=self.backend)
+
+    def gather(self) -> list[Tensor]:
+        index = self.keep[:, None, :, None]
+        return [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (*self.keys, *self.values)]
+
+    def index_select(self) -> list[Tensor]:
+        return [x.index_select(2, self.keep[0]) for x in (*self.keys, *self.values)]
+
+    def check(self) -> Check:
+        keys, values = self.run()
+        same = all(torch.equal(a, b) for a, b in zip((*keys, *values), self.gather(), strict=True))
+        return Check(same, detail="" if same else "kept rows differ")
+
+
 def cases(
     device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None, toy: bool = False
 ) -> Iterator[Case]:
@@ -408,3 +458,7 @@ def cases(
     if cuda or toy:  # its fused form is a GPU kernel
         for tokens, dim in itertools.product((577, 1025, 2305, 4096) if cuda else (37,), (64, 128)):
             yield AttentionWithStats(8 if cuda else 2, tokens, dim, dtypes[-1], device, backend).case
+    if backend != "triton":  # it has none
+        for batch in (1, 4):
+            shape = (2, 3, 16, 37, 9) if toy else (8, 32, 128, 608, 96)
+            yield Compaction(batch, *shape, dtypes[-1], device, backend).case

@@ -50,7 +50,11 @@ def test_other_instruction_sets_pass_the_operator_tests(isa):
         pytest.skip(chosen.stderr.splitlines()[-1])
     assert chosen.stdout.strip() == isa, chosen.stderr
     # avx512_bf16 and avx512 compile to the same but for attention.
-    ops = ["attention"] if isa == "avx512" else ["anchor_stats", "score_select", "gather_tokens", "attention"]
+    ops = (
+        ["attention"]
+        if isa == "avx512"
+        else ["anchor_stats", "score_select", "gather_tokens", "attention", "compact_kv"]
+    )
     files = [str(HERE / f"test_{op}.py") for op in ops]
     run = python("-m", "pytest", "-q", "-k", "cpp and not compile and not opcheck", *files, FLOWCUT_CPU_ISA=isa)
     assert run.returncode == 0, run.stdout[-4000:]

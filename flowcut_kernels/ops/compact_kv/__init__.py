@@ -1,0 +1,179 @@
+"""Rows of a KV cache dropped: keys and values of all layers at once, keys turned to new positions if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._library import NATIVE_DTYPES, choose_backend
+from ..._ops import LIB, accumulate_dtype
+from .reference import compact_kv as _reference
+from .reference import compact_kv_ as _reference_
+
+
+def compact_kv(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Tensor,
+    lengths: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """New keys and values of every layer that hold the rows ``keep`` alone.
+
+    Args:
+        keys, values: one tensor [B, G, N, D] per layer, all of one dtype (float8 too) and on one device; last
+            dimension contiguous, other strides free. N may differ between layers, D between keys and values.
+        keep: int64 [B, M], for every sample ascending rows that every layer has, then -1 as padding.
+        lengths: int32 or int64 [B], the number of rows of every sample, instead of counting them.
+        cos, sin: float32 [B, M, R/2] of the angles by which the kept keys are turned, (new - old position) times
+            each frequency. For keys that carry rotary embeddings in the half-split layout (Llama, Qwen: columns j and
+            j + R/2 are one point); columns from R on stay. The layout's two halves have the same angles, so one is
+            given, and as a table rather than as frequencies because it is the same for all layers and heads: sines
+            are computed once, and a kernel reads them from cache. Keys of float32, bfloat16, float16 (or float64 with
+            float64 tables, in the reference).
+        backend: "auto", "reference", "cpp" (CPU tensors) or "cuda"; None: ``FLOWCUT_BACKEND`` or "auto".
+
+    Returns:
+        (keys, values): contiguous tensors [B, G, M, D] per layer, zeros where ``keep`` is -1. Differentiable: where
+        autograd records, the reference runs. Definition: ``reference.py``.
+
+    Raises:
+        ValueError: arguments that do not fit, naming the argument; nothing was changed. The contents of ``keep`` and
+            ``lengths`` are checked on the CPU. On a GPU they are not read back: a row that a layer does not have
+            gives zeros, and with ``lengths`` rows after them count as padding.
+        RuntimeError: an explicitly requested backend that cannot serve these tensors.
+    """
+    keys, values = list(keys), list(values)
+    keep = _checked("compact_kv", keys, values, keep, lengths, cos, sin)
+    choice = _choose("compact_kv", backend, keys[0], cos)
+    if choice == "reference" or (torch.is_grad_enabled() and any(x.requires_grad for x in (*keys, *values))):
+        return _reference(keys, values, keep, cos, sin)
+    return torch.ops.flowcut_kernels.compact_kv.default(keys, values, keep, cos, sin)
+
+
+def compact_kv_(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Tensor,
+    lengths: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """The same in place: the kept rows move to the front of every tensor, the rows after them stay as they were.
+
+    Nothing is allocated and no address changes (static caches, CUDA graphs). Rows ascend, so each moves to where it
+    was or before, and one sweep forward is enough. Arguments and errors: :func:`compact_kv`; the tensors must not
+    overlap themselves and autograd must not record.
+    """
+    keys, values = list(keys), list(values)
+    keep = _checked("compact_kv_", keys, values, keep, lengths, cos, sin)
+    for name, x in _named(keys, values):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"compact_kv_: {name} is an expanded tensor, whose rows share memory; clone() it first")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"compact_kv_: {name} requires grad; call it under torch.no_grad()")
+    if _choose("compact_kv_", backend, keys[0], cos) == "reference":
+        _reference_(keys, values, keep, cos, sin)
+    else:
+        torch.ops.flowcut_kernels.compact_kv_.default(keys, values, keep, cos, sin)
+
+
+def _choose(op: str, backend: str | None, key: Tensor, cos: Tensor | None) -> str:
+    # Rows that are only moved are bytes, whatever their type.
+    return choose_backend(op, backend, key, ("cpp", "cuda"), (key.dtype,) if cos is None else NATIVE_DTYPES)
+
+
+def _named(keys: list[Tensor], values: list[Tensor]):
+    for name, tensors in (("keys", keys), ("values", values)):
+        for i, x in enumerate(tensors):
+            yield f"{name}[{i}]", x
+
+
+def _checked(op, keys, values, keep, lengths, cos, sin) -> Tensor:
+    """`keep` with -1 at and after every sample's length; ValueError if the arguments do not fit each other."""
+    if not keys or len(keys) != len(values):
+        raise ValueError(
+            f"{op}: keys and values must hold one tensor per layer, got {len(keys)} keys and {len(values)} values"
+        )
+    if keep.dim() != 2 or keep.dtype != torch.int64:
+        raise ValueError(f"{op}: keep must be int64 [batch, kept], got {keep.dtype} {tuple(keep.shape)}")
+    first, (batch, kept) = keys[0], keep.shape
+    heads = first.shape[1] if first.dim() == 4 else "heads"
+    for name, x in _named(keys, values):
+        if x.dim() != 4 or x.shape[0] != batch or x.shape[1] != heads:
+            raise ValueError(f"{op}: {name} must be [{batch}, {heads}, tokens, dim], got {tuple(x.shape)}")
+        if x.dtype != first.dtype or x.device != keep.device:
+            raise ValueError(
+                f"{op}: {name} is {x.dtype} on {x.device}; all keys and values must be {first.dtype} on {keep.device}, "
+                "like keys[0] and keep"
+            )
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"{op}: {name} needs a contiguous last dimension, its stride is {x.stride(3)}; call contiguous() on it"
+            )
+    _check_rotation(op, keys, keep, cos, sin)
+    if lengths is not None and (tuple(lengths.shape) != (batch,) or lengths.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"{op}: lengths must be int32 or int64 [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
+    if lengths is not None and lengths.device != keep.device:
+        raise ValueError(f"{op}: lengths is on {lengths.device} but keep is on {keep.device}; move one")
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(op, keep, lengths, min(x.shape[2] for _, x in _named(keys, values)))
+    elif lengths is not None:
+        keep = keep.masked_fill(torch.arange(kept, device=keep.device) >= lengths[:, None], -1)
+    return keep
+
+
+def _check_rotation(op, keys, keep, cos, sin) -> None:
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{op}: cos and sin come together, but {'cos' if cos is None else 'sin'} is None")
+    if cos is None:
+        return
+    dtype = keys[0].dtype
+    if dtype not in (*NATIVE_DTYPES, torch.float64):
+        raise ValueError(
+            f"{op}: keys of {dtype} cannot be turned; use float32, bfloat16 or float16 keys, or no cos and sin"
+        )
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.dim() != 3 or x.shape != (*keep.shape, cos.shape[-1]) or x.dtype != accumulate_dtype(dtype):
+            raise ValueError(
+                f"{op}: {name} must be {accumulate_dtype(dtype)} [{keep.shape[0]}, {keep.shape[1]}, half of the "
+                f"rotary width], got {x.dtype} {tuple(x.shape)}"
+            )
+        if x.device != keep.device:
+            raise ValueError(f"{op}: {name} is on {x.device} but keep is on {keep.device}; move one")
+    for i, x in enumerate(keys):
+        if 2 * cos.shape[2] > x.shape[3]:
+            raise ValueError(
+                f"{op}: cos turns {2 * cos.shape[2]} columns but keys[{i}] has {x.shape[3]}; give half the rotary width"
+            )
+
+
+def _check_rows(op: str, keep: Tensor, lengths: Tensor | None, tokens: int) -> None:
+    live = keep >= 0
+    # A row after padding, or one that does not exceed the row before it; padding follows anything.
+    broken = (keep < -1) | (keep >= tokens)
+    broken[:, 1:] |= live[:, 1:] & (keep[:, 1:] <= torch.where(live, keep, tokens)[:, :-1])
+    if bool(broken.any()):
+        b, m = broken.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: keep[{b}, {m}] = {int(keep[b, m])}: rows must ascend without repetition within 0..{tokens - 1} "
+            f"(the shortest layer has {tokens}), then -1 as padding; sort them"
+        )
+    if lengths is not None and not torch.equal(live.sum(1), lengths.long()):
+        raise ValueError(
+            f"{op}: lengths={lengths.tolist()} disagrees with keep, whose samples have {live.sum(1).tolist()} rows "
+            "before the padding of -1"
+        )
+
+
+LIB.impl("compact_kv", _reference, "CompositeExplicitAutograd")
+LIB.impl("compact_kv_", _reference_, "CompositeExplicitAutograd")
+
+__all__ = ["compact_kv", "compact_kv_"]
