@@ -139,11 +139,11 @@ def test_schedule(interval, cumulative, adaptive):
         elif layer not in cuts:
             assert step.mode == Select.SCORE_ONLY and not step.prunes
         elif layer == 21:
-            assert step == EncoderStep(Select.FIXED, 64)
+            assert step == EncoderStep(Select.FIXED, 64, static=not adaptive)
         elif adaptive:
             assert step == EncoderStep(Select.ADAPTIVE, 64, math.sqrt(21 - layer))
         else:
-            assert step.mode == Select.FIXED
+            assert step.mode == Select.FIXED and step.static
     release = fk.FlowCut.release(64, interval=interval, adaptive=adaptive).encoder_step(21 - interval, 22, 576)
     assert release.mode == (Select.ADAPTIVE_BATCH if adaptive else Select.FIXED)
 
