@@ -112,7 +112,7 @@ class EncoderState:
         travels = {name: getattr(self, name) for name in ("patches", "history") if getattr(self, name) is not None}
         if self.lengths is not None:  # rows of padding come out as zeros: the mask
             travels["mask"] = torch.ones((1, 1), dtype=torch.bool, device=index.device).expand(hidden.shape[:2])
-        if _is_plain_layer_norm(norm, hidden):
+        if not norm.training and _is_plain_layer_norm(norm, hidden):  # checkpointed layers need the same bits again
             hidden, *rows, normed = gather_tokens(
                 [hidden, *travels.values()], index, norm.weight, norm.bias, eps=norm.eps, backend=self.backend
             )
