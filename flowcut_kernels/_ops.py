@@ -112,22 +112,23 @@ def _(
 @torch.library.register_fake("flowcut_kernels::score_select", lib=LIB)
 def _(attention, relevance, value_norm, history, entropy, lengths, *, history_weight, protect, mode, budget, divisor):
     first = any_tensor(attention, relevance, value_norm)
-    return _selected(first, *first.shape, mode, protect, budget)
+    return tuple(select_outputs(first, *first.shape, mode, protect, budget))
 
 
-def _selected(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int):
+def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:
+    """Unwritten score, index and new lengths of `score_select` on the device of `like`."""
     widths: dict[int, int] = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}
     width = widths.get(mode, tokens)
-    return (
+    return [
         like.new_empty((batch, tokens), dtype=accumulate_dtype(like.dtype)),
         like.new_empty((batch, width), dtype=torch.int64),
         like.new_empty((batch,), dtype=torch.int32),
-    )
+    ]
 
 
 @torch.library.register_fake("flowcut_kernels::anchor_stats_select", lib=LIB)
 def _(query, key, value, value_anchor, history, lengths, *, protect, mode, budget, **options):
-    selected = _selected(key, key.shape[0], key.shape[2], mode, protect, budget)
+    selected = select_outputs(key, key.shape[0], key.shape[2], mode, protect, budget)
     return (*selected, key.new_empty((key.shape[0],), dtype=accumulate_dtype(key.dtype)))
 
 

@@ -133,16 +133,6 @@ def _take(count: int, device: torch.device) -> Tensor:
     return reserve[:count]
 
 
-def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:
-    """Unwritten score, index and new lengths of `score_select` on the device of `like`."""
-    width = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}.get(Select(mode), tokens)
-    return [
-        like.new_empty((batch, tokens), dtype=torch.float32),
-        like.new_empty((batch, width), dtype=torch.int64),
-        like.new_empty((batch,), dtype=torch.int32),
-    ]
-
-
 @triton.jit
 def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr):
     """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).

@@ -31,7 +31,8 @@ class FlowCut(Policy):
         cumulative: False scores each pruning layer on its own.
         history_weight: weight of the history in S, 0..1.
         interval: layers between two cuts, counted back from the last.
-        adaptive: False prunes the same share at every cut instead of following the entropy.
+        adaptive: False prunes the same share at every cut instead of following the entropy. Its shapes are static, and
+            on a GPU scores that are not finite give NaN features instead of an error, as with a `schedule`.
         batch: "independent" images, or the "max" count of the batch for all (released code).
         anchor: "cls", "mean" (mean token), or "auto": CLS where the encoder has one.
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._ops import Relevance, ValueNorm
+from ..._ops import Relevance, ValueNorm, select_outputs
 from .._triton_common import (
     ENOUGH_PROGRAMS,
     LOG2_E,
@@ -29,7 +29,6 @@ from .._triton_common import (
     entropy_ratio,
     head_mean_softmax,
     select_image,
-    select_outputs,
     unit_steps,
 )
 

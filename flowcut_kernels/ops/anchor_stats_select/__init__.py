@@ -10,8 +10,8 @@ from torch import Tensor
 from ..._library import choose_backend
 from ..._ops import LIB, Relevance, Select, ValueNorm, accumulate_dtype
 from ..anchor_stats import check_arguments as _check_statistics
+from ._compose import compose
 from .reference import anchor_stats_select as _reference
-from .reference import compose
 
 _MODES = frozenset(Select)
 

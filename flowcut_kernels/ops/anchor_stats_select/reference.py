@@ -2,50 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from ..._ops import Relevance, ValueNorm
 from ..anchor_stats.reference import anchor_stats
 from ..score_select.reference import score_select
-
-
-def compose(
-    stats: Callable,
-    select: Callable,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_anchor: Tensor | None,
-    history: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    scale: float,
-    protect: int,
-    attention: bool,
-    relevance: int,
-    value_norm: int,
-    history_weight: float,
-    mode: int,
-    budget: int,
-    divisor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score, index, new lengths and entropy by any two forms of the operators it is made of."""
-    span = None if lengths is None else torch.stack((torch.zeros_like(lengths), lengths), 1)
-    weights, related, norm, entropy = stats(
-        query, key, value, value_anchor, span, scale=scale, protect=protect, relevance=relevance, value_norm=value_norm
-    )
-    entropy = entropy[:, 0]
-    score, index, new_lengths = select(
-        weights[:, 0] if attention else None,
-        related[:, 0] if relevance != Relevance.NONE else None,
-        norm if value_norm != ValueNorm.NONE else None,
-        history, entropy, lengths,
-        history_weight=history_weight, protect=protect, mode=mode, budget=budget, divisor=divisor,
-    )  # fmt: skip
-    return score, index, new_lengths, entropy
+from ._compose import compose
 
 
 def anchor_stats_select(*arguments, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..._ops import Select
 from ..anchor_stats.triton import anchor_stats, prepare
 from ..score_select.triton import score_select
-from .reference import compose
+from ._compose import compose
 
 
 def anchor_stats_select(

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._ops import any_tensor
-from .._triton_common import Launch, select_image, select_outputs
+from ..._ops import any_tensor, select_outputs
+from .._triton_common import Launch, select_image
 
 
 @triton.jit(do_not_specialize=["tokens", "width", "budget"])
