@@ -96,6 +96,7 @@ def _row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
         host_seconds=host,
         torch_seconds=times["torch"].median,
         torch_form=opponent,
+        torch_trial_seconds={name: min(samples.values) for name, samples in trial.items()},
         speedup=speedup.median,
         of_torch=times["ours"].per(times["torch"]).median,
         speedup_low=speedup.quartiles[0],

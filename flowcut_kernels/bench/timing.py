@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,10 @@ import torch
 from .machine import cache_bytes
 
 Run = Callable[[], object]
-SHORT = 0.05  # seconds; what runs longer has its own data in the cache for nearly all of its time
+# Untimed calls before a sample: what the last function left dirty in a cache of tens of megabytes is written back at
+# the cost of the next calls (a gather of 64 MB on two cores: 1.6 ms right away, 1.3 after one call, 1.0 after four).
+SETTLING = 5e-3  # seconds that surely turn the cache over
+LONG = 0.05  # seconds of a function for which that does not matter
 
 
 @dataclass
@@ -131,8 +135,7 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time several functions in turns, so that a slow moment of the machine meets all of them.
 
-    Before each sample a short function runs once untimed: it finds the cache as it left it, and does not pay for
-    writing back what the one before it left there.
+    Before each sample a short function runs untimed, up to four times, so that it finds the cache as it left it.
 
     Args:
         runs: name -> function without arguments.
@@ -143,18 +146,18 @@ def interleave(
         tick: called after every round, for a progress bar.
     """
     clock = clock or Clock()
-    calls, short = {}, {}
+    calls, settle = {}, {}
     for name, run in runs.items():
         once = min(clock.seconds(run) for _ in range(max(warmup, 1)))
         calls[name] = max(1, min(200, round(least / max(once, 1e-7))))
-        short[name] = once < SHORT
+        settle[name] = min(4, math.ceil(SETTLING / max(once, 1e-7))) if once < LONG else 0
     samples = {name: Samples() for name in runs}
     collects = gc.isenabled()
     gc.disable()
     try:
         for i in range(repeats):
             for name in list(runs) if i % 2 == 0 else reversed(list(runs)):
-                if short[name]:
+                for _ in range(settle[name]):
                     runs[name]()
                 samples[name].values.append(clock.seconds(runs[name], calls[name]))
             if tick:
