@@ -96,9 +96,10 @@ struct Softmax {
           pack(out, at<T>(anchor, b, r) + h * anchor.head_stride, dim, scale);
   }
 
-  // Weights of tokens [begin, end) of a block, relative to the block's maximum, and their sum.
-  template <class T>
-  void add_block(int64_t batch, int64_t block, int64_t begin, int64_t end) const {
+  // Weights of tokens [begin, end) of a block, relative to the block's maximum, and their sum. Calls
+  // then<count>(t) for the rows of tokens t, ..., t + count - 1 while the first-level cache holds them.
+  template <class T, class F>
+  void add_block(int64_t batch, int64_t block, int64_t begin, int64_t end, const F& then) const {
     const int64_t group = heads / s.p.kv_heads;
     float* weight = weights + batch * s.p.tokens * width;
     for_rows(s.cached, begin, end, [&]<int kCount>(int64_t t) {
@@ -118,6 +119,7 @@ struct Softmax {
           }
         }
       }
+      then.template operator()<kCount>(t);
     });
     for (int64_t i = 0; i < width; i += kLanes) {
       F32 peak = F32{} - FLT_MAX, sum{};
@@ -224,15 +226,14 @@ struct ValueStats {
   template <class T, int kCount>
   void add_head_sums(const T* x, F32* absolute) const {
     for_pairs(s.p.value_dim, [&](int64_t j, int64_t live) {
-      for (int row = 0; row < kCount; ++row) {
-        Pair sum{};
-        for (int64_t h = 0; h < s.p.kv_heads; ++h) {
+      Pair sums[kCount] = {};
+      for (int64_t h = 0; h < s.p.kv_heads; ++h)
+        for (int row = 0; row < kCount; ++row) {
           const Pair v = load_pair(x + row * s.p.value.token_stride + h * s.p.value.head_stride + j, live);
-          sum.a += v.a;
-          sum.b += v.b;
+          sums[row].a += v.a;
+          sums[row].b += v.b;
         }
-        absolute[row] += abs(sum.a) + abs(sum.b);
-      }
+      for (int row = 0; row < kCount; ++row) absolute[row] += abs(sums[row].a) + abs(sums[row].b);
     });
   }
 
@@ -258,15 +259,27 @@ struct ValueStats {
         store(s.p.relevance_out + index * s.p.tokens + tile, (1.0f + cos) * 0.5f, count);
       }
       if (s.p.value_norm == ValueNorm::None) continue;
-      for_rows(s.cached, 0, count, [&]<int kCount>(int64_t t) {
-        if (!full)
-          add_head_sums<T, kCount>(row(t), absolute + t);
-        else if (!cosine || s.p.anchors == 0)
-          add_rows<T, false, true, kCount>(row(t), nullptr, nullptr, nullptr, absolute + t);
-      });
-      const float factor = full ? 1.0f : 1.0f / (float)s.p.kv_heads;
-      store(s.p.norm_out + batch * s.p.tokens + tile, reduce_lanes(absolute) * factor, count);
+      if (!full || !cosine || s.p.anchors == 0)
+        for_rows(s.cached, 0, count,
+                 [&]<int kCount>(int64_t t) { add_norms<T, kCount>(batch, tile + t, absolute + t); });
+      store_norms(batch, tile, count, absolute);
     }
+  }
+
+  // Terms of the value norms of some tokens.
+  template <class T, int kCount>
+  void add_norms(int64_t batch, int64_t token, F32* absolute) const {
+    const T* row = at<T>(s.p.value, batch, token);
+    if (full)
+      add_rows<T, false, true, kCount>(row, nullptr, nullptr, nullptr, absolute);
+    else
+      add_head_sums<T, kCount>(row, absolute);
+  }
+
+  // Norms of up to a vector of tokens from their terms.
+  void store_norms(int64_t batch, int64_t token, int64_t count, const F32* absolute) const {
+    const float factor = full ? 1.0f : 1.0f / (float)s.p.kv_heads;
+    store(s.p.norm_out + batch * s.p.tokens + token, reduce_lanes(absolute) * factor, count);
   }
 };
 
@@ -316,9 +329,18 @@ void run_all(const AnchorStats& p, ParallelFor run) {
         clear_unscored(p.norm_out + batch * p.tokens, span, p.tokens);
       const int64_t begin = max(block * kBlock, span.begin), end = min((block + 1) * kBlock, span.end);
       if (begin >= end) continue;
-      attention.add_block<T>(batch, block, begin, end);
-      if (products) relevance.add_block<T>(batch, block, begin, end);
-      values.add_block<T>(batch, max(begin, span.scored), end);
+      attention.add_block<T>(batch, block, begin, end, []<int>(int64_t) {});
+      if (!products) {
+        values.add_block<T>(batch, max(begin, span.scored), end);
+        continue;
+      }
+      F32 absolute[kBlock + kLanes] = {};  // the last vector of tokens may reach beyond the block
+      relevance.add_block<T>(batch, block, begin, end, [&]<int kCount>(int64_t t) {
+        if (p.value_norm != ValueNorm::None) values.add_norms<T, kCount>(batch, t, absolute + (t - begin));
+      });
+      if (p.value_norm == ValueNorm::None) continue;
+      for (int64_t t = max(begin, span.scored); t < end; t += kLanes)
+        values.store_norms(batch, t, min(kLanes, end - t), absolute + (t - begin));
     }
   });
   const int64_t width = attention.lanes + relevance.lanes;
