@@ -62,10 +62,18 @@ def siglip_tower(attention: str = "sdpa", seed: int = 2, side: int = SIDE, **cha
 TOWERS = dict(clip=clip_tower, siglip=siglip_tower)
 
 
-def llava(tower: str = "clip", attention: str = "sdpa", seed: int = 3, **changes) -> LlavaForConditionalGeneration:
+def llava(
+    tower: str = "clip",
+    attention: str = "sdpa",
+    seed: int = 3,
+    *,
+    text_config: type = LlamaConfig,
+    text: dict | None = None,
+    **changes,
+) -> LlavaForConditionalGeneration:
     """LLaVA with a GQA Llama. CLIP is read at layer -2 without its class token, SigLIP at -1 in full."""
     vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**VISION, image_size=SIDE * PATCH)
-    text = LlamaConfig(
+    settings = dict(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -82,7 +90,11 @@ def llava(tower: str = "clip", attention: str = "sdpa", seed: int = 3, **changes
         else dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES, **(facts | changes)
+        vision_config=vision,
+        text_config=text_config(**(settings | (text or {}))),
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        **(facts | changes),
     )
     model = LlavaForConditionalGeneration(config)
     model.set_attn_implementation(attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from ..modules.decoder import PrunedDecoder, VisualTokens
+
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
+# Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
+_PROMPT_END: ContextVar[int | None] = ContextVar("prompt_end", default=None)
 
 
 class Shrunk(NamedTuple):
@@ -58,7 +63,8 @@ class PromptShrinker:
 
     image_token_id: int
     full: int  # placeholders per image as the processor writes them
-    kept: int  # features per image after pruning
+    kept: int  # features per image after the encoder
+    leading: int = 0  # features of an image that are no patches (a class token) and are never dropped
 
     def shrink(self, is_image: Tensor, attention_mask: Tensor | None, images: int) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
@@ -246,21 +252,76 @@ class PrunedForward(_PromptMethod):
 
     method = "forward"
 
+    def __init__(self, model: Any, shrinker: PromptShrinker, decoder: PrunedDecoder | None = None) -> None:
+        super().__init__(model, shrinker)
+        self.decoder = decoder
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(self.__signature__, args, kwargs)
         shrunk = self._shrink(arguments)
-        if shrunk is None:
-            return self.original(**arguments)
-        prompt, talk = shrunk
-        if prompt.kept == prompt.length:  # a later step: what the cache remembers still holds
-            return self.original(**arguments)
-        if isinstance(arguments.get("logits_to_keep"), Tensor):
+        # None at a later step as well: what the cache remembers still holds.
+        talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
+        visual = None if self.decoder is None else self._visual_tokens(arguments)
+        if isinstance(arguments.get("logits_to_keep"), Tensor) and (talk is not None or visual is not None):
             raise ValueError("logits_to_keep as a tensor indexes the unpruned prompt: pass an int, or a pruned prompt")
-        output = self.original(**arguments)
-        values = output if isinstance(output, tuple) else output.values()
-        for cache in (x for x in values if hasattr(x, "get_seq_length")):
-            setattr(cache, _PROMPT, talk)
+        output = self.original(**arguments) if visual is None else self._with_pruned_decoder(arguments, visual)
+        if talk is not None:
+            values = output if isinstance(output, tuple) else output.values()
+            for cache in (x for x in values if hasattr(x, "get_seq_length")):
+                setattr(cache, _PROMPT, talk)
         return output
+
+    def _visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
+        """The images of this pass, in a prompt that fits what the encoder leaves of them."""
+        images = _images(arguments)
+        is_image = None if images is None else self._placeholders(arguments)
+        if images is None or is_image is None:
+            return None
+        length, per_image = is_image.shape[1], self.shrinker.kept
+        if int(is_image.sum()) != images * per_image:
+            return None  # the model itself has an error for that
+        samples, columns = (x.view(-1, per_image) for x in is_image.nonzero(as_tuple=True))
+        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        live = torch.ones_like(is_image)
+        if mask is not None and mask.dim() == 2:
+            live = mask[:, -length:].bool()
+        # The last instruction token: the last of the prompt's text, or with labels of what is before the answer.
+        column = torch.arange(length, device=live.device)
+        instruction = live & ~is_image
+        if (end := _PROMPT_END.get()) is not None:
+            seen = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
+            instruction = instruction & (column < end - seen)
+        if labels is not None:
+            instruction = instruction & ((labels != -100).cumsum(1) == 0)
+        asks = torch.where(instruction, column, -1).amax(1)
+        asks = torch.where(asks < 0, torch.where(live, column, -1).amax(1), asks).clamp_min(0)
+        return VisualTokens(
+            columns=columns[:, self.shrinker.leading :],
+            samples=samples[:, 0],
+            counts=(is_image.sum(1) // per_image).tolist(),
+            asks=asks,
+            live=live,
+            right=bool((~live[:, -1]).any() and live[:, 0].all()),
+        )
+
+    def _with_pruned_decoder(self, arguments: dict[str, Any], visual: VisualTokens) -> Any:
+        """`forward` and, as it sees the prompt's length only, the loss over what is left of the sequence."""
+        labels = arguments.pop("labels", None)
+        output = self.original(visual_tokens=visual, **arguments)
+        if labels is None:
+            return output
+        if visual.kept is not None:
+            labels = labels.gather(1, visual.kept.clamp_min(0)).masked_fill(visual.kept < 0, -100)
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        loss = self.model.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            **{k: v for k, v in arguments.items() if k not in inspect.signature(type(self.model).forward).parameters},
+        )
+        if isinstance(output, tuple):
+            return (loss, *output)
+        return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
 
 class PrunedGenerate(_PromptMethod):
@@ -279,7 +340,7 @@ class PrunedGenerate(_PromptMethod):
         prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         shrunk = self._shrink(arguments)
         if shrunk is None:
-            return self.original(**arguments)
+            return self._run(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]
         self._shift_lengths(arguments, shrunk[0].length - skip)
         if prompt is not None:
@@ -287,7 +348,7 @@ class PrunedGenerate(_PromptMethod):
         remembered = vars(cache).pop(_PROMPT, None) if cache is not None else None
         try:
             # What generate passes to forward fits the cache as it is.
-            output = self.original(**arguments)
+            output = self._run(arguments)
         except BaseException:
             if remembered is not None:
                 setattr(cache, _PROMPT, remembered)
@@ -301,6 +362,15 @@ class PrunedGenerate(_PromptMethod):
             return _with_prompt(prompt, output[:, skip:])
         output.sequences = _with_prompt(prompt, output.sequences[:, skip:])
         return output
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        given = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
+        whole = next((x for x in given if x is not None), None)
+        end = _PROMPT_END.set(None if whole is None else whole.shape[1])
+        try:
+            return self.original(**arguments)
+        finally:
+            _PROMPT_END.reset(end)
 
     def _setting(self, arguments: dict[str, Any], name: str) -> Any:
         """A generation setting, wherever it was given."""

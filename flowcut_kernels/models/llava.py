@@ -10,6 +10,7 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._prompt import FixedFeatureLayer, PromptShrinker, PrunedForward, PrunedGenerate, Replacement
 from .clip import CLIP, SIGLIP
+from .llm import decoder_replacements
 
 
 class Llava:
@@ -44,11 +45,14 @@ class Llava:
         encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
         patches = tower.patches(tower_model)
         extra = tower.protect if strategy == "full" else 0
-        shrinker = PromptShrinker(config.image_token_id, patches + extra, policy.budget(patches) + extra)
+        left = policy.encoder_budget(patches)
+        shrinker = PromptShrinker(config.image_token_id, patches + extra, left + extra, leading=extra)
+        decoder, more = decoder_replacements(inner.language_model, policy, patches, encoder, backend)
         fixed = dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)
         replacements += [
             (inner, "get_image_features", FixedFeatureLayer(inner, **fixed)),
-            (model, "forward", PrunedForward(model, shrinker)),
+            (model, "forward", PrunedForward(model, shrinker, decoder)),
             (model, "generate", PrunedGenerate(model, shrinker)),
+            *more,
         ]
         return encoder, replacements

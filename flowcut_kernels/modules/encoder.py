@@ -21,10 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._library import choose_backend, resolve_backend
 from .._ops import accumulate_dtype
-from ..ops import attention, gather_tokens
+from ..ops import attention
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Policy, Selection
 from ..trace import Stage, Trace
+from ._rows import gather_normed
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class EncoderState:
         """The policy's step at `layer`; None once every image is down to its budget."""
         tokens = self.grid[0] * self.grid[1]
         step = self.policy.encoder_step(layer, self.feature_layer, tokens)
-        done = self.most is not None and self.most <= self.policy.budget(tokens) + self.protect
+        done = self.most is not None and self.most <= self.policy.encoder_budget(tokens) + self.protect
         return None if done else step
 
     def select(self, layer: int, step: EncoderStep, view: EncoderView) -> Selection:
@@ -105,19 +106,11 @@ class EncoderState:
         return choice
 
     def gather(self, index: Tensor, hidden: Tensor, normed: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass.
-
-        Rows of a plain LayerNorm are normed anew from the kept residual rows: less traffic than reading them.
-        """
+        """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass."""
         travels = {name: getattr(self, name) for name in ("patches", "history") if getattr(self, name) is not None}
         if self.lengths is not None:  # rows of padding come out as zeros: the mask
             travels["mask"] = torch.ones((1, 1), dtype=torch.bool, device=index.device).expand(hidden.shape[:2])
-        if not norm.training and _is_plain_layer_norm(norm, hidden):  # checkpointed layers need the same bits again
-            hidden, *rows, normed = gather_tokens(
-                [hidden, *travels.values()], index, norm.weight, norm.bias, eps=norm.eps, backend=self.backend
-            )
-        else:
-            hidden, normed, *rows = gather_tokens([hidden, normed, *travels.values()], index, backend=self.backend)
+        hidden, normed, rows = gather_normed(norm, hidden, normed, list(travels.values()), index, backend=self.backend)
         self.mask = None
         for name, x in zip(travels, rows, strict=True):
             setattr(self, name, x)
@@ -145,13 +138,6 @@ class EncoderState:
             scores = scores.scatter(1, column, choice.score[:, live])[:, :-1]
         lengths = choice.lengths - self.protect
         self.trace.stages.append(Stage("encoder", layer, lengths.tolist(), kept, lengths, scores, choice.entropy))
-
-
-def _is_plain_layer_norm(norm: Any, x: Tensor) -> bool:
-    """Whether `norm` is nothing but a LayerNorm with weights of the dtype of x: no subclass, hook or other forward."""
-    if type(norm) is not nn.LayerNorm or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
-        return False
-    return norm.weight is not None and norm.weight.dtype == x.dtype
 
 
 class PrunedEncoderLayer:
@@ -306,7 +292,7 @@ class PrunedEncoder:
         # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers. Where
         # nothing is pruned it stays: other layouts round differently.
         rows = inputs_embeds.shape[1] - self.protect
-        hidden_states = inputs_embeds.contiguous() if self.policy.budget(rows) < rows else inputs_embeds
+        hidden_states = inputs_embeds.contiguous() if self.policy.encoder_budget(rows) < rows else inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
         self.trace = state.trace

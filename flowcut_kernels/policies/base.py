@@ -54,6 +54,10 @@ class Policy:
         assert self.retain_ratio is not None
         return min(max(1, round(self.retain_ratio * tokens)), tokens)
 
+    def encoder_budget(self, tokens: int) -> int:
+        """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where the LLM prunes."""
+        return self.budget(tokens)
+
     def check_encoder(self, feature_layer: int, tokens: int) -> None:
         """ValueError where this policy does not fit an encoder of `tokens` patches that is read at `feature_layer`."""
 
@@ -63,6 +67,22 @@ class Policy:
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         """Score the tokens of a layer and choose which rows go on."""
+        raise NotImplementedError
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether tokens after a cut in the language model get new positions without gaps."""
+        return False
+
+    def check_decoder(self, layers: int) -> None:
+        """ValueError where this policy does not fit a language model of `layers` layers."""
+
+    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
+        """Visual tokens per image of `tokens` that go on from decoder layer `layer` of `layers`; None: all it has."""
+        return None
+
+    def decoder_select(self, view: DecoderView) -> Selection:
+        """Choose which visual tokens go on from a decoder layer, `view.budget` of every image."""
         raise NotImplementedError
 
 
@@ -103,6 +123,19 @@ class EncoderView:
     lengths: Tensor | None  # live tokens per image [B] where the batch is ragged, else None
     history: Tensor | None  # cumulative score [B, N] of the layer before
     grid: tuple[int, int]  # patches of the unpruned image: rows, columns
+    backend: str | None
+
+
+@dataclass
+class DecoderView:
+    """What a policy may see of one decoder layer's I images, before its attention is applied. G key heads."""
+
+    layer: int
+    budget: int  # tokens to keep of each image
+    query: Tensor  # [I, H, 1, d] of the last instruction token, rotated
+    key: Tensor  # [I, G, n, d] of the image's tokens, rotated
+    value: Tensor  # [I, G, n, d]
+    value_anchor: Tensor  # [I, G, 1, d] of the last instruction token
     backend: str | None
 
 

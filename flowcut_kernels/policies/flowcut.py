@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats_select
-from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
+from .base import DecoderView, EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -36,6 +36,11 @@ class FlowCut(Policy):
         batch: "independent" images, or the "max" count of the batch for all (released code).
         anchor: "cls", "mean" (mean token), or "auto": CLS where the encoder has one.
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
+        llm_layer: decoder layer that makes the last cut, to T, by what the last instruction token thinks of the visual
+            tokens (methods of LLaVA-NeXT and Qwen2-VL: 1); None: the encoder makes it.
+        encoder_surplus: with ``llm_layer``, tokens the encoder leaves as a multiple of T.
+        positions: "keep" the positions of the prompt in the layers after a cut in the language model, or "renumber"
+            them without gaps (released code).
         schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
             static and nothing is read back; set by :func:`~flowcut_kernels.calibrate`.
     """
@@ -50,6 +55,9 @@ class FlowCut(Policy):
     batch: Literal["independent", "max"] = "independent"
     anchor: Literal["auto", "cls", "mean"] = "auto"
     feature_layer: int | None = None
+    llm_layer: int | None = None
+    encoder_surplus: float = 2.0
+    positions: Literal["keep", "renumber"] = "keep"
     schedule: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +72,7 @@ class FlowCut(Policy):
             ("value_norm", ("full", "head_mean")),
             ("batch", ("independent", "max")),
             ("anchor", ("auto", "cls", "mean")),
+            ("positions", ("keep", "renumber")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FlowCut: {name}={getattr(self, name)!r} must be one of {allowed}")
@@ -75,6 +84,11 @@ class FlowCut(Policy):
             raise ValueError(f"FlowCut: history_weight={weight!r} must be a number in 0..1")
         if not is_whole(self.interval) or self.interval < 1:
             raise ValueError(f"FlowCut: interval={self.interval!r} must be a whole number of layers, at least 1")
+        if self.llm_layer is not None and (not is_whole(self.llm_layer) or self.llm_layer < 0):
+            raise ValueError(f"FlowCut: llm_layer={self.llm_layer!r} must be None or a decoder layer, counted from 0")
+        surplus = self.encoder_surplus
+        if isinstance(surplus, bool) or not isinstance(surplus, (int, float)) or not 1 <= surplus < math.inf:
+            raise ValueError(f"FlowCut: encoder_surplus={surplus!r} must be a number, at least 1")
         check_feature_layer(self)
         if self.schedule is not None:
             self._check_schedule()
@@ -90,14 +104,21 @@ class FlowCut(Policy):
             raise ValueError(f"FlowCut: schedule={self.schedule!r} must be (layer, kept) pairs of whole numbers")
         if any(later[0] <= layer or later[1] >= kept for (layer, kept), later in steps):
             raise ValueError(f"FlowCut: schedule={self.schedule!r} must name rising layers and falling counts")
-        if self.target_tokens is not None and pairs[-1][1] != self.target_tokens:
+        if self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
             raise ValueError(
-                f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens}: calibrate again"
+                f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens} (times "
+                "encoder_surplus where llm_layer is set): calibrate again"
             )
         object.__setattr__(self, "schedule", pairs)
 
+    def _left_by_encoder(self, budget: int) -> int:
+        return budget if self.llm_layer is None else round(self.encoder_surplus * budget)
+
+    def encoder_budget(self, tokens: int) -> int:
+        return min(self._left_by_encoder(self.budget(tokens)), tokens)
+
     def check_encoder(self, feature_layer: int, tokens: int) -> None:
-        budget = self.budget(tokens)
+        budget = self.encoder_budget(tokens)
         if self.schedule is None or budget >= tokens:
             return
         if self.schedule[-1][0] >= feature_layer or self.schedule[0][1] >= tokens or self.schedule[-1][1] != budget:
@@ -109,12 +130,12 @@ class FlowCut(Policy):
     @classmethod
     def release(cls, target_tokens: int | None = None, retain_ratio: float | None = None, **changes: Any) -> FlowCut:
         """The same kept tokens as the authors' released code."""
-        settings = dict(relevance="softmax", value_norm="head_mean", batch="max") | changes
+        settings = dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber") | changes
         return cls(target_tokens, retain_ratio, **settings)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
-        budget = self.budget(tokens)
+        budget = self.encoder_budget(tokens)
         if remaining < 0 or budget >= tokens:
             return None
         if self.schedule is not None:
@@ -162,3 +183,32 @@ class FlowCut(Policy):
             backend=view.backend,
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
+
+    @property
+    def renumbers(self) -> bool:
+        return self.positions == "renumber"
+
+    def check_decoder(self, layers: int) -> None:
+        if self.llm_layer is not None and self.llm_layer >= layers:
+            raise ValueError(f"FlowCut: llm_layer={self.llm_layer} but the language model has {layers} layers")
+
+    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
+        return self.budget(tokens) if layer == self.llm_layer else None
+
+    def decoder_select(self, view: DecoderView) -> Selection:
+        relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
+        if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
+            relevance = Relevance.SCALED_SOFTMAX
+        score, index, lengths, entropy = anchor_stats_select(
+            view.query,
+            view.key,
+            view.value,
+            view.value_anchor if relevance else None,
+            attention="attention" in self.criteria,
+            relevance=relevance,
+            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            mode=Select.FIXED,
+            budget=view.budget,
+            backend=view.backend,
+        )
+        return Selection(index, lengths, score, entropy)

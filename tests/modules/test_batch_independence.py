@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import flowcut_kernels as fk
-from flowcut_kernels.modules import encoder
+from flowcut_kernels.modules import _rows
 
 POOL = 6
 
@@ -68,7 +68,7 @@ def test_batch_is_ragged_where_it_matters(tower, pool):
 @pytest.mark.parametrize("poison", [1e4, -1e30])
 def test_padding_content(tower, pool, alone, poison, monkeypatch, attention):
     """Padded rows of everything that is gathered hold garbage instead of zeros."""
-    gather, poisoned = encoder.gather_tokens, []
+    gather, poisoned = _rows.gather_tokens, []
 
     def gather_garbage(inputs, index, *args, **kwargs):
         outputs = gather(inputs, index, *args, **kwargs)
@@ -79,7 +79,7 @@ def test_padding_content(tower, pool, alone, poison, monkeypatch, attention):
         poisoned.append(int(absent.sum()))
         return outputs
 
-    monkeypatch.setattr(encoder, "gather_tokens", gather_garbage)
+    monkeypatch.setattr(_rows, "gather_tokens", gather_garbage)
     monkeypatch.setattr(tower.config, "_attn_implementation", attention)
     kept, features = run(tower, pool, fk.FlowCut(8))
     assert sum(poisoned) > 0

@@ -1,0 +1,383 @@
+"""Replacement blocks of a pre-norm decoder that drop visual tokens at any layer.
+
+As in the encoder, a layer that prunes projects K and V for all its rows, lets the policy choose, and computes queries,
+attention output and MLP for the kept rows alone. Its own keys and values stay complete; the layers after it hold those
+of the kept rows. The rest of transformers goes on to see the prompt's length: only the layers of the cache know that
+some of them lack rows (kv_layers.py).
+
+A column is a token of the conversation as the language model is given it; a row is a column that a layer still has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..ops.score_select import raise_if_not_finite
+from ..policies.base import DecoderView, Policy, Selection
+from ..trace import Stage, Trace
+from ._rows import gather_normed
+from .encoder import LayerParts, PrunedEncoder
+from .kv_layers import PrunedRows, check_cache, pruned_layer
+
+
+@dataclass(frozen=True)
+class DecoderParts(LayerParts):
+    """Where a family keeps the parts of a pre-norm decoder layer; attention with head_dim, scaling, layer_idx."""
+
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # query, key, cos, sin -> query, key
+    rms_norm: type[nn.Module]  # the family's
+
+
+@dataclass
+class VisualTokens:
+    """Where a prompt of B samples and L columns has its I images, and afterwards what is left of it."""
+
+    columns: Tensor  # int64 [I, n] columns of each image's tokens
+    samples: Tensor  # int64 [I] the sample each image belongs to
+    counts: list[int]  # images of each sample
+    asks: Tensor  # int64 [B] column of the last instruction token
+    live: Tensor  # bool [B, L] columns that are no padding
+    right: bool  # padding is on the right
+    kept: Tensor | None = None  # int64 [B, M] columns that reach the last layer, -1 for padding
+
+
+@dataclass
+class Cut:
+    """What the layers after a cut see of a pass's L new columns."""
+
+    index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
+    columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
+    gaps: bool  # whether there is padding of this kind
+    visual: Tensor  # int64 [I, K] rows of each image's tokens after the cut
+    asks: Tensor  # int64 [B] row of the last instruction token after the cut
+    dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
+
+
+@dataclass
+class DecoderState:
+    """One forward pass through a pruned decoder."""
+
+    decoder: PrunedDecoder
+    embeds: Tensor  # [B, L, D] what goes in
+    seen: Any  # columns before this pass: int, or a tensor where the cache is static
+    visual: VisualTokens | None
+    trace: Trace | None
+    cuts: dict[int, Cut] = field(default_factory=dict)  # by layer
+    masks: dict[tuple, Tensor] = field(default_factory=dict)
+    renumbered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos, sin by stage
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+    def before(self, layer: int) -> Cut | None:
+        """The last cut before `layer`. (Gradient checkpointing runs layers again, the last one first.)"""
+        made = [cut for cut in self.cuts if cut < layer]
+        return self.cuts[max(made)] if made else None
+
+    def budget(self, layer: int) -> int | None:
+        """Tokens per image that go on from `layer`; None where it drops nothing."""
+        if self.visual is None:
+            return None
+        kept = self.decoder.policy.decoder_step(layer, len(self.decoder.layers), self.decoder.tokens)
+        cut = self.before(layer)
+        now = (self.visual.columns if cut is None else cut.visual).shape[1]
+        return None if kept is None or kept >= now else kept
+
+    def cache_of(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
+        """The cache of `layer`, told of the rows it is about to be given; None where it holds every column."""
+        if cache is None:
+            return None
+        if cut is None:
+            held = cache.layers[layer] if layer < len(cache.layers) else None
+            return held if isinstance(held, PrunedRows) else None
+        held = pruned_layer(cache, layer, len(cut.columns), cut.columns.device)
+        new = torch.where(cut.columns < 0, -1, cut.columns + self.seen)
+        held.columns = torch.cat([held.columns_of(held.rows()), new], 1)
+        held.dropped += self.length - new.shape[1]
+        held.gaps |= cut.gaps
+        held.stage = max(number for number in self.cuts if number < layer)
+        if self.decoder.policy.renumbers:
+            held.removed = cut.dropped.sum(1) if held.removed is None else held.removed + cut.dropped.sum(1)
+        return held
+
+    def rotary(self, cut: Cut | None, held: PrunedRows | None, given: Any, positions: Tensor) -> Any:
+        """Cosine and sine for a layer's rows; `given` for all columns."""
+        if cut is not None:
+            return cut.rotary
+        if held is None or held.removed is None:
+            return given
+        if held.stage not in self.renumbered:
+            shifted = positions - held.removed[:, None]
+            self.renumbered[held.stage] = self.decoder.model.rotary_emb(self.embeds, position_ids=shifted)
+        return self.renumbered[held.stage]
+
+    def rotary_after(self, layer: int, cut: Cut, rotary: Any, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for the layers after the cut at `layer`; `rotary` those of its kept rows in that layer."""
+        if not self.decoder.policy.renumbers:
+            return rotary
+        column = cut.columns.clamp_min(0)
+        shifted = positions.expand(len(column), -1).gather(1, column) - cut.dropped.cumsum(1).gather(1, column)
+        later = cache.layers[layer + 1] if cache is not None and layer + 1 < len(cache.layers) else None
+        if isinstance(later, PrunedRows) and later.removed is not None:  # in an earlier turn
+            shifted = shifted - later.removed[:, None]
+        return self.decoder.model.rotary_emb(self.embeds, position_ids=shifted)
+
+    def mask(
+        self, given: Tensor | None, queries: Cut | None, keys: Cut | None, held: PrunedRows | None, count: int
+    ) -> Tensor | None:
+        """A layer's mask, made from that of all columns.
+
+        Args:
+            given: 4-D (SDPA: bool, eager: additive), 2-D (flash attention), or None where causality is all.
+            queries: the cut whose rows ask; None: all new columns.
+            keys: the cut before the layer; None: its new keys are all new columns.
+            held: the layer's cache, None where it has every column.
+            count: keys that the queries attend to; a static cache has more than it was given.
+        """
+        if held is None and queries is None:
+            return given
+        gaps = held.gaps if held is not None else keys is not None and keys.gaps
+        if given is None and queries is keys and not gaps:
+            return None
+        memo = (None if held is None else held.stage, id(queries), id(keys))
+        if memo not in self.masks:
+            columns = None if keys is None else keys.columns
+            if held is not None:
+                columns = held.columns_of(count)
+            rows = None if queries is None else queries.columns
+            self.masks[memo] = self._made_mask(given, rows, columns, count, aligned=queries is keys)
+        return self.masks[memo]
+
+    def _made_mask(
+        self, given: Tensor | None, rows: Tensor | None, columns: Tensor | None, count: int, aligned: bool
+    ) -> Tensor:
+        """`given` for queries at new columns `rows` and `count` keys at `columns`, int64 [B, n], -1 for padding."""
+        if given is not None and given.dim() == 4:
+            lowest = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+            if rows is not None:
+                row = rows.clamp_min(0)[:, None, :, None]
+                given = given.expand(len(rows), -1, -1, -1)
+                given = given.gather(2, row.expand(-1, given.shape[1], -1, given.shape[3]))
+            if columns is None:
+                return given
+            # A static cache has room for more columns than the mask.
+            absent = (columns < 0) | (columns >= given.shape[3])
+            column = columns.masked_fill(absent, 0)[:, None, None]
+            given = given.expand(len(columns), -1, -1, -1)
+            given = given.gather(3, column.expand(-1, given.shape[1], given.shape[2], -1))
+            return given.masked_fill(absent[:, None, None], lowest)
+        device = self.embeds.device
+        if columns is None:
+            columns = torch.arange(count, device=device)[None]
+        live = columns >= 0
+        if given is not None:
+            live = live & given.bool().gather(1, columns.clamp_min(0).expand(len(given), -1))
+            if aligned:
+                return live.to(given.dtype)  # flash attention itself is causal
+        rows = torch.arange(self.length, device=device)[None] if rows is None else rows
+        allowed = live[:, None, None] & (columns[:, None, None] <= (rows + self.seen)[:, None, :, None])
+        if self.decoder.model.config._attn_implementation != "eager":
+            return allowed
+        lowest = torch.finfo(self.embeds.dtype).min
+        return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)
+
+    def make_cut(self, layer: int, choose: Callable[[Tensor, Tensor], Selection]) -> Cut:
+        """Ask which visual tokens go on from `layer`, and put their rows together with all others'.
+
+        `choose` gets the rows of each image's tokens [I, n] and of the last instruction tokens [B].
+        """
+        assert self.visual is not None
+        before, visual = self.before(layer), self.visual
+        at, asks = (visual.columns, visual.asks) if before is None else (before.visual, before.asks)
+        with torch.no_grad():
+            choice = choose(at, asks)
+        if choice.lengths.device.type == "cpu":
+            raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {layer}")
+        assert choice.index is not None
+        all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
+        columns = all_columns if before is None else before.columns
+        samples, kept = visual.samples[:, None], at.gather(1, choice.index)
+        drop = torch.zeros_like(columns, dtype=torch.bool)
+        drop[samples, at] = True
+        drop[samples, kept] = False
+        gaps = len(set(visual.counts)) > 1 or (before is not None and before.gaps)
+        if gaps:
+            live = ~drop & visual.live.gather(1, columns.clamp_min(0)) & (columns >= 0)
+            counts = live.sum(1, keepdim=True)
+            left = int(counts.max())
+            place = live.cumsum(1) - 1 + (0 if visual.right else left - counts)
+            order = (~live if visual.right else live).long().argsort(dim=1, stable=True)
+            order = order[:, :left] if visual.right else order[:, -left:]
+            index = order.masked_fill(~live.gather(1, order), -1)
+        else:  # every sample loses as many: nothing has to be read back
+            left = columns.shape[1] - visual.counts[0] * (at.shape[1] - kept.shape[1])
+            index = drop.long().argsort(dim=1, stable=True)[:, :left]
+            place = (~drop).cumsum(1) - 1
+        dropped = torch.zeros_like(all_columns).scatter_add(1, columns.clamp_min(0), drop.long())
+        self.cuts[layer] = cut = Cut(
+            index=index,
+            columns=columns.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1),
+            gaps=gaps,
+            visual=place[samples, kept],
+            asks=place.gather(1, asks[:, None])[:, 0].clamp_min(0),  # a dropped one: the row before it
+            dropped=dropped if before is None else dropped + before.dropped,
+        )
+        visual.kept = cut.columns
+        if self.trace is not None:
+            self._record(layer, choice)
+        return cut
+
+    def _record(self, layer: int, choice: Selection) -> None:
+        """The cut in patches of the original grid: a layer's visual tokens are those that the last stage kept."""
+        assert self.trace is not None and choice.index is not None
+        tokens, stages = self.decoder.tokens, self.trace.stages
+        images, count = choice.index.shape
+        patches = torch.arange(tokens, device=choice.index.device).expand(images, -1)
+        patches = stages[-1].indices if stages else patches
+        scores = None
+        if choice.score is not None:
+            scores = choice.score.new_full((images, tokens), float("nan")).scatter(1, patches, choice.score)
+        kept = patches.gather(1, choice.index)
+        stages.append(Stage("llm", layer, [count] * images, kept, choice.lengths, scores, choice.entropy))
+
+
+class PrunedDecoderLayer:
+    """Replacement ``forward`` of one decoder layer."""
+
+    def __init__(self, layer: nn.Module, parts_of: Callable[[nn.Module], DecoderParts], number: int) -> None:
+        self.layer, self.parts_of, self.number = layer, parts_of, number
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        *,
+        pruning: DecoderState | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        state, budget = pruning, None
+        if state is not None:
+            before, budget = state.before(self.number), state.budget(self.number)
+            held = state.cache_of(past_key_values, self.number, before)
+            position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
+            if budget is None:
+                new = hidden_states.shape[1]
+                count = new if held is None else held.keys_with(new)
+                attention_mask = state.mask(attention_mask, before, before, held, count)
+        if state is None or budget is None:
+            # Positions with gaps look like packed sequences to flash attention; nothing else reads them here.
+            return type(self.layer).forward(
+                self.layer,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids if state is None else None,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        parts = self.parts_of(self.layer)
+        normed = parts.norm1(hidden_states)
+        key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
+        key = parts.rotate(key, key[:, :0], *position_embeddings)[0]
+        cut = state.cuts.get(self.number) or self._cut(state, budget, normed, key, value, position_embeddings)
+        cos, sin = (x.expand(len(normed), -1, -1) for x in position_embeddings)
+        hidden_states, normed, rotary = gather_normed(
+            parts.norm1, hidden_states, normed, (cos, sin), cut.index,
+            rms_norm=parts.rms_norm, backend=state.decoder.backend,
+        )  # fmt: skip
+        cut.rotary = state.rotary_after(self.number, cut, rotary, position_ids, past_key_values)
+        query = self._heads(parts.q_proj(normed))
+        query = parts.rotate(query, query[:, :0], *rotary)[0]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, parts.attention.layer_idx)
+        mask = state.mask(attention_mask, cut, before, held, key.shape[2])
+        mixed = self._attend(query, key, value, mask, **kwargs)
+        hidden_states = hidden_states + parts.out_proj(mixed.flatten(2))
+        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.parts_of(self.layer).attention.head_dim)).transpose(1, 2)
+
+    def _cut(self, state: DecoderState, budget: int, normed: Tensor, key: Tensor, value: Tensor, rotary: Any) -> Cut:
+        assert state.visual is not None
+        samples, parts = state.visual.samples, self.parts_of(self.layer)
+
+        def choose(at: Tensor, asks: Tensor) -> Selection:
+            every = torch.arange(len(asks), device=asks.device)
+            cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
+            query = self._heads(parts.q_proj(normed[every, asks][:, None]))
+            query = parts.rotate(query, query[:, :0], cos, sin)[0]
+            image = samples[:, None], at
+            view = DecoderView(
+                layer=self.number,
+                budget=budget,
+                query=query[samples],
+                key=key.transpose(1, 2)[image].transpose(1, 2),
+                value=value.transpose(1, 2)[image].transpose(1, 2),
+                value_anchor=value[every, :, asks][:, :, None][samples],
+                backend=state.decoder.backend,
+            )
+            return state.decoder.policy.decoder_select(view)
+
+        return state.make_cut(self.number, choose)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts = self.parts_of(self.layer)
+        module: Any = parts.attention
+        name = module.config._attn_implementation
+        # A part of the rows asks, which flash attention's masks cannot say.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if name == "eager" else "sdpa", parts.eager)
+        dropout = module.attention_dropout if module.training else 0.0
+        return attend(module, query, key, value, mask, **kwargs | dict(dropout=dropout, scaling=module.scaling))[0]
+
+
+@dataclass
+class PrunedDecoder:
+    """Replacement ``forward`` of a decoder: the stock loop with a state that travels through the layers."""
+
+    model: Any  # with layers, rotary_emb, config
+    policy: Policy
+    tokens: int  # patches of an unpruned image
+    encoder: PrunedEncoder  # whose trace goes on here
+    backend: str | None = None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def __call__(self, *args: Any, visual_tokens: VisualTokens | None = None, **kwargs: Any) -> Any:
+        arguments = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
+        arguments.pop("self")
+        arguments |= arguments.pop("kwargs", {})
+        cache = arguments.get("past_key_values")
+        if visual_tokens is not None or any(isinstance(layer, PrunedRows) for layer in getattr(cache, "layers", [])):
+            if visual_tokens is not None:
+                check_cache(cache)
+            embeds = arguments.get("inputs_embeds")
+            seen = 0 if cache is None else cache.get_seq_length()
+            arguments["pruning"] = DecoderState(
+                decoder=self,
+                embeds=self.model.get_input_embeddings()(arguments["input_ids"]) if embeds is None else embeds,
+                seen=seen.clone() if isinstance(seen, Tensor) else seen,  # a static cache counts up in place
+                visual=visual_tokens,
+                trace=self.encoder.trace if visual_tokens is not None else None,
+            )
+        return type(self.model).forward(self.model, **arguments)

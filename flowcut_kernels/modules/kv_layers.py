@@ -1,0 +1,142 @@
+"""Layers of a transformers cache that hold fewer rows than the model has seen columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class PrunedRows:
+    """What a layer of a cache knows of the columns it has no rows of. To the outside it has the length that was seen.
+
+    Rows 0..known-1 are `columns`; every later row is the column `dropped` places after it.
+    """
+
+    columns: Tensor  # int64 [B, known] column of each row, -1 for padding
+    dropped: int  # columns seen minus rows held
+    stage: int  # decoder layer whose cut this layer comes after
+    gaps: bool  # whether columns holds padding
+    removed: Tensor | None  # int64 [B] places by which later rows are renumbered; None: they keep their positions
+
+    def rows(self) -> int:
+        """Rows held."""
+        raise NotImplementedError
+
+    def keys_with(self, new: int) -> int:
+        """Keys that attention is given after `new` rows are added."""
+        raise NotImplementedError
+
+    def columns_of(self, rows: int) -> Tensor:
+        """int64 [B, rows] column of each row, those included that are still to be written."""
+        known = self.columns.shape[1]
+        tail = torch.arange(known, rows, device=self.columns.device) + self.dropped
+        return torch.cat([self.columns, tail.expand(len(self.columns), -1)], 1)
+
+    def forget(self, batch: int, device: torch.device) -> None:
+        """As a layer that holds every column so far."""
+        self.columns = torch.arange(self.rows(), device=device).expand(batch, -1)
+        self.dropped, self.gaps, self.removed = 0, False, None
+
+    def _reorder(self, index: Tensor) -> None:
+        self.columns = self.columns[index.to(self.columns.device)]
+        if self.removed is not None:
+            self.removed = self.removed[index.to(self.removed.device)]
+
+
+class PrunedDynamicLayer(PrunedRows, DynamicLayer):
+    """A growing layer without the rows of dropped tokens."""
+
+    def rows(self) -> int:
+        return DynamicLayer.get_seq_length(self)
+
+    def keys_with(self, new: int) -> int:
+        return self.rows() + new
+
+    def get_seq_length(self) -> int:
+        return self.rows() + self.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (their negative number), at most those after the last cut."""
+        if tokens_to_remove > 0:  # in transformers 5.17 also the length to be left
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        later = self.rows() - self.columns.shape[1]
+        if -tokens_to_remove > later:
+            raise ValueError(
+                f"crop: the last {-tokens_to_remove} tokens reach into the pruned prompt; this cache can be cut by at "
+                f"most {later}"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.forget(len(self.columns), self.columns.device)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._reorder(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._reorder(torch.arange(len(self.columns)).repeat_interleave(repeats))
+
+
+class PrunedStaticLayer(PrunedRows, StaticLayer):
+    """A preallocated layer without the rows of dropped tokens; its tensors stay where they are."""
+
+    def rows(self) -> int:
+        return int(self.cumulative_length)
+
+    def keys_with(self, new: int) -> int:
+        return self.max_cache_len
+
+    def get_seq_length(self) -> Any:
+        return self.cumulative_length + self.dropped
+
+    def reset(self) -> None:
+        super().reset()
+        self.forget(len(self.columns), self.columns.device)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._reorder(beam_idx)
+
+
+_PRUNED: dict[type, type[PrunedRows]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}
+
+
+def check_cache(cache: Any) -> None:
+    """ValueError for a cache whose layers cannot hold fewer rows than the model has seen columns."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"past_key_values: pruning inside the language model needs a DynamicCache or StaticCache that is not "
+            f"offloaded, got {type(cache).__name__}"
+        )
+    for i, layer in enumerate(cache.layers):
+        if type(layer) not in _PRUNED and not isinstance(layer, PrunedRows):
+            raise ValueError(
+                f"past_key_values: layer {i} is a {type(layer).__name__}; pruning inside the language model needs a "
+                "DynamicCache or StaticCache of full-attention layers"
+            )
+
+
+def pruned_layer(cache: Cache, number: int, batch: int, device: torch.device) -> PrunedRows:
+    """Layer `number` of `cache` as one that may lack rows: itself, or what takes the place of a plain one."""
+    while len(cache.layers) <= number:  # a DynamicCache made without a configuration grows as layers are reached
+        cache.layers.append(DynamicLayer())
+    layer: Any = cache.layers[number]
+    if isinstance(layer, PrunedRows):
+        return layer
+    pruned: Any = object.__new__(_PRUNED[type(layer)])
+    vars(pruned).update(vars(layer))
+    pruned.forget(batch, device)
+    cache.layers[number] = pruned
+    return pruned

@@ -1,0 +1,507 @@
+"""Pruning inside the language model against a slow oracle: the pruned forward pass in fp64, from scratch, uncached.
+
+The oracle is the decoder's arithmetic by hand, one unpadded sample at a time. It takes the embeddings that the patched
+model made of a prompt, and drops rows after the layers that cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from test_llava import IMG, inputs_for
+from tiny import IMAGE
+from torch import Tensor
+from torch.nn.functional import cross_entropy, silu
+from torch.testing import assert_close
+from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, StaticCache
+
+import flowcut_kernels as fk
+from flowcut_kernels.policies.base import DecoderView, Selection
+
+# transformers' RMSNorm and the logits of generate are fp32 in an fp64 model.
+CLOSE = {torch.float64: dict(rtol=1e-5, atol=1e-5), torch.float32: dict(rtol=2e-3, atol=2e-3)}
+LEFT = 24  # visual tokens the encoder leaves
+DECODERS = {
+    "llama gqa": (LlamaConfig, {}),
+    "llama mha": (LlamaConfig, dict(num_key_value_heads=4)),
+    "qwen2": (Qwen2Config, {}),
+    "mistral": (MistralConfig, dict(sliding_window=None, head_dim=16)),
+}
+PROMPTS = {
+    "one": [[1, IMG, 5, 6, 7]],
+    "four": [[1, IMG, 5, 6, 7], [1, 9, IMG, 8], [IMG, 3], [1, 4, 5, 6, IMG, 7, 8]],
+    "several images": [[1, IMG, 4, 5, IMG, 6], [1, IMG, 7, IMG, 8, 9, 10]],
+    "one, two or none": [[1, IMG, 5], [1, 11, 12, 13], [1, 9, IMG, IMG, 8, 7]],
+    "image last": [[1, 5, IMG], [1, IMG]],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(fk.FlowCut):
+    """FlowCut's choice at any decoder layers: (layer, tokens kept)."""
+
+    stages: tuple[tuple[int, int], ...] = ()
+
+    def encoder_budget(self, tokens: int) -> int:
+        return LEFT
+
+    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
+        return dict(self.stages).get(layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(Stages):
+    """Keeps the first tokens: for what does not depend on the choice."""
+
+    def decoder_select(self, view: DecoderView) -> Selection:
+        images = len(view.key)
+        index = torch.arange(view.budget).expand(images, -1)
+        return Selection(index, torch.full((images,), view.budget, dtype=torch.int32))
+
+
+def model_of(decoder: str = "llama gqa", attention: str = "sdpa", dtype=torch.float64):
+    config, text = DECODERS[decoder]
+    return tiny.llava(attention=attention, text_config=config, text=dict(num_hidden_layers=4) | text).to(dtype)
+
+
+def spread(stages=((1, 10), (2, 6)), **settings) -> Stages:
+    return Stages(target_tokens=stages[-1][1], stages=stages, **settings)
+
+
+def given(rows: list, side: str = "left", dtype=torch.float64) -> dict:
+    inputs = inputs_for(rows, side)
+    return {name: x.to(dtype) if name == "pixel_values" else x for name, x in inputs.items()}
+
+
+def rms(x: Tensor, norm) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
+
+
+def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """[n, heads, d] turned by half-split rotary embeddings."""
+    half = x.shape[-1] // 2
+    # transformers computes the frequencies in fp32
+    frequencies = 1.0 / theta ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
+    angle = (positions.float()[:, None] * frequencies)[:, None]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@dataclass
+class Image:
+    columns: list[int]
+    ask: int  # column of the instruction's last token
+
+
+class Oracle:
+    """Logits [L', V] of what is left of one sample, and the kept columns by layer."""
+
+    def __init__(self, model, policy: Stages) -> None:
+        self.model, self.policy = copy.deepcopy(model).double(), policy
+        self.text, self.close = self.model.model.language_model, CLOSE[model.dtype]
+
+    def __call__(self, embeds: Tensor, images: list[Image]) -> tuple[Tensor, Tensor]:
+        x, columns = embeds, torch.arange(len(embeds))
+        positions = columns
+        images = [Image(list(image.columns), image.ask) for image in images]
+        for number, layer in enumerate(self.text.layers):
+            attention = layer.self_attn
+            normed = rms(x, layer.input_layernorm)
+            q, k, v = (
+                projection(normed).unflatten(-1, (-1, attention.head_dim))
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = rotated(q, positions), rotated(k, positions)
+            group = q.shape[1] // k.shape[1]
+            logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / attention.head_dim**0.5
+            future = torch.ones(len(x), len(x)).triu(1).bool()
+            weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+            mixed = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+            x = x + attention.o_proj(mixed.flatten(1))
+            normed = rms(x, layer.post_attention_layernorm)
+            x = x + layer.mlp.down_proj(silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed))
+            keep = dict(self.policy.stages).get(number)
+            if keep is None:
+                continue
+            live = torch.ones(len(x), dtype=torch.bool)
+            for image in images:
+                row = {int(c): i for i, c in enumerate(columns)}
+                at = torch.tensor([row[c] for c in image.columns])
+                kept = self.choose(q[row[image.ask]], k[at], v[at], v[row[image.ask]], keep).sort().values
+                live[at] = False
+                live[at[kept]] = True
+                image.columns = [image.columns[i] for i in kept]
+            x, columns, positions = x[live], columns[live], positions[live]
+            if self.policy.positions == "renumber":
+                positions = torch.arange(len(x))
+        return self.model.lm_head(rms(x, self.text.norm)), columns
+
+    def choose(self, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, keep: int) -> Tensor:
+        if isinstance(self.policy, First):
+            return torch.arange(keep)
+        group, d = query.shape[0] // key.shape[1], query.shape[-1]
+        attention = (torch.einsum("hd,nhd->hn", query, key.repeat_interleave(group, 1)) / d**0.5).softmax(-1).mean(0)
+        if self.policy.relevance == "cosine":
+            relevance = (1 + torch.cosine_similarity(value.flatten(1), anchor.flatten()[None], dim=1)) / 2
+        else:
+            relevance = (torch.einsum("hd,nhd->hn", anchor, value) / d**0.5).softmax(-1).mean(0)
+        norm = value.flatten(1) if self.policy.value_norm == "full" else value.mean(1)
+        score = (attention / attention.sum() + relevance / relevance.sum()) * norm.abs().sum(1)
+        return score.topk(keep).indices
+
+
+class Inside:
+    """The embeddings that the language model is given, by call."""
+
+    def __init__(self, model) -> None:
+        self.embeds: list[Tensor] = []
+        self.handle = model.model.language_model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module, args, kwargs) -> None:
+        self.embeds.append(kwargs["inputs_embeds"].detach().double())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def shrunk(row: list, left: int = LEFT) -> tuple[list[int], list[Image]]:
+    """ids of a row as the language model sees it, and its images."""
+    ids, images = [], []
+    for token in row:
+        if token == IMG:
+            images.append(Image(list(range(len(ids), len(ids) + left)), -1))
+        ids += [IMAGE] * left if token == IMG else [token]
+    for image in images:
+        image.ask = max(i for i, token in enumerate(ids) if token != IMAGE)
+    return ids, images
+
+
+def prompts_of(inside: Inside, rows: list, side: str = "left") -> list[tuple[Tensor, list[Image]]]:
+    """Embeddings of every unpadded sample of the first call, and its images."""
+    samples = []
+    copies = len(inside.embeds[0]) // len(rows)  # beams
+    for embeds, row in zip(inside.embeds[0][::copies], rows, strict=True):
+        ids, images = shrunk(row)
+        samples.append((embeds[-len(ids) :] if side == "left" else embeds[: len(ids)], images))
+    return samples
+
+
+def check_steps(oracle: Oracle, samples, new: Tensor, logits: tuple[Tensor, ...]) -> None:
+    """logits [B, V] of every step against the oracle's, given the tokens [B, steps] that were written."""
+    table = oracle.model.get_input_embeddings().weight
+    for b, (embeds, images) in enumerate(samples):
+        for step, got in enumerate(logits):
+            whole = torch.cat([embeds, table[new[b, :step]]])
+            assert_close(got[b].double(), oracle(whole, images)[0][-1], **oracle.close)
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("decoder", DECODERS)
+@torch.no_grad()
+def test_every_step_of_generate(decoder, prompt, attention, positions):
+    # In fp64 transformers' own eager attention makes NaN of padded rows.
+    dtype = torch.float32 if attention == "eager" else torch.float64
+    model, policy, rows = model_of(decoder, attention, dtype), spread(positions=positions), PROMPTS[prompt]
+    oracle = Oracle(model, policy)
+    with Inside(model) as inside, fk.patched(model, policy):
+        out = model.generate(
+            **given(rows, dtype=dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    check_steps(oracle, prompts_of(inside, rows), out.sequences[:, -4:], out.logits)
+
+
+@pytest.mark.parametrize("stages", [((0, 5),), ((3, 5),), ((0, 12), (1, 9), (3, 2)), ((1, LEFT),)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_forward(prompt, side, stages):
+    model, policy, rows = model_of(), spread(stages), PROMPTS[prompt]
+    oracle = Oracle(model, policy)
+    with Inside(model) as inside, fk.patched(model, policy):
+        out = model(**given(rows, side))
+    wanted = [oracle(*sample) for sample in prompts_of(inside, rows, side)]
+    longest = max(len(logits) for logits, _ in wanted)
+    if len({sum(x == IMG for x in row) for row in rows}) > 1 or len(rows) == 1:
+        assert out.logits.shape[1] == longest  # otherwise padding that was there stays
+    for got, (logits, _) in zip(out.logits, wanted, strict=True):
+        if side == "left":
+            assert_close(got[-len(logits) :], logits, **oracle.close)
+        elif len({len(row) for row in rows}) == 1:
+            assert_close(got[: len(logits)], logits, **oracle.close)
+
+
+ROWS = PROMPTS["several images"]
+GREEDY = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+def generated(model, policy, rows, /, **options):
+    """What generate returns, the embeddings it was given, and an oracle."""
+    oracle = Oracle(model, policy)
+    with Inside(model) as inside, fk.patched(model, policy):
+        out = model.generate(**given(rows), return_dict_in_generate=True, output_logits=True, **options)
+    return out, prompts_of(inside, rows), oracle
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize(
+    "cache",
+    ["none", "dynamic", "static", "lazy dynamic", "prompt lookup", "sampling"],
+    ids=lambda x: x.replace(" ", "-"),
+)
+@torch.no_grad()
+def test_generate_with(cache, positions):
+    rows = ROWS[:1] if cache == "prompt lookup" else ROWS
+    options = (
+        GREEDY
+        | {
+            "none": dict(use_cache=False),
+            "dynamic": dict(past_key_values=DynamicCache()),
+            "static": dict(cache_implementation="static"),
+            "lazy dynamic": dict(past_key_values=DynamicCache(config=model_of().config.get_text_config())),
+            "prompt lookup": dict(prompt_lookup_num_tokens=2),
+            "sampling": dict(do_sample=True, temperature=3.0),
+        }[cache]
+    )
+    torch.manual_seed(0)
+    out, samples, oracle = generated(model_of(), spread(positions=positions), rows, **options)
+    check_steps(oracle, samples, out.sequences[:, -4:], out.logits)
+
+
+@pytest.mark.parametrize("prompt", ["one", "one, two or none"])
+@torch.no_grad()
+def test_beams(prompt):
+    rows = PROMPTS[prompt]
+    out, samples, oracle = generated(
+        model_of(), spread(), rows, num_beams=3, num_return_sequences=2, max_new_tokens=5, min_new_tokens=5,
+        length_penalty=0.0, output_scores=True,
+    )  # fmt: skip
+    table = oracle.model.get_input_embeddings().weight
+    for b, (sequence, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+        embeds, images = samples[b // 2]
+        new = sequence[-5:]
+        logits = oracle(torch.cat([embeds, table[new[:-1]]]), images)[0][-5:]
+        assert_close(score.double(), logits.log_softmax(-1).gather(1, new[:, None]).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["generate", "forward"])
+@pytest.mark.parametrize(
+    "cache", [DynamicCache, lambda: StaticCache(config=model_of().config.get_text_config(), max_cache_len=400)]
+)
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@torch.no_grad()
+def test_second_turn_with_another_image(positions, cache, form):
+    model, policy, cache = model_of(), spread(positions=positions), cache()
+    oracle = Oracle(model, policy)
+    first, second = [1, IMG, 5, 6, 7], [8, 9, IMG, 10, 11, 12]
+    with fk.patched(model, policy), Inside(model) as inside:
+        one = model.generate(**given([first]), past_key_values=cache, **GREEDY)[0, -4:].tolist()
+        turn = len(inside.embeds)
+        inputs = given([second])
+        if form == "generate":
+            talk = given([first])["input_ids"][0].tolist() + one + inputs["input_ids"][0].tolist()
+            inputs |= dict(input_ids=torch.tensor([talk]), attention_mask=torch.ones(1, len(talk), dtype=torch.long))
+            out = model.generate(
+                **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **GREEDY
+            )
+            new, logits = out.sequences[:, -4:], out.logits
+        else:
+            ids = torch.cat([torch.tensor([one[-1:]]), inputs["input_ids"]], 1)
+            logits = model(input_ids=ids, pixel_values=inputs["pixel_values"], past_key_values=cache).logits[:, -1:]
+            logits, new = list(logits.unbind(1)), torch.zeros(1, 0, dtype=torch.long)
+    ids, images = shrunk([*first, *one, *second])
+    images[0].ask = len(shrunk(first)[0]) - 1
+    table = oracle.model.get_input_embeddings().weight
+    # The last token written in the first turn is only read in the second.
+    embeds = torch.cat([inside.embeds[0][0], table[torch.tensor(one[:-1])], inside.embeds[turn][0]])
+    assert len(embeds) == len(ids)
+    check_steps(oracle, [(embeds, images)], new, tuple(logits))
+
+
+@torch.no_grad()
+def test_own_decoding_loop():
+    model, policy = model_of(), spread()
+    oracle = Oracle(model, policy)
+    rows, written, logits = PROMPTS["one, two or none"], [], []
+    with fk.patched(model, policy), Inside(model) as inside:
+        inputs = given(rows)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        for _ in range(3):
+            logits.append(out.logits[:, -1])
+            written.append(logits[-1].argmax(-1, keepdim=True))
+            inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            positions = inputs["attention_mask"].sum(1, keepdim=True) - 1
+            out = model(
+                input_ids=written[-1], attention_mask=inputs["attention_mask"], position_ids=positions,
+                past_key_values=out.past_key_values,
+            )  # fmt: skip
+    check_steps(oracle, prompts_of(inside, rows), torch.cat(written, 1), tuple(logits))
+
+
+@torch.no_grad()
+def test_what_dropped_tokens_see():
+    model, policy = model_of(), spread(((1, 10), (2, 6)))
+    text, rows = model.model.language_model, {}
+    for number, layer in enumerate(text.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(
+                lambda m, args, out, key=(number, name): rows.setdefault(key, []).append(args[0].shape[1])
+            )
+        layer.mlp.register_forward_hook(
+            lambda m, args, out, key=(number, "mlp"): rows.setdefault(key, []).append(args[0].shape[1])
+        )
+    with fk.patched(model, policy):
+        cache = model(**given(PROMPTS["one"]), use_cache=True).past_key_values
+    whole, kept = 4 + LEFT, [4 + LEFT, 4 + 10, 4 + 6, 4 + 6]
+    for number in range(4):
+        before = [whole, *kept][number]
+        assert rows[number, "k_proj"] == rows[number, "v_proj"] == [before]
+        assert rows[number, "o_proj"] == rows[number, "mlp"] == [kept[number]]
+        asked = [1, kept[number]] if number in (1, 2) else [kept[number]]  # the instruction's own query comes first
+        assert rows[number, "q_proj"] == asked
+    assert [layer.keys.shape[2] for layer in cache.layers] == [whole, whole, 14, 10]
+    assert cache.get_seq_length() == whole and [cache.get_seq_length(i) for i in range(4)] == [whole] * 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prompt", ["one", "several images", "one, two or none"])
+def test_loss_and_gradients(prompt, checkpointing):
+    rows = PROMPTS[prompt]
+    model, policy = model_of().train(), spread()
+    oracle = Oracle(model, policy)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    inputs = given(rows, "right")
+    labels = inputs["input_ids"].clone()
+    labels[(labels == IMAGE) | (inputs["attention_mask"] == 0)] = -100
+    for row, mask in zip(labels, inputs["attention_mask"], strict=True):
+        row[: int(mask.sum()) - 1] = -100  # the last token is the answer
+    with Inside(model) as inside, fk.patched(model, policy):
+        out = model(**inputs, labels=labels)
+        out.loss.backward()
+    losses = []
+    for (embeds, images), row in zip(prompts_of(inside, rows, "right"), rows, strict=True):
+        for image in images:
+            image.ask = max(i for i, token in enumerate(shrunk(row)[0][:-1]) if token != IMAGE)
+        logits, _ = oracle(embeds, images)
+        losses.append(cross_entropy(logits[-2][None], torch.tensor([row[-1]])))
+    want = torch.stack(losses).mean()
+    assert_close(out.loss.double(), want, **oracle.close)
+    want.backward()
+    for (name, got), wanted in zip(
+        model.model.language_model.layers.named_parameters(), oracle.text.layers.parameters(), strict=True
+    ):
+        assert got.grad is not None, name
+        assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_trace_counts_in_patches():
+    model, policy, rows = model_of(), spread(), ROWS
+    with Inside(model) as inside, fk.patched(model, policy, record=True):
+        model(**given(rows))
+        *encoder, first, second = fk.trace(model).stages
+    oracle = Oracle(model, policy)
+    assert [stage.name for stage in (encoder[-1], first, second)] == ["encoder", "llm", "llm"]
+    assert (first.layer, second.layer) == (1, 2) and first.kept == [10] * 4 and second.kept == [6] * 4
+    image = 0
+    for embeds, images in prompts_of(inside, rows):
+        _, columns = oracle(embeds, images)
+        for one in images:
+            at = [one.columns.index(c) for c in columns.tolist() if c in one.columns]
+            assert second.indices[image].tolist() == encoder[-1].indices[image][at].tolist()
+            assert set(second.indices[image].tolist()) < set(first.indices[image].tolist())
+            scored = second.scores[image].isfinite().nonzero().flatten()
+            assert scored.tolist() == first.indices[image].tolist()
+            image += 1
+
+
+@torch.no_grad()
+def test_an_image_keeps_the_same_tokens_in_any_company():
+    model, policy = model_of(), spread()
+    rows = PROMPTS["four"]
+    with fk.patched(model, policy, record=True):
+        model(**given(rows))
+        together = fk.trace(model).stages[-1].indices
+        for b, row in enumerate(rows):
+            inputs = given([row]) | dict(pixel_values=given(rows)["pixel_values"][b : b + 1])
+            model(**inputs)
+            assert torch.equal(fk.trace(model).stages[-1].indices[0], together[b])
+
+
+@torch.no_grad()
+def test_keeping_everything_changes_nothing():
+    model, inputs = model_of(), given(ROWS)
+    stock = model(**inputs).logits
+    with fk.patched(model, fk.FlowCut(target_tokens=tiny.PATCHES, llm_layer=1)):
+        assert torch.equal(model(**inputs).logits, stock)
+
+
+def test_unpatching_leaves_no_trace():
+    model = model_of()
+    modules = {name: dict(vars(module)) for name, module in model.named_modules()}
+    fk.unpatch(fk.patch(model, fk.FlowCut(target_tokens=8, llm_layer=1)))
+    for name, module in model.named_modules():
+        assert vars(module).keys() == modules[name].keys(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "policy", "words"),
+    [
+        (dict(), dict(llm_layer=4), "llm_layer=4 but the language model has 4 layers"),
+        (dict(text_config=MistralConfig, text=dict(sliding_window=64)), dict(llm_layer=1), "sliding_window=64"),
+    ],
+)
+def test_models_that_do_not_fit(change, policy, words):
+    model = tiny.llava(**dict(text=dict(num_hidden_layers=4)) | change)
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match=words):
+        fk.patch(model, fk.FlowCut(target_tokens=8, **policy))
+    assert vars(model).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(llm_layer=-1), "llm_layer=-1"),
+        (dict(llm_layer=1.0), "llm_layer=1.0"),
+        (dict(encoder_surplus=0.5), "encoder_surplus=0.5"),
+        (dict(positions="shift"), "positions='shift'"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        fk.FlowCut(target_tokens=8, **settings)
+
+
+@torch.no_grad()
+def test_caches_that_do_not_fit():
+    model = model_of()
+    with fk.patched(model, spread()):
+        cache = DynamicCache(config=MistralConfig(num_hidden_layers=4, sliding_window=64))
+        with pytest.raises(ValueError, match="layer 0 is a DynamicSlidingWindowLayer"):
+            model(**given(ROWS), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        cache = model(**given(PROMPTS["one"]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="reach into the pruned prompt"):
+            cache.layers[-1].crop(-3)
+        assert cache.layers[-1].keys.shape[2] == 4 + 6
+
+
+@torch.no_grad()
+def test_low_precision_runs():
+    model = model_of(dtype=torch.bfloat16)
+    with fk.patched(model, spread()):
+        out = model.generate(**given(ROWS, dtype=torch.bfloat16), **GREEDY)
+    assert out.shape[0] == len(ROWS)
