@@ -38,7 +38,9 @@ def supported_models() -> list[type[nn.Module]]:
     return [adapter.model_class for adapter in ADAPTERS]
 
 
-def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | None = None) -> Model:
+def patch(
+    model: Model, policy: Policy, *, record: bool = False, backend: str | None = None, compact_cache: bool = False
+) -> Model:
     """Make this model instance prune visual tokens by `policy`, in place, until :func:`unpatch`.
 
     A whole VLM takes unchanged processor output in ``forward`` and ``generate``; its layers after the feature layer
@@ -50,6 +52,9 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
         policy: what to keep, for example ``FlowCut(target_tokens=64)``.
         record: keep a :class:`Trace` of the last forward pass for :func:`trace`.
         backend: "auto", "reference", "cpp" or "triton"; None: ``FLOWCUT_BACKEND`` or "auto".
+        compact_cache: where the policy prunes in the language model too, the layers before a cut also lose the dropped
+            tokens' rows of their KV cache once the prompt is read, so that all layers end at one length. What is
+            written then no longer sees those tokens in the early layers.
 
     Returns:
         The same model.
@@ -77,7 +82,9 @@ def patch(model: Model, policy: Policy, *, record: bool = False, backend: str | 
         from ..ops._triton_common import reserve_counters
 
         reserve_counters(weight.device)
-    encoder, replacements = adapter.replacements(model, policy, record=record, backend=backend)
+    encoder, replacements = adapter.replacements(
+        model, policy, record=record, backend=backend, compact_cache=compact_cache
+    )
     for module, name, _ in replacements:
         if name in vars(module):
             raise ValueError(
@@ -107,9 +114,11 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, policy: Policy, *, record: bool = False, backend: str | None = None) -> Iterator[Model]:
+def patched(
+    model: Model, policy: Policy, *, record: bool = False, backend: str | None = None, compact_cache: bool = False
+) -> Iterator[Model]:
     """:func:`patch` for the body of a ``with`` statement; restored even when the body raises."""
-    patch(model, policy, record=record, backend=backend)
+    patch(model, policy, record=record, backend=backend, compact_cache=compact_cache)
     try:
         yield model
     finally:

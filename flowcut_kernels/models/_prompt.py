@@ -157,7 +157,7 @@ class _PromptMethod(_Bound):
             The prompt, and the whole conversation it ends (with what is in the cache before it); None where nothing
             has to go.
         """
-        images, cache, mask = _images(arguments), arguments.get("past_key_values"), arguments.get("attention_mask")
+        images, cache, mask = _images(arguments), arguments.get("past_key_values"), _mask(arguments)
         if images is None and getattr(cache, _PROMPT, None) is None:
             return None
         if images is None and mask is None and self._is_one_token(arguments):
@@ -219,6 +219,12 @@ class _PromptMethod(_Bound):
         return prompt, talk
 
 
+def _mask(arguments: dict[str, Any]) -> Tensor | None:
+    """The attention mask, 2-D or prepared; for static caches generate prepares one by kind of layer."""
+    mask = arguments.get("attention_mask")
+    return mask["full_attention"] if isinstance(mask, dict) else mask
+
+
 def _images(arguments: dict[str, Any]) -> int | None:
     """Images that come with a prompt: raw pixels or features encoded beforehand."""
     if arguments.get("pixel_values") is not None:
@@ -254,7 +260,7 @@ class PrunedForward(_PromptMethod):
 
     def __init__(self, model: Any, shrinker: PromptShrinker, decoder: PrunedDecoder | None = None) -> None:
         super().__init__(model, shrinker)
-        self.decoder = decoder
+        self.decoder = decoder  # where the language model prunes too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(self.__signature__, args, kwargs)
@@ -281,15 +287,18 @@ class PrunedForward(_PromptMethod):
         if int(is_image.sum()) != images * per_image:
             return None  # the model itself has an error for that
         samples, columns = (x.view(-1, per_image) for x in is_image.nonzero(as_tuple=True))
-        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        mask, labels = _mask(arguments), arguments.get("labels")
+        seen = int(getattr(arguments.get("past_key_values"), "get_seq_length", int)())
         live = torch.ones_like(is_image)
         if mask is not None and mask.dim() == 2:
             live = mask[:, -length:].bool()
+        elif mask is not None:  # 4-D: what the last column sees; a flag, or what is added to a logit
+            last = mask[:, 0, -1, seen : seen + length].expand(len(live), -1)
+            live = last if last.dtype == torch.bool else last == 0
         # The last instruction token: the last of the prompt's text, or with labels of what is before the answer.
         column = torch.arange(length, device=live.device)
         instruction = live & ~is_image
         if (end := _PROMPT_END.get()) is not None:
-            seen = getattr(arguments.get("past_key_values"), "get_seq_length", int)()
             instruction = instruction & (column < end - seen)
         if labels is not None:
             instruction = instruction & ((labels != -100).cumsum(1) == 0)

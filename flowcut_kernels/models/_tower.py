@@ -23,9 +23,14 @@ class Tower:
     parts: Callable[[nn.Module], LayerParts]
 
     def replacements(
-        self, model: Any, policy: Policy, *, record: bool, backend: str | None
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """A bare tower: all layers run, hidden states after the cuts hold fewer tokens."""
+        if compact_cache or policy.encoder_budget(self.patches(model)) != policy.budget(self.patches(model)):
+            raise ValueError(
+                f"compact_cache={compact_cache} with {policy}: {type(model).__name__} has no language model; patch the "
+                "whole model, or prune in the encoder alone (llm_layer=None) without compact_cache"
+            )
         index = getattr(policy, "feature_layer", None)
         index = self.feature_layer if index is None else index
         return self.build(model, policy, index, runs_rest=True, record=record, backend=backend)

@@ -19,7 +19,7 @@ class Llava:
     model_class = LlavaForConditionalGeneration
 
     def replacements(
-        self, model: Any, policy: Policy, *, record: bool, backend: str | None
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         inner, config = model.model, model.config
         tower_model = inner.vision_tower
@@ -47,7 +47,9 @@ class Llava:
         extra = tower.protect if strategy == "full" else 0
         left = policy.encoder_budget(patches)
         shrinker = PromptShrinker(config.image_token_id, patches + extra, left + extra, leading=extra)
-        decoder, more = decoder_replacements(inner.language_model, policy, patches, encoder, backend)
+        decoder, more = decoder_replacements(
+            inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
+        )
         fixed = dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)
         replacements += [
             (inner, "get_image_features", FixedFeatureLayer(inner, **fixed)),

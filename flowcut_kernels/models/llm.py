@@ -32,7 +32,13 @@ def _parts(layer: Any, modeling: Any, family: str) -> DecoderParts:
 
 
 def decoder_replacements(
-    model: Any, policy: Policy, tokens: int, encoder: PrunedEncoder, backend: str | None
+    model: Any,
+    policy: Policy,
+    tokens: int,
+    encoder: PrunedEncoder,
+    *,
+    backend: str | None = None,
+    compact_cache: bool = False,
 ) -> tuple[PrunedDecoder | None, list[Replacement]]:
     """What makes a language model prune by `policy`; nothing where the policy leaves it alone.
 
@@ -59,7 +65,7 @@ def decoder_replacements(
         )
     if model.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")
-    decoder = PrunedDecoder(model, policy, tokens, encoder, backend)
+    decoder = PrunedDecoder(model, policy, tokens, encoder, backend, compact_cache)
     layers: list[Replacement] = [
         (layer, "forward", PrunedDecoderLayer(layer, parts, i)) for i, layer in enumerate(model.layers)
     ]

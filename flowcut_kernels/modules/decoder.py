@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.score_select import raise_if_not_finite
@@ -24,7 +25,7 @@ from ..policies.base import DecoderView, Policy, Selection
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts, PrunedEncoder
-from .kv_layers import PrunedRows, check_cache, pruned_layer
+from .kv_layers import PrunedRows, check_cache, compact, pruned_layer
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,7 @@ class PrunedDecoder:
     tokens: int  # patches of an unpruned image
     encoder: PrunedEncoder  # whose trace goes on here
     backend: str | None = None
+    compact_cache: bool = False  # after a prompt, no layer keeps rows of tokens that did not reach the last one
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -367,17 +369,22 @@ class PrunedDecoder:
         arguments = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
-        cache = arguments.get("past_key_values")
+        cache, state = arguments.get("past_key_values"), None
         if visual_tokens is not None or any(isinstance(layer, PrunedRows) for layer in getattr(cache, "layers", [])):
             if visual_tokens is not None:
                 check_cache(cache)
             embeds = arguments.get("inputs_embeds")
             seen = 0 if cache is None else cache.get_seq_length()
-            arguments["pruning"] = DecoderState(
+            arguments["pruning"] = state = DecoderState(
                 decoder=self,
                 embeds=self.model.get_input_embeddings()(arguments["input_ids"]) if embeds is None else embeds,
                 seen=seen.clone() if isinstance(seen, Tensor) else seen,  # a static cache counts up in place
                 visual=visual_tokens,
                 trace=self.encoder.trace if visual_tokens is not None else None,
             )
-        return type(self.model).forward(self.model, **arguments)
+        output = type(self.model).forward(self.model, **arguments)
+        if self.compact_cache and state is not None and state.visual is not None and state.visual.kept is not None:
+            values = output if isinstance(output, tuple) else output.values()
+            for filled in (x for x in values if isinstance(x, Cache)):
+                compact(filled, state.visual.kept, int(state.seen), state.length)
+        return output

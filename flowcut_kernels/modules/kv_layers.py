@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from ..ops import compact_kv, compact_kv_
+
 
 class PrunedRows:
     """What a layer of a cache knows of the columns it has no rows of. To the outside it has the length that was seen.
@@ -17,7 +19,7 @@ class PrunedRows:
 
     columns: Tensor  # int64 [B, known] column of each row, -1 for padding
     dropped: int  # columns seen minus rows held
-    stage: int  # decoder layer whose cut this layer comes after
+    stage: int = -1  # decoder layer whose cut this layer comes after; layers of one stage hold the same columns
     gaps: bool  # whether columns holds padding
     removed: Tensor | None  # int64 [B] places by which later rows are renumbered; None: they keep their positions
 
@@ -140,3 +142,44 @@ def pruned_layer(cache: Cache, number: int, batch: int, device: torch.device) ->
     pruned.forget(batch, device)
     cache.layers[number] = pruned
     return pruned
+
+
+def compact(cache: Cache, kept: Tensor, seen: int, length: int) -> None:
+    """Drop from every layer the rows of new columns that did not reach the last one.
+
+    Args:
+        cache: after a pass over `length` new columns.
+        kept: int64 [B, M] those of the new columns that reached the last layer, -1 for padding.
+        seen: columns before the pass; their rows stay.
+    """
+    batch, device = len(kept), kept.device
+    reached = torch.ones((batch, seen + length + 1), dtype=torch.bool, device=device)
+    reached[:, seen:] = False
+    reached.scatter_(1, torch.where(kept < 0, seen + length, kept + seen), True)
+    reached[:, -1] = False  # where the padding went
+    layers = [pruned_layer(cache, number, batch, device) for number in range(len(cache.layers))]
+    groups: dict[int, list[Any]] = {}
+    for layer in layers:
+        groups.setdefault(layer.stage, []).append(layer)
+    for group in groups.values():
+        first = group[0]
+        rows = first.rows()
+        columns = first.columns_of(rows)
+        live = reached.gather(1, columns.clamp_min(0)) & (columns >= 0)
+        if bool(live.all()):
+            continue
+        # Samples with fewer rows are filled up with rows that nobody sees: no sample depends on its neighbours.
+        left = int(live.sum(1).max())
+        keep = (~live).long().argsort(dim=1, stable=True)[:, :left].sort(1).values
+        known = columns.gather(1, keep).masked_fill(~live.gather(1, keep), -1)
+        gaps = bool((known < 0).any())
+        keys, values = [layer.keys for layer in group], [layer.values for layer in group]
+        if isinstance(first, StaticLayer):
+            compact_kv_(keys, values, keep)
+        else:
+            keys, values = compact_kv(keys, values, keep)
+        for layer, key, value in zip(group, keys, values, strict=True):
+            layer.keys, layer.values = key, value
+            layer.columns, layer.gaps, layer.dropped = known, gaps, seen + length - left
+            if isinstance(layer, StaticLayer):
+                layer.cumulative_length.fill_(left)

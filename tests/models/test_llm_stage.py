@@ -105,7 +105,9 @@ class Oracle:
         self.model, self.policy = copy.deepcopy(model).double(), policy
         self.text, self.close = self.model.model.language_model, CLOSE[model.dtype]
 
-    def __call__(self, embeds: Tensor, images: list[Image]) -> tuple[Tensor, Tensor]:
+    def __call__(self, embeds: Tensor, images: list[Image], prompt: int | None = None) -> tuple[Tensor, Tensor]:
+        """`prompt`: columns after it see only what that much of the sequence kept (a compacted cache)."""
+        reached = None if prompt is None else self(embeds[:prompt], images)[1]
         x, columns = embeds, torch.arange(len(embeds))
         positions = columns
         images = [Image(list(image.columns), image.ask) for image in images]
@@ -120,6 +122,8 @@ class Oracle:
             group = q.shape[1] // k.shape[1]
             logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / attention.head_dim**0.5
             future = torch.ones(len(x), len(x)).triu(1).bool()
+            if prompt is not None:
+                future |= (columns >= prompt)[:, None] & (columns < prompt) & ~torch.isin(columns, reached)
             weights = logits.masked_fill(future, -torch.inf).softmax(-1)
             mixed = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
             x = x + attention.o_proj(mixed.flatten(1))
@@ -194,13 +198,14 @@ def prompts_of(inside: Inside, rows: list, side: str = "left") -> list[tuple[Ten
     return samples
 
 
-def check_steps(oracle: Oracle, samples, new: Tensor, logits: tuple[Tensor, ...]) -> None:
+def check_steps(oracle: Oracle, samples, new: Tensor, logits: tuple[Tensor, ...], compacted: bool = False) -> None:
     """logits [B, V] of every step against the oracle's, given the tokens [B, steps] that were written."""
     table = oracle.model.get_input_embeddings().weight
     for b, (embeds, images) in enumerate(samples):
         for step, got in enumerate(logits):
             whole = torch.cat([embeds, table[new[b, :step]]])
-            assert_close(got[b].double(), oracle(whole, images)[0][-1], **oracle.close)
+            wanted, _ = oracle(whole, images, len(embeds) if compacted else None)
+            assert_close(got[b].double(), wanted[-1], **oracle.close)
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
@@ -235,20 +240,18 @@ def test_forward(prompt, side, stages):
     if len({sum(x == IMG for x in row) for row in rows}) > 1 or len(rows) == 1:
         assert out.logits.shape[1] == longest  # otherwise padding that was there stays
     for got, (logits, _) in zip(out.logits, wanted, strict=True):
-        if side == "left":
-            assert_close(got[-len(logits) :], logits, **oracle.close)
-        elif len({len(row) for row in rows}) == 1:
-            assert_close(got[: len(logits)], logits, **oracle.close)
+        live = got[-len(logits) :] if side == "left" else got[: len(logits)]
+        assert_close(live, logits, **oracle.close)
 
 
 ROWS = PROMPTS["several images"]
 GREEDY = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
 
 
-def generated(model, policy, rows, /, **options):
+def generated(model, policy, rows, /, compact_cache=False, **options):
     """What generate returns, the embeddings it was given, and an oracle."""
     oracle = Oracle(model, policy)
-    with Inside(model) as inside, fk.patched(model, policy):
+    with Inside(model) as inside, fk.patched(model, policy, compact_cache=compact_cache):
         out = model.generate(**given(rows), return_dict_in_generate=True, output_logits=True, **options)
     return out, prompts_of(inside, rows), oracle
 
@@ -256,26 +259,56 @@ def generated(model, policy, rows, /, **options):
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize(
     "cache",
-    ["none", "dynamic", "static", "lazy dynamic", "prompt lookup", "sampling"],
+    ["none", "dynamic", "static", "static qwen2", "lazy dynamic", "prompt lookup", "sampling"],
     ids=lambda x: x.replace(" ", "-"),
 )
 @torch.no_grad()
 def test_generate_with(cache, positions):
-    rows = ROWS[:1] if cache == "prompt lookup" else ROWS
+    rows = ROWS[:1] if cache == "prompt lookup" else PROMPTS["one, two or none"] if "static" in cache else ROWS
     options = (
         GREEDY
         | {
             "none": dict(use_cache=False),
             "dynamic": dict(past_key_values=DynamicCache()),
             "static": dict(cache_implementation="static"),
+            "static qwen2": dict(cache_implementation="static"),
             "lazy dynamic": dict(past_key_values=DynamicCache(config=model_of().config.get_text_config())),
             "prompt lookup": dict(prompt_lookup_num_tokens=2),
             "sampling": dict(do_sample=True, temperature=3.0),
         }[cache]
     )
     torch.manual_seed(0)
-    out, samples, oracle = generated(model_of(), spread(positions=positions), rows, **options)
+    model = model_of("qwen2" if "qwen2" in cache else "llama gqa")
+    out, samples, oracle = generated(model, spread(positions=positions), rows, **options)
     check_steps(oracle, samples, out.sequences[:, -4:], out.logits)
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_compacted_cache(prompt, cache, positions):
+    rows, model = PROMPTS[prompt], model_of()
+    cache = (
+        DynamicCache() if cache == "dynamic" else StaticCache(config=model.config.get_text_config(), max_cache_len=200)
+    )
+    out, samples, oracle = generated(
+        model,
+        spread(positions=positions),
+        rows,
+        compact_cache=True,
+        past_key_values=cache,
+        disable_compile=True,
+        **GREEDY,
+    )
+    check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=True)
+    lengths = {layer.rows() for layer in cache.layers}
+    assert len(lengths) == 1
+    most = max(sum(x == IMG for x in row) * 6 + sum(x != IMG for x in row) for row in rows)
+    if len(rows) == 1 or prompt == "one, two or none":
+        assert lengths == {most + 3}
+    whole = max(len(shrunk(row)[0]) for row in rows)
+    assert {int(cache.get_seq_length(i)) for i in range(4)} == {whole + 3}
 
 
 @pytest.mark.parametrize("prompt", ["one", "one, two or none"])

@@ -65,7 +65,7 @@ def test_model(name, attention):
     start, count, length = case["visual_start"], case["visual_num"], case["last_instruct_pos"]
     policy = fk.FlowCut.release(case["target"], llm_layer=case["prune_layer"])
     record = SimpleNamespace(trace=Trace())
-    _, replacements = decoder_replacements(model, policy, count, record, None)
+    _, replacements = decoder_replacements(model, policy, count, record)
     for module, attribute, replacement in replacements:
         setattr(module, attribute, replacement)
     visual = VisualTokens(
