@@ -34,7 +34,7 @@ build: .venv/built
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt torch numpy
-	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja
+	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
 	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis ruff mypy \
 		rich typer matplotlib scikit-learn pillow jinja2
 	touch $@
