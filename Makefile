@@ -5,12 +5,12 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOOR := transformers==5.17.0
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: bench test test-newest test-floor lint build clean
+.PHONY: bench test test-newest test-floor lint sanitize build clean
 
 bench: .venv/built
 	$(PY) -m flowcut_kernels.bench.cli
 
-test: lint test-newest test-floor
+test: lint sanitize test-newest test-floor
 
 test-newest: .venv/built
 	$(PY) -m pytest tests
@@ -23,6 +23,10 @@ lint: .venv/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The C++ forms that move rows in place, and the page planner, under the address and undefined-behaviour sanitizers.
+sanitize:
+	tests/sanitize/run.sh $(CXX)
 
 build: .venv/built
 
