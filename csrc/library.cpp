@@ -487,8 +487,8 @@ void compact_kv_paged(std::vector<Tensor> keys, std::vector<Tensor> values, Tens
 
   if (first.is_cpu()) {
     for (int64_t b = 0, last = 0; b <= p.sequences; last = p.offsets[b++])
-      check(last <= p.offsets[b] && p.offsets[b] <= p.moved, "compact_kv_paged_: offsets[", b, "] = ",
-            p.offsets[b], " must ascend within 0..", p.moved);
+      check(last <= p.offsets[b] && p.offsets[b] <= p.moved, "compact_kv_paged_: offsets[", b,
+            "] = ", p.offsets[b], " must ascend within 0..", p.moved);
     for (int64_t i = 0; i < 2 * p.moved; ++i)
       check(0 <= p.moves[i] && p.moves[i] < slots, "compact_kv_paged_: moves[", i / 2, ", ", i % 2,
             "] = ", p.moves[i], " must lie in 0..", slots - 1);

@@ -38,11 +38,10 @@ py::tuple plan_paged(const Array<int32_t>& block_tables, const Array<int64_t>& c
     plan = flowcut::plan_paged(batch);
   }
   const auto moved = static_cast<py::ssize_t>(plan.shifts.size());
-  return py::make_tuple(array(plan.moves).reshape({moved, py::ssize_t{2}}), array(plan.offsets),
-                        array(plan.shifts),
-                        array(plan.block_tables).reshape({block_tables.shape(0), block_tables.shape(1)}),
-                        array(plan.context_lens), array(plan.ref_counts), array(plan.taken_blocks),
-                        array(plan.freed_blocks));
+  return py::make_tuple(
+      array(plan.moves).reshape({moved, py::ssize_t{2}}), array(plan.offsets), array(plan.shifts),
+      array(plan.block_tables).reshape({block_tables.shape(0), block_tables.shape(1)}),
+      array(plan.context_lens), array(plan.ref_counts), array(plan.taken_blocks), array(plan.freed_blocks));
 }
 
 }  // namespace

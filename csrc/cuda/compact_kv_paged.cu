@@ -12,7 +12,8 @@ void compact_kv_paged(const CompactKVPaged& all, void* stream_handle) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < p.count; ++i) {
       const PagedRows& x = table.tensors[i];
-      unit |= reinterpret_cast<uintptr_t>(x.data) | x.block_stride | x.head_stride | x.token_stride | x.row_bytes;
+      unit |=
+          reinterpret_cast<uintptr_t>(x.data) | x.block_stride | x.head_stride | x.token_stride | x.row_bytes;
       bytes = std::max<int64_t>(bytes, x.row_bytes);
     }
     with_vector(p, unit, [&]<class V, class T>() {

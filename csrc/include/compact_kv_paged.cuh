@@ -9,8 +9,8 @@ struct PagedTable {
   PagedRows tensors[kTensors];
 };
 
-// Runs every sequence's moves in vectors V. T: the keys' type where they are turned, void otherwise. Blocks are
-// in the order tensor, sequence, head.
+// Runs every sequence's moves in vectors V. T: the keys' type where they are turned, void otherwise. Blocks
+// are in the order tensor, sequence, head.
 //
 // The sweep is that of compact_kv in place: items in the order of the moves, a tile at a time, one barrier
 // between a tile's reads and its writes. A later tile reads no row that an earlier one writes, and no other
@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned block_size = p.block_size, slots = p.blocks * block_size;
   auto exists = [&](int64_t slot) { return 0 <= slot && slot < slots; };
   auto row = [&](unsigned slot) {
-    return reinterpret_cast<V*>(head + slot / block_size * x.block_stride + slot % block_size * x.token_stride);
+    return reinterpret_cast<V*>(head + slot / block_size * x.block_stride +
+                                slot % block_size * x.token_stride);
   };
   for (unsigned tile = 0; tile < total; tile += kTile) {
     V a[kInFlight] = {}, b[kInFlight] = {};

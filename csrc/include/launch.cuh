@@ -1,4 +1,4 @@
-// What the launchers of compact_kv and compact_kv_paged share: the choice of the vector type, slices of layers.
+// What the launchers of compact_kv and compact_kv_paged share: the vector type, launches of enough layers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,8 +15,8 @@
 
 namespace flowcut::cuda {
 
-// Calls f<V, T>(): V the widest vector that divides `unit`, in which all bits are set that are set in an address
-// or a size; T the keys' type where they are turned, void otherwise.
+// Calls f<V, T>(): V the widest vector that divides `unit`, in which all bits are set that are set in an
+// address or a size; T the keys' type where they are turned, void otherwise.
 template <class Parameters, class F>
 void with_vector(const Parameters& p, uint64_t unit, const F& f) {
   auto turned = [&]<class T>() {

@@ -12,7 +12,7 @@
 
 namespace flowcut {
 
-// Contiguous arrays. Row n of a sequence lies in slot block_table[n / block_size] * block_size + n % block_size.
+// Contiguous arrays. Row n of a sequence lies in slot table[n / block_size] * block_size + n % block_size.
 struct PagedBatch {
   int64_t sequences, width, kept, blocks, free, block_size;
   const int32_t* block_tables;  // [sequences, width]
@@ -59,8 +59,8 @@ inline void check_batch(const PagedBatch& p) {
     for (int64_t m = 0, last = -1; m < p.kept; ++m) {
       const int64_t row = p.keep[b * p.kept + m];
       const bool padded = m > 0 && last == -1;
-      check(row == -1 || (!padded && last < row && row < length), "plan_paged: keep[", b, ", ", m, "] = ", row,
-            " after ", last, ": rows must ascend within 0..", length - 1, ", then -1");
+      check(row == -1 || (!padded && last < row && row < length), "plan_paged: keep[", b, ", ", m,
+            "] = ", row, " after ", last, ": rows must ascend within 0..", length - 1, ", then -1");
       last = row;
     }
   }
@@ -79,7 +79,8 @@ inline PagedPlan plan_paged(const PagedBatch& p) {
   plan.ref_counts.assign(p.ref_counts, p.ref_counts + p.blocks);
   plan.block_tables.assign(p.sequences * p.width, -1);
   plan.offsets.assign(1, 0);
-  std::map<std::vector<int64_t>, int32_t> copies;  // the rows of a new block (source slot, shift) -> the block
+  // The rows of a new block (source slot and shift of each) -> the block.
+  std::map<std::vector<int64_t>, int32_t> copies;
   for (int64_t b = 0; b < p.sequences; ++b) {
     const int32_t* table = p.block_tables + b * p.width;
     const int64_t* keep = p.keep + b * p.kept;

@@ -114,7 +114,8 @@ bool paged_right(int64_t dim, int64_t half) {
   constexpr int64_t kHeads = 2;
   const DrawnBatch drawn(draw(1, 40));
   PagedPlan plan = plan_paged(drawn.batch());
-  const int64_t size = drawn.block_size, row = kHeads * dim, block = 2 * size * row, moved = plan.shifts.size();
+  const int64_t size = drawn.block_size, row = kHeads * dim, block = 2 * size * row,
+                moved = plan.shifts.size();
   std::vector<float> cos(moved * half), sin(cos.size());
   for (auto* table : {&cos, &sin})
     for (float& x : *table) x = draw(-100, 100) / 100.0f;

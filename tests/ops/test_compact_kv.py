@@ -328,7 +328,7 @@ def test_cuda_kernels_do_not_spill():
 
 
 def test_the_cuda_kernels_on_the_host(tmp_path):
-    """The kernels' own source, compact_kv_paged's too, a thread per CUDA thread, under the address sanitizer (nvcc finds the headers)."""
+    """The source of both operators' kernels, a thread per CUDA thread, under the address sanitizer."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the path")

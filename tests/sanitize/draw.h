@@ -31,7 +31,8 @@ struct DrawnBatch {
   std::vector<int32_t> tables, counts, free;
   std::vector<int64_t> lengths, keep;
 
-  explicit DrawnBatch(int64_t block_size) : block_size(block_size), tables(sequences * width, 0), counts(blocks, 0) {
+  explicit DrawnBatch(int64_t block_size)
+      : block_size(block_size), tables(sequences * width, 0), counts(blocks, 0) {
     free.resize(blocks);
     std::iota(free.begin(), free.end(), 0);
     std::shuffle(free.begin(), free.end(), generator);
@@ -64,7 +65,7 @@ struct DrawnBatch {
   }
 
   PagedBatch batch() const {
-    return {sequences,      width,          kept,        blocks,        int64_t(free.size()), block_size,
+    return {sequences,     width,          kept,        blocks,        int64_t(free.size()), block_size,
             tables.data(), lengths.data(), keep.data(), counts.data(), free.data()};
   }
 };

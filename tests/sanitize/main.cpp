@@ -88,11 +88,14 @@ void check_plan(const PagedBatch& batch, const PagedPlan& plan) {
   }
   std::vector<int32_t> references(batch.ref_counts, batch.ref_counts + batch.blocks);
   for (int64_t b = 0; b < batch.sequences; ++b) {
-    const int32_t *table = batch.block_tables + b * batch.width, *now = plan.block_tables.data() + b * batch.width;
+    const int32_t *table = batch.block_tables + b * batch.width,
+                  *now = plan.block_tables.data() + b * batch.width;
     const int64_t *keep = batch.keep + b * batch.kept, length = plan.context_lens[b];
-    require(length == std::count_if(keep, keep + batch.kept, [](int64_t row) { return row >= 0; }), "new lengths");
+    require(length == std::count_if(keep, keep + batch.kept, [](int64_t row) { return row >= 0; }),
+            "new lengths");
     for (int64_t m = 0; m < length; ++m)
-      require(memory[now[m / size] * size + m % size] == table[keep[m] / size] * size + keep[m] % size, "kept rows");
+      require(memory[now[m / size] * size + m % size] == table[keep[m] / size] * size + keep[m] % size,
+              "kept rows");
     for (int64_t i = 0; i * size < batch.context_lens[b]; ++i) --references[table[i]];
     for (int64_t i = 0; i * size < length; ++i) ++references[now[i]];
   }
