@@ -276,7 +276,7 @@ def test_turned_keys(backend, device, dim, rotary, dtype):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_opcheck(turned):
-    keys, values = ([torch.randn(5, 3, 2, 8) for _ in range(2)] for _ in range(2))
+    keys, values = (list(x.unbind()) for x in torch.randn(2, 5, 2, 3, 2, 8).unbind(2))  # interleaved
     moves, offsets = torch.tensor([[4, 3], [5, 4], [9, 8]]), torch.tensor([0, 2, 3])
     tables = torch.randn(2, 3, 3).unbind() if turned else (None, None)
     opcheck(OPS.compact_kv_paged_.default, (keys, values, moves, offsets, *tables))
@@ -305,6 +305,7 @@ BAD_PLAN = {
     "used free block": (dict(free_blocks=[4, 3]), r"free_blocks\[1\] = 3 is in use \(1 references\)"),
     "free block twice": (dict(free_blocks=[4, 4]), r"free_blocks\[0\] = 4 is in use .* or named twice"),
     "no free block": (dict(free_blocks=[6]), r"free_blocks\[0\] = 6 is no block"),
+    "huge block": (dict(block_tables=[[0, 2**40, 2], [0, 3, 9]]), r"block_tables\[0, 1\] = \d+ is no block"),
     "too few free blocks": (dict(free_blocks=None), "free_blocks has 0 blocks, but 1 are needed"),
 }
 BAD_CALL = {
@@ -316,6 +317,7 @@ BAD_CALL = {
     "dim stride": (dict(keys=[X.repeat(1, 1, 1, 2)[..., ::2]]), "contiguous last dimension"),
     "expanded": (dict(values=[X[:1].expand(6, -1, -1, -1)]), r"values\[0\] is an expanded tensor"),
     "grad": (dict(keys=[X.clone().requires_grad_()]), r"keys\[0\] requires grad"),
+    "beyond the cache": (dict(ref_counts=None, context_lens=[5, 5]), r"block_tables\[1, 2\] = 9 is no block, .* 0..5"),
     "counts size": (dict(ref_counts=[2, 1, 1, 1, 0, 0, 0]), r"ref_counts must be int32 or int64 \[6\]"),
     "frequencies": (dict(inv_freq=torch.ones(5)), r"inv_freq must be .* at most \[4\], got \(5,\)"),
     "float8": (
@@ -341,6 +343,11 @@ def test_bad_input_leaves_the_cache(backend, device, change, message):
     with pytest.raises(ValueError, match=message):
         compact_kv_paged(**given, backend=backend)
     assert torch.equal(caches.view(torch.uint8), before)
+
+
+def test_a_block_that_no_count_can_have(form):
+    with pytest.raises(ValueError, match=f"block {2**40} does not fit int32"):
+        plan_paged([[2**40]], [1], [[0]], 2, backend=form)
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.0, True, 2**31], ids=str)
@@ -384,7 +391,7 @@ def test_a_direct_call_with_bad_arguments_is_an_error(call, message):
 
 
 @NO_PLANNER
-@pytest.mark.parametrize("case", [name for name in BAD_PLAN if name != "tables dtype"])
+@pytest.mark.parametrize("case", [name for name in BAD_PLAN if name not in ("tables dtype", "huge block")])
 def test_a_direct_call_of_the_planner_with_bad_arguments_is_an_error(case):
     types = dict(block_tables=np.int32, ref_counts=np.int32, free_blocks=np.int32)
     given = PLAN | BAD_PLAN[case][0]

@@ -69,7 +69,10 @@ def plan_paged(
         ValueError: arguments that do not fit, naming the argument, or too few `free_blocks`.
         RuntimeError: "cpp" was asked for but the planner was not built.
     """
-    return _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, None, backend)
+    requested = resolve_backend(backend)
+    if requested == "cpp" and planner_error() is not None:
+        raise RuntimeError(f"backend='cpp' was asked for plan_paged, but {planner_error()}")
+    return _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, None, requested)
 
 
 def compact_kv_paged(
@@ -88,19 +91,21 @@ def compact_kv_paged(
 
     Args:
         keys, values: one tensor [blocks, block_size, G, D] per layer, all of one dtype (float8 too) and on one device;
-            last dimension contiguous, other strides free, D may differ between keys and values. ``values=None``:
-            `keys` holds interleaved caches [blocks, 2, block_size, G, D]. Other layouts are views of these:
-            ``cache.unbind(0)`` of [2, blocks, ...], ``cache.transpose(1, 2)`` of [blocks, G, block_size, D].
+            last dimension contiguous, other strides free, none overlapping another; D may differ between keys and
+            values. ``values=None``: `keys` holds interleaved caches [blocks, 2, block_size, G, D]. Views serve other
+            layouts: ``cache.unbind(0)`` of [2, blocks, ...], ``cache.transpose(1, 2)`` of [blocks, G, block_size, D].
         block_tables, context_lens, keep, ref_counts, free_blocks: on the host, as in :func:`plan_paged`.
         inv_freq: [R/2], the frequencies of keys that carry rotary embeddings in the half-split layout (Llama, Qwen)
             with row n at position n. Then keys that move are turned to the positions of their new rows; shared rows
             that stay have theirs. None: keys stay rotated as they were. Keys of float32, bfloat16, float16 (or
             float64 in the reference).
-        backend: "auto", "reference", "cpp" (CPU tensors) or "cuda"; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: "auto", "reference", "cpp" (CPU tensors) or "cuda"; None: ``FLOWCUT_BACKEND`` or "auto". It says what
+            moves the rows; the plan is made in C++ if it can be, for "reference" in Python.
 
     Returns:
         The plan, whose tables, lengths and counts hold from now on. Freed blocks may be handed out at once to work
-        on the same CUDA stream. Rows of a block after the last kept one stay as they were.
+        on the same CUDA stream. Rows of a block after the last kept one stay as they were, and a last block that is
+        shared stays so: copy it before rows are appended, as after a fork.
 
     Raises:
         ValueError: arguments that do not fit, naming the argument, or too few `free_blocks`; nothing was changed.
@@ -112,7 +117,7 @@ def compact_kv_paged(
     choice = choose_backend(
         "compact_kv_paged", backend, keys[0], ("cpp", "cuda"), (keys[0].dtype,) if inv_freq is None else NATIVE_DTYPES
     )
-    plan = _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, blocks, backend)
+    plan = _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, blocks, choice)
     if len(plan.moves) == 0:
         return plan
     device = keys[0].device
@@ -184,12 +189,9 @@ def _check_frequencies(keys: list[Tensor], inv_freq: Tensor | None) -> None:
         )
 
 
-def _plan(tables, lengths, keep, block_size, ref_counts, free_blocks, blocks: int | None, backend) -> PagedPlan:
-    """`blocks`: how many the caches have, None where they are not known."""
-    requested = resolve_backend(backend)
-    if requested == "cpp" and planner_error() is not None:
-        raise RuntimeError(f"backend='cpp' was asked for plan_paged, but {planner_error()}")
-    native = None if requested == "reference" else planner()
+def _plan(tables, lengths, keep, block_size, ref_counts, free_blocks, blocks: int | None, form: str) -> PagedPlan:
+    """`blocks`: how many the caches have, None where they are not known. `form` "reference": in Python."""
+    native = None if form == "reference" else planner()
     if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or not 0 < block_size < 2**31:
         raise ValueError(f"plan_paged: block_size={block_size!r} must be a positive integer")
     tables = _integers("block_tables", tables, 2)
@@ -203,6 +205,8 @@ def _plan(tables, lengths, keep, block_size, ref_counts, free_blocks, blocks: in
         counts = _integers("ref_counts", ref_counts, 1, blocks)
     else:
         known = 1 + max((int(x.max()) for x in (tables[used], free) if x.size), default=-1)
+        if known > 2**31:
+            raise ValueError(f"plan_paged: block {known - 1} does not fit int32; blocks are numbered from 0")
         counts = np.zeros(known if blocks is None else blocks, np.int64)
         inside = tables[used & (tables >= 0) & (tables < len(counts))]
         counts += np.bincount(inside, minlength=len(counts))
