@@ -49,13 +49,19 @@ def program(name: str) -> str:
     return found
 
 
-def pybind11_dir() -> str:
-    """The folder of pybind11's CMake files, empty where it is not installed."""
-    if importlib.util.find_spec("pybind11") is None:
-        return ""
+def planner_options() -> list[str]:
+    """What CMake needs to build the page planner, which is left out where pybind11 or Python's headers are missing."""
+    headers = Path(sysconfig.get_path("include"))
+    if importlib.util.find_spec("pybind11") is None or not (headers / "Python.h").exists():
+        return ["-Dpybind11_DIR="]
     import pybind11
 
-    return pybind11.get_cmake_dir()
+    # The build folder is kept: unless they are named, CMake stays with the headers of the Python before.
+    return [
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DPython_INCLUDE_DIR={headers}",
+    ]
 
 
 class BuildNative(build_ext):
@@ -85,10 +91,9 @@ class BuildNative(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DFLOWCUT_TORCH_DIR={Path(torch.origin).parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11_dir()}",
             f"-DFLOWCUT_CUDA={'OFF' if os.environ.get('FLOWCUT_CUDA') == '0' else 'ON'}",
             f"-DFLOWCUT_CUDA_ARCHS={os.environ.get('FLOWCUT_CUDA_ARCHS', '80;90;100')}",
+            *planner_options(),
         ]
         try:
             subprocess.run(configure, check=True)

@@ -40,7 +40,7 @@ def sections() -> dict[str, dict[str, str]]:
         "cpp": _state(native_error()),
         "triton": _state(triton),
         "cuda": _state(cuda_error() or (None if torch.cuda.is_available() else "no CUDA device")),
-        "page planner in C++": _state(planner_error()),
+        "planner": _state(planner_error()),
     }
     variables = {
         name: (f"= {os.environ[name]!r}; " if name in os.environ else "not set; ") + what
