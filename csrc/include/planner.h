@@ -67,12 +67,11 @@ inline void check_batch(const PagedBatch& p) {
 }
 
 // One launch may run all moves, sequences side by side and each in the order of its moves:
-// - A block is written only if one reference to it exists, or if it was free. So what one sequence writes no
-//   other reads or writes.
+// - A block is written only if it had one reference before the plan, or none. So what one sequence writes no
+//   other reads or writes. References that go within the plan do not count: the moves of the sequence that
+//   drops a block still read it, so no other may write it, nor is a freed block taken.
 // - Row m comes from row keep[m] >= m, and rows ascend: what a move overwrites, row m, is before every row
 //   that the sequence's later moves read.
-// Both count references as they were before the plan. A block that the plan frees, or leaves to one sequence,
-// may still be read by it and is therefore not written by it.
 inline PagedPlan plan_paged(const PagedBatch& p) {
   check_batch(p);
   PagedPlan plan;
