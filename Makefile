@@ -5,12 +5,12 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOOR := transformers==5.17.0
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: bench test test-newest test-floor lint build clean
+.PHONY: bench test test-newest test-floor lint sanitize build clean
 
 bench: .venv/built
 	$(PY) -m flowcut_kernels.bench.cli
 
-test: lint test-newest test-floor
+test: lint sanitize test-newest test-floor
 
 test-newest: .venv/built
 	$(PY) -m pytest tests
@@ -24,6 +24,10 @@ lint: .venv/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The C++ forms that move rows in place, and the page planner, under the address and undefined-behaviour sanitizers.
+sanitize:
+	tests/sanitize/run.sh $(CXX)
+
 build: .venv/built
 
 .venv/built: .venv/ready $(SOURCES)
@@ -34,7 +38,7 @@ build: .venv/built
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt torch numpy
-	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja
+	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
 	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis ruff mypy \
 		rich typer matplotlib scikit-learn pillow jinja2
 	touch $@

@@ -1,4 +1,6 @@
-"""Builds the native library with CMake and ninja; everything else is declared in pyproject.toml.
+"""Builds the native library and the page planner with CMake and ninja; all else is declared in pyproject.toml.
+
+The native library knows nothing of Python. The planner is a pybind11 module, so a wheel serves one Python version.
 
 FLOWCUT_NATIVE=0 installs the Python part alone. FLOWCUT_CUDA=0 leaves out the CUDA kernels, which are otherwise
 compiled when nvcc is found (a GPU need not be present) for FLOWCUT_CUDA_ARCHS (default "80;90;100").
@@ -11,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -20,8 +23,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # --no-build-isolation does 
     raise SystemExit(f"flowcut_kernels: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FLOWCUT_NATIVE", "1") != "0"
@@ -46,13 +49,34 @@ def program(name: str) -> str:
     return found
 
 
+def planner_options() -> list[str]:
+    """What CMake needs to build the page planner, which is left out where pybind11 or Python's headers are missing."""
+    headers = Path(sysconfig.get_path("include"))
+    if importlib.util.find_spec("pybind11") is None or not (headers / "Python.h").exists():
+        return ["-Dpybind11_DIR="]
+    import pybind11
+
+    # The build folder is kept: unless they are named, CMake stays with the headers of the Python before.
+    return [
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DPython_INCLUDE_DIR={headers}",
+    ]
+
+
 class BuildNative(build_ext):
-    """One CMake build; its library and build facts land beside the Python modules."""
+    """One CMake build; its library, its Python module and its build facts land beside the Python modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+        if fullname.endswith("_native"):
+            return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+        return super().get_ext_filename(fullname)
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
+        self.build_all()
+        super().build_extensions()
+
+    def build_all(self) -> None:
         torch = importlib.util.find_spec("torch")
         if torch is None or torch.origin is None:
             raise SystemExit(
@@ -69,6 +93,7 @@ class BuildNative(build_ext):
             f"-DFLOWCUT_TORCH_DIR={Path(torch.origin).parent}",
             f"-DFLOWCUT_CUDA={'OFF' if os.environ.get('FLOWCUT_CUDA') == '0' else 'ON'}",
             f"-DFLOWCUT_CUDA_ARCHS={os.environ.get('FLOWCUT_CUDA_ARCHS', '80;90;100')}",
+            *planner_options(),
         ]
         try:
             subprocess.run(configure, check=True)
@@ -78,9 +103,13 @@ class BuildNative(build_ext):
                 "flowcut_kernels: the native build failed, see above; it needs a C++20 compiler (g++ >= 11 or "
                 "clang++ >= 14). FLOWCUT_NATIVE=0 installs the Python part alone."
             ) from error
+
+    def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
+        if not (BUILD / target.name).exists():  # an error for the native library, a warning for the planner
+            raise CompileError("it was left out; install pybind11 and Python's headers to build it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY, FACTS):
+        for name in (target.name, FACTS):
             shutil.copy2(BUILD / name, target.with_name(name))
 
     def copy_extensions_to_source(self) -> None:  # an editable install
@@ -88,16 +117,14 @@ class BuildNative(build_ext):
         shutil.copy2(BUILD / FACTS, ROOT / "flowcut_kernels")
 
 
-class PlatformWheel(bdist_wheel):
-    """The library knows the machine but nothing of Python, so one wheel serves every Python version."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
-
+EXTENSIONS = [
+    Extension("flowcut_kernels.flowcut_kernels_native", sources=[]),
+    Extension("flowcut_kernels._C", sources=[], optional=True),
+]
 
 setup(
     packages=[*find_packages(include=["flowcut_kernels", "flowcut_kernels.*"]), "flowcut_kernels.bench.mini_vlm"],
     package_dir={"flowcut_kernels.bench.mini_vlm": "benchmarks/mini_vlm"},
-    ext_modules=[Extension("flowcut_kernels.flowcut_kernels_native", sources=[])] if NATIVE else [],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    ext_modules=EXTENSIONS if NATIVE else [],
+    cmdclass={"build_ext": BuildNative},
 )

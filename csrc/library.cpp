@@ -324,12 +324,42 @@ void* current_stream(int32_t device) {
     return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"))
                       : nullptr;
   }();
-  check(get, "compact_kv: this torch has no CUDA");
+  check(get, "this torch has no CUDA");
   void* stream;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 #endif
+
+void check_place(const char* op, const char* name, const Tensor& x, const Tensor& first) {
+  check((x.is_cpu() && first.is_cpu()) ||
+            (x.is_cuda() && first.is_cuda() && x.get_device_index() == first.get_device_index()),
+        op, ": ", name, " must be on the device of keys[0]");
+}
+
+// The tables by which keys are turned, [rows..., half], made contiguous here.
+template <class Parameters>
+void set_rotation(const char* op, Parameters& p, const std::vector<Tensor>& keys, std::vector<int64_t> shape,
+                  std::optional<Tensor>& cos, std::optional<Tensor>& sin) {
+  check(cos.has_value() == sin.has_value(), op, ": cos and sin come together");
+  if (!cos) return;
+  p.dtype = dtype_of("keys that are turned", keys[0]), p.turned = keys.size();
+  p.half = cos->dim() > 0 ? cos->size(cos->dim() - 1) : 0;
+  shape.push_back(p.half);
+  for (auto* table : {&cos, &sin}) {
+    const Sizes sizes = (*table)->sizes();
+    check(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()), op, ": cos and sin must be ",
+          Sizes(shape.data(), shape.size()), ", got ", sizes);
+    check((*table)->scalar_type() == ScalarType::Float, op, ": cos and sin must be float32");
+    check_place(op, "cos and sin", **table, keys[0]);
+    *table = torch::stable::contiguous(**table);
+  }
+  p.cos = static_cast<const float*>(cos->const_data_ptr());
+  p.sin = static_cast<const float*>(sin->const_data_ptr());
+  for (const Tensor& x : keys)
+    check(x.dim() == 4 && 2 * p.half <= x.size(3), op, ": cos and sin are for ", 2 * p.half,
+          " columns, keys are ", x.sizes());
+}
 
 // Both operators on both devices: the outputs, keys before values; none in place.
 std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<Tensor>& values, Tensor keep,
@@ -341,30 +371,12 @@ std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<T
         "compact_kv: keep must be int64 [batch, kept]");
   const Tensor& first = keys[0];
   check(first.dim() == 4, "compact_kv: keys[0] must be [batch, heads, tokens, dim]");
-  auto check_place = [&](const char* name, const Tensor& x) {
-    check((x.is_cpu() && first.is_cpu()) ||
-              (x.is_cuda() && first.is_cuda() && x.get_device_index() == first.get_device_index()),
-          name, " must be on the device of keys[0]");
-  };
   CompactKV p{};
   p.batch = keep.size(0), p.heads = first.size(1), p.kept = keep.size(1), p.in_place = in_place;
-  check_place("compact_kv: keep", keep);
+  check_place("compact_kv", "keep", keep, first);
   keep = torch::stable::contiguous(keep);
   p.keep = static_cast<const int64_t*>(keep.const_data_ptr());
-
-  check(cos.has_value() == sin.has_value(), "compact_kv: cos and sin come together");
-  if (cos) {
-    p.dtype = dtype_of("compact_kv: keys (turned)", first), p.turned = keys.size();
-    p.half = cos->dim() == 3 ? cos->size(2) : 0;
-    for (auto* table : {&cos, &sin}) {
-      check_shape("compact_kv: cos and sin", **table, {p.batch, p.kept, p.half});
-      check((*table)->scalar_type() == ScalarType::Float, "compact_kv: cos and sin must be float32");
-      check_place("compact_kv: cos and sin", **table);
-      *table = torch::stable::contiguous(**table);
-    }
-    p.cos = static_cast<const float*>(cos->const_data_ptr());
-    p.sin = static_cast<const float*>(sin->const_data_ptr());
-  }
+  set_rotation("compact_kv", p, keys, {p.batch, p.kept}, cos, sin);
 
   std::vector<Tensor> tensors = keys, outputs;
   tensors.insert(tensors.end(), values.begin(), values.end());
@@ -376,10 +388,8 @@ std::vector<Tensor> compact(const std::vector<Tensor>& keys, const std::vector<T
               x.scalar_type() == first.scalar_type(),
           "compact_kv: keys and values must be [", p.batch, ", ", p.heads,
           ", tokens, dim] of one dtype, got ", x.sizes());
-    check_place("compact_kv: keys and values", x);
+    check_place("compact_kv", "keys and values", x, first);
     check(x.stride(3) == 1 || x.size(3) <= 1, "compact_kv: keys and values need a contiguous last dimension");
-    check(i >= keys.size() || 2 * p.half <= x.size(3), "compact_kv: cos and sin are for ", 2 * p.half,
-          " columns, keys have ", x.size(3));
     const int64_t bytes = x.element_size();
     check(x.size(2) < INT32_MAX && x.size(3) * bytes < INT32_MAX, "compact_kv: got ", x.sizes(),
           ", tokens and the bytes of a row must fit 32 bits");
@@ -433,6 +443,64 @@ void compact_kv_in_place(std::vector<Tensor> keys, std::vector<Tensor> values, T
   compact(keys, values, keep, cos, sin, true);
 }
 
+void compact_kv_paged(std::vector<Tensor> keys, std::vector<Tensor> values, Tensor moves, Tensor offsets,
+                      std::optional<Tensor> cos, std::optional<Tensor> sin) {
+  check(!keys.empty() && keys.size() == values.size(),
+        "compact_kv_paged_: keys and values must be as many, at least one, got ", keys.size(), " and ",
+        values.size());
+  const Tensor& first = keys[0];
+  check(first.dim() == 4, "compact_kv_paged_: keys[0] must be [blocks, block_size, heads, dim]");
+  check(moves.dim() == 2 && moves.size(1) == 2 && moves.scalar_type() == ScalarType::Long &&
+            offsets.dim() == 1 && offsets.size(0) > 0 && offsets.scalar_type() == ScalarType::Long,
+        "compact_kv_paged_: moves must be int64 [moved, 2] and offsets int64 [sequences + 1], got ",
+        moves.sizes(), " and ", offsets.sizes());
+  check_place("compact_kv_paged_", "moves", moves, first);
+  check_place("compact_kv_paged_", "offsets", offsets, first);
+  moves = torch::stable::contiguous(moves), offsets = torch::stable::contiguous(offsets);
+  CompactKVPaged p{};
+  p.blocks = first.size(0), p.block_size = first.size(1), p.heads = first.size(2);
+  p.moved = moves.size(0), p.sequences = offsets.size(0) - 1;
+  p.moves = static_cast<const int64_t*>(moves.const_data_ptr());
+  p.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t slots = p.blocks * p.block_size;
+  check(slots <= INT32_MAX, "compact_kv_paged_: ", p.blocks, " blocks of ", p.block_size,
+        " rows are more rows than fit 32 bits");
+  set_rotation("compact_kv_paged_", p, keys, {p.moved}, cos, sin);
+
+  std::vector<PagedRows> rows;
+  for (const auto* tensors : {&keys, &values})
+    for (const Tensor& x : *tensors) {
+      check(x.dim() == 4 && x.size(0) == p.blocks && x.size(1) == p.block_size && x.size(2) == p.heads &&
+                x.scalar_type() == first.scalar_type(),
+            "compact_kv_paged_: keys and values must be [", p.blocks, ", ", p.block_size, ", ", p.heads,
+            ", dim] of one dtype, got ", x.sizes());
+      check_place("compact_kv_paged_", "keys and values", x, first);
+      check(x.stride(3) == 1 || x.size(3) <= 1,
+            "compact_kv_paged_: keys and values need a contiguous last dimension");
+      const int64_t bytes = x.element_size();
+      check(x.size(3) * bytes < INT32_MAX, "compact_kv_paged_: got ", x.sizes(),
+            ", the bytes of a row must fit 32 bits");
+      rows.push_back({static_cast<char*>(x.mutable_data_ptr()), x.stride(0) * bytes, x.stride(2) * bytes,
+                      x.stride(1) * bytes, static_cast<int32_t>(x.size(3) * bytes)});
+    }
+  p.tensors = rows.data(), p.count = rows.size();
+
+  if (first.is_cpu()) {
+    for (int64_t b = 0, last = 0; b <= p.sequences; last = p.offsets[b++])
+      check(last <= p.offsets[b] && p.offsets[b] <= p.moved, "compact_kv_paged_: offsets[", b,
+            "] = ", p.offsets[b], " must ascend within 0..", p.moved);
+    for (int64_t i = 0; i < 2 * p.moved; ++i)
+      check(0 <= p.moves[i] && p.moves[i] < slots, "compact_kv_paged_: moves[", i / 2, ", ", i % 2,
+            "] = ", p.moves[i], " must lie in 0..", slots - 1);
+    kernels().compact_kv_paged(p, run_parallel);
+    return;
+  }
+#ifdef FLOWCUT_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+  cuda::compact_kv_paged(p, current_stream(first.get_device_index()));
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
@@ -442,12 +510,14 @@ STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
   m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place));
+  m.impl("compact_kv_paged_", TORCH_BOX(&compact_kv_paged));
 }
 
 #ifdef FLOWCUT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CUDA, m) {
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
   m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place));
+  m.impl("compact_kv_paged_", TORCH_BOX(&compact_kv_paged));
 }
 #endif
 

@@ -7,6 +7,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Plain globals, so that choosing a backend can be traced by torch.compile.
 _native_error: str | None = "it was not loaded yet"
 _cuda_error: str | None = "the native library was not loaded yet"
+_planner: ModuleType | None = None
+_planner_error: str | None = "it was not loaded yet"
 _triton_error = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
@@ -44,6 +47,34 @@ def load_native() -> None:
         _cuda_error = None
     else:
         _cuda_error = "the native library was built without nvcc"
+
+
+def load_planner() -> None:
+    """Import the page planner ``_C`` if it is there; remember why not otherwise."""
+    global _planner, _planner_error
+    if os.environ.get("FLOWCUT_NO_NATIVE") == "1":
+        _planner_error = "FLOWCUT_NO_NATIVE=1 is set"
+        return
+    try:
+        _planner = importlib.import_module("flowcut_kernels._C")
+        _planner_error = None
+    except ModuleNotFoundError:
+        _planner_error = (
+            "no flowcut_kernels._C for this Python: install with a C++ compiler, pybind11 and Python's headers to "
+            "build it"
+        )
+    except Exception as error:  # a module built for another machine must not break the import
+        _planner_error = f"flowcut_kernels._C did not load: {error}"
+
+
+def planner() -> ModuleType | None:
+    """The page planner's C++ form, None when it is not there."""
+    return _planner
+
+
+def planner_error() -> str | None:
+    """None when the page planner's C++ form is loaded, else the reason why it is not."""
+    return _planner_error
 
 
 def native_error() -> str | None:

@@ -70,6 +70,10 @@ LIB.define(
     "-> (Tensor[], Tensor[])"
 )
 LIB.define("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor keep, Tensor? cos=None, Tensor? sin=None) -> ()")
+LIB.define(
+    "compact_kv_paged_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor moves, Tensor offsets, Tensor? cos=None, "
+    "Tensor? sin=None) -> ()"
+)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,6 +156,11 @@ def _(keys, values, keep, cos=None, sin=None):
 
 @torch.library.register_fake("flowcut_kernels::compact_kv_", lib=LIB)
 def _(keys, values, keep, cos=None, sin=None):
+    return None
+
+
+@torch.library.register_fake("flowcut_kernels::compact_kv_paged_", lib=LIB)
+def _(keys, values, moves, offsets, cos=None, sin=None):
     return None
 
 

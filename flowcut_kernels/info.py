@@ -6,13 +6,13 @@ import os
 
 import torch
 
-from ._library import cuda_error, native_error, triton_error
+from ._library import cuda_error, native_error, planner_error, triton_error
 from .bench import machine
 
 # name -> what it does; the one table of variables that the package reads at run time or while it is built.
 VARIABLES = {
     "FLOWCUT_BACKEND": "auto (default), reference, cpp, triton or cuda, for every call that names none",
-    "FLOWCUT_NO_NATIVE": "1: do not load the native library",
+    "FLOWCUT_NO_NATIVE": "1: do not load the native library nor the page planner",
     "FLOWCUT_CPU_ISA": "avx512_bf16, avx512, avx2, scalar: instruction set of the C++ kernels instead of the best one",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors in Triton's interpreter",
     "FLOWCUT_NATIVE": "0: build the Python part alone",
@@ -40,6 +40,7 @@ def sections() -> dict[str, dict[str, str]]:
         "cpp": _state(native_error()),
         "triton": _state(triton),
         "cuda": _state(cuda_error() or (None if torch.cuda.is_available() else "no CUDA device")),
+        "planner": _state(planner_error()),
     }
     variables = {
         name: (f"= {os.environ[name]!r}; " if name in os.environ else "not set; ") + what

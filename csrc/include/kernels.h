@@ -117,6 +117,26 @@ struct CompactKV {
   const float *cos, *sin;
 };
 
+// Keys or values of one layer in blocks [blocks, heads, block_size, dim]: strides and row size in bytes, rows
+// contiguous.
+struct PagedRows {
+  char* data;
+  int64_t block_stride, head_stride, token_stride;
+  int32_t row_bytes;
+};
+
+struct CompactKVPaged {
+  const PagedRows* tensors;
+  int64_t count, turned;  // the first `turned` tensors are keys whose rotation changes
+  int64_t sequences, heads, blocks, block_size, moved;
+  const int64_t* moves;    // [moved, 2]: source slot, destination slot; slot = block * block_size + offset
+  const int64_t* offsets;  // [sequences + 1]: sequence b moves offsets[b]..offsets[b + 1] - 1, in this order
+  // Rotation of columns j and j + half, j < half, by the angles of the tables [moved, half].
+  DType dtype;
+  int64_t half;
+  const float *cos, *sin;
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -125,6 +145,7 @@ struct Kernels {
   void (*gather_tokens)(const GatherTokens&, ParallelFor);
   void (*attention)(const Attention&, ParallelFor);
   void (*compact_kv)(const CompactKV&, ParallelFor);
+  void (*compact_kv_paged)(const CompactKVPaged&, ParallelFor);
 };
 
 // The best set this machine runs, or the one FLOWCUT_CPU_ISA names; std::runtime_error if it cannot be had.
@@ -134,6 +155,7 @@ namespace cuda {
 // All pointers but `tensors` are the device's; `stream` is a cudaStream_t. std::runtime_error if the launch
 // fails.
 void compact_kv(const CompactKV&, void* stream);
+void compact_kv_paged(const CompactKVPaged&, void* stream);
 }  // namespace cuda
 
 }  // namespace flowcut

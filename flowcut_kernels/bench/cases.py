@@ -18,6 +18,7 @@ from ..ops import (
     attention,
     attention_with_stats,
     compact_kv,
+    compact_kv_paged,
     gather_tokens,
     score_select,
 )
@@ -429,6 +430,59 @@ class Compaction:
         return Check(same, detail="" if same else "kept rows differ")
 
 
+class PagedCompaction:
+    """`compact_kv_paged`: the same in blocks of 16 rows, plan included; the opponent moves the same rows unplanned.
+
+    bytes = 4 L B H M d size (kept keys and values read and written) + 8 B M (keep), FLOPs = 0
+    """
+
+    def __init__(
+        self, batch: int, layers: int, heads: int, dim: int, tokens: int, kept: int,
+        dtype: torch.dtype, device: torch.device, backend: str | None,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator(device).manual_seed(9)
+        self.backend = backend
+        width = -(-tokens // 16)
+        shape = (batch * width, 2, 16, heads, dim)
+        self.caches = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(layers)]
+        tables = torch.randperm(batch * width, generator=torch.Generator().manual_seed(9)).view(batch, width)
+        # Row 0 goes, so that every kept row moves.
+        drawn = torch.rand(batch, tokens - 1, generator=generator, device=device).topk(kept).indices.cpu() + 1
+        keep = drawn.sort().values
+        self.arguments = (tables.numpy(), torch.full((batch,), tokens).numpy(), keep.numpy())
+        slots = tables.gather(1, keep // 16) * 16 + keep % 16
+        target = tables[:, : -(-kept // 16)].repeat_interleave(16, 1)[:, :kept] * 16 + torch.arange(kept) % 16
+        self.source, self.target = slots.flatten().to(device), target.flatten().to(device)
+        self.case = Case(
+            "compact_kv_paged",
+            f"L={layers} B={batch} {tokens}→{kept}",
+            dtype,
+            choose_backend("compact_kv_paged", backend, self.caches[0], ("cpp", "cuda"), (dtype,)),
+            self.run,
+            {"index": self.index},
+            self.check,
+            bytes=4 * layers * batch * heads * kept * dim * dtype.itemsize + 8 * batch * kept,
+            flops=0,
+        )
+
+    def run(self) -> None:
+        compact_kv_paged(self.caches, None, *self.arguments, backend=self.backend)
+
+    def index(self) -> None:
+        for cache in self.caches:
+            cache[self.target // 16, :, self.target % 16] = cache[self.source // 16, :, self.source % 16]
+
+    def check(self) -> Check:
+        before = [x.clone() for x in self.caches]
+        self.run()
+        ours = [x.clone() for x in self.caches]
+        for cache, old in zip(self.caches, before, strict=True):
+            cache.copy_(old)
+        self.index()
+        same = all(torch.equal(a, b) for a, b in zip(ours, self.caches, strict=True))
+        return Check(same, detail="" if same else "rows differ")
+
+
 def cases(
     device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None, toy: bool = False
 ) -> Iterator[Case]:
@@ -462,3 +516,4 @@ def cases(
         for batch in (1, 4):
             shape = (2, 3, 16, 37, 9) if toy else (8, 32, 128, 608, 96)
             yield Compaction(batch, *shape, dtypes[-1], device, backend).case
+            yield PagedCompaction(batch, *shape, dtypes[-1], device, backend).case

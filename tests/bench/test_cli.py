@@ -286,3 +286,4 @@ def test_info_prints_backends_and_variables(capsys):
     info.main()
     text = capsys.readouterr().out
     assert "reference  available" in text and "FLOWCUT_BACKEND" in text and "torch" in text
+    assert "planner    available" in text or "no flowcut_kernels._C" in text or "FLOWCUT_NO_NATIVE=1 is set" in text

@@ -1,12 +1,12 @@
-// The GPU kernel of compact_kv run on the host: a thread for every thread of a block, a barrier for
-// __syncthreads. Random caches against the plain definition; a sanitizer watches the memory.
+// The GPU kernels of compact_kv and compact_kv_paged run on the host: a thread for every thread of a block, a
+// barrier for __syncthreads. Random caches against the plain definition; a sanitizer watches the memory.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <barrier>
 #include <cstdio>
-#include <random>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -29,26 +29,23 @@ static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-#include "compact_kv.cuh"
+#include "../sanitize/draw.h"
+#include "compact_kv_paged.cuh"
 
 using namespace flowcut;
 using namespace flowcut::cuda;
 
-static std::mt19937 generator(0);
-static int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-
-template <class V, class T, bool kInPlace>
-void launch(const Table& table, const CompactKV& p, int64_t most_bytes) {
-  const unsigned pieces = kInPlace ? 1 : (p.kept * most_bytes / sizeof(V) + kTile - 1) / kTile;
-  const unsigned blocks = p.count * p.batch * p.heads * pieces;
+static void launch(unsigned blocks, const std::function<void()>& kernel) {
   std::barrier<> barrier(kThreads);
   block = &barrier;
   std::vector<std::thread> threads;
   for (unsigned thread = 0; thread < kThreads; ++thread)
     threads.emplace_back([&, thread] {
       threadIdx.x = thread;
-      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) compact_kv<V, T, kInPlace>(table, p, pieces);
+      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) kernel();
     });
   for (std::thread& thread : threads) thread.join();
 }
@@ -59,12 +56,9 @@ bool right(int64_t dim, int64_t half) {
   using Element = std::conditional_t<std::is_void_v<T>, uint8_t, T>;
   constexpr int64_t kBatch = 2, kHeads = 2;
   const int64_t tokens = draw(1, 200), kept = draw(1, 200);
-  std::vector<int64_t> keep(kBatch * kept, -1);
-  for (int64_t b = 0; b < kBatch; ++b) {
-    int64_t m = 0;
-    for (int64_t token = 0; token < tokens && m < kept; ++token)
-      if (draw(0, 3) > 0) keep[b * kept + m++] = token;
-  }
+  std::vector<int64_t> keep;
+  for (int64_t b = 0; b < kBatch; ++b)
+    for (const int64_t row : draw_keep(tokens, kept)) keep.push_back(row);
   std::vector<float> cos(kBatch * kept * half), sin(cos.size());
   for (auto* table : {&cos, &sin})
     for (float& x : *table) x = draw(-100, 100) / 100.0f;
@@ -103,7 +97,8 @@ bool right(int64_t dim, int64_t half) {
           }
       }
   }
-  launch<V, T, kInPlace>(table, p, 2 * dim * sizeof(Element));
+  const unsigned pieces = kInPlace ? 1 : (kept * 2 * dim * sizeof(Element) / sizeof(V) + kTile - 1) / kTile;
+  launch(2 * kBatch * kHeads * pieces, [&] { compact_kv<V, T, kInPlace>(table, p, pieces); });
   for (int i = 0; i < 2; ++i)
     if (memcmp(wanted[i].data(), kInPlace ? memory[i].data() : out[i].data(),
                wanted[i].size() * sizeof(Element)))
@@ -111,10 +106,62 @@ bool right(int64_t dim, int64_t half) {
   return true;
 }
 
+// One layer of keys and values interleaved, [blocks, 2, block_size, heads, dim], after a random plan, some of
+// whose moves name slots that do not exist: the GPU is the first to see them.
+template <class V, class T>
+bool paged_right(int64_t dim, int64_t half) {
+  using Element = std::conditional_t<std::is_void_v<T>, uint8_t, T>;
+  constexpr int64_t kHeads = 2;
+  const DrawnBatch drawn(draw(1, 40));
+  PagedPlan plan = plan_paged(drawn.batch());
+  const int64_t size = drawn.block_size, row = kHeads * dim, block = 2 * size * row,
+                moved = plan.shifts.size();
+  std::vector<float> cos(moved * half), sin(cos.size());
+  for (auto* table : {&cos, &sin})
+    for (float& x : *table) x = draw(-100, 100) / 100.0f;
+  std::vector<Element> memory(drawn.blocks * block);
+  for (Element& x : memory) x = Element(float(draw(0, 100)));
+  std::vector<Element> wanted = memory;
+  for (int64_t& slot : plan.moves)
+    if (draw(0, 19) == 0) slot = draw(0, 1) ? -1 : drawn.blocks * size;
+
+  CompactKVPaged p{};
+  p.count = 2, p.turned = half > 0, p.sequences = drawn.sequences, p.heads = kHeads, p.blocks = drawn.blocks;
+  p.block_size = size, p.moved = moved, p.moves = plan.moves.data(), p.offsets = plan.offsets.data();
+  p.half = half, p.cos = cos.data(), p.sin = sin.data();
+  PagedTable table{};
+  for (int i = 0; i < 2; ++i) {
+    constexpr int64_t kBytes = sizeof(Element);
+    table.tensors[i] = {reinterpret_cast<char*>(memory.data() + i * size * row), block * kBytes, dim * kBytes,
+                        row * kBytes, int32_t(dim * kBytes)};
+    for (int64_t m = 0; m < moved; ++m)
+      for (int64_t head = 0; head < kHeads; ++head) {
+        auto at = [&](int64_t slot) {
+          return slot / size * block + (i * size + slot % size) * row + head * dim;
+        };
+        const int64_t source = plan.moves[2 * m], target = plan.moves[2 * m + 1];
+        if (std::min(source, target) < 0 || std::max(source, target) >= drawn.blocks * size) continue;
+        const Element* from = memory.data() + at(source);
+        Element* to = wanted.data() + at(target);
+        std::copy_n(from, dim, to);
+        if constexpr (!std::is_void_v<T>)
+          for (int64_t j = 0; i == 0 && j < half; ++j) {
+            const float a = to_float(from[j]), b = to_float(from[j + half]);
+            const float c = cos[m * half + j], s = sin[m * half + j];
+            from_float(a * c - b * s, to + j);
+            from_float(b * c + a * s, to + j + half);
+          }
+      }
+  }
+  launch(2 * drawn.sequences * kHeads, [&] { compact_kv_paged<V, T>(table, p); });
+  return !memcmp(memory.data(), wanted.data(), memory.size() * sizeof(Element));
+}
+
 template <class V, class T>
 bool all_right(int64_t dim, int64_t half) {
   bool ok = true;
-  for (int round = 0; round < 2; ++round) ok &= right<V, T, false>(dim, half) & right<V, T, true>(dim, half);
+  for (int round = 0; round < 2; ++round)
+    ok &= right<V, T, false>(dim, half) & right<V, T, true>(dim, half) & paged_right<V, T>(dim, half);
   if (!ok) std::printf("wrong: vectors of %zu bytes, dim %d, half %d\n", sizeof(V), int(dim), int(half));
   return ok;
 }

@@ -53,7 +53,7 @@ def test_other_instruction_sets_pass_the_operator_tests(isa):
     ops = (
         ["attention"]
         if isa == "avx512"
-        else ["anchor_stats", "score_select", "gather_tokens", "attention", "compact_kv"]
+        else ["anchor_stats", "score_select", "gather_tokens", "attention", "compact_kv", "compact_kv_paged"]
     )
     files = [str(HERE / f"test_{op}.py") for op in ops]
     run = python("-m", "pytest", "-q", "-k", "cpp and not compile and not opcheck", *files, FLOWCUT_CPU_ISA=isa)

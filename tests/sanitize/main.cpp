@@ -1,0 +1,237 @@
+// The CPU forms of compact_kv and compact_kv_paged and the page planner on random arguments, for a build with
+// sanitizers: results against a naive copy, every array exactly as long as it may be read.
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "draw.h"
+#include "kernels.h"
+
+namespace flowcut::FLOWCUT_ISA {
+void compact_kv(const CompactKV&, ParallelFor);
+void compact_kv_paged(const CompactKVPaged&, ParallelFor);
+}  // namespace flowcut::FLOWCUT_ISA
+
+using namespace flowcut;
+
+namespace {
+
+void require(bool ok, const char* what) {
+  if (ok) return;
+  std::printf("wrong: %s\n", what);
+  std::exit(1);
+}
+
+// Pieces of `grain` items, the last first: none may depend on another.
+void run_backwards(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  for (int64_t piece = (n + grain - 1) / grain; piece-- > 0;)
+    body(piece * grain, std::min(n, (piece + 1) * grain), context);
+}
+
+std::vector<float> floats(int64_t count) {
+  std::vector<float> x(count);
+  for (float& value : x) value = draw(-1000, 1000) / 8.0f;
+  return x;
+}
+
+// `row` turned as in the definition.
+void turn(float* row, const float* cos, const float* sin, int64_t half) {
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = row[j], b = row[j + half];
+    const float ac = a * cos[j], bs = b * sin[j], bc = b * cos[j], as = a * sin[j];
+    row[j] = ac - bs, row[j + half] = bc + as;
+  }
+}
+
+void check_compact_kv(bool in_place) {
+  const int64_t batch = draw(1, 3), heads = draw(1, 3), tokens = draw(0, 40), kept = draw(0, 45);
+  const int64_t dim = draw(1, 70), half = draw(0, 1) ? draw(0, dim / 2) : 0;
+  std::vector<int64_t> keep;
+  for (int64_t b = 0; b < batch; ++b)
+    for (const int64_t row : draw_keep(tokens, kept)) keep.push_back(row);
+  const std::vector<float> cos = floats(batch * kept * half), sin = floats(cos.size());
+  std::vector<std::vector<float>> memory, out, wanted;
+  std::vector<CacheRows> rows;
+  for (int64_t i = 0; i < 2; ++i) {
+    memory.push_back(floats(batch * heads * tokens * dim)), out.push_back(floats(batch * heads * kept * dim));
+    wanted.push_back(in_place ? memory[i] : std::vector<float>(out[i].size(), 0.0f));
+    for (int64_t head = 0; head < batch * heads; ++head)
+      for (int64_t m = 0; m < kept; ++m) {
+        const int64_t at = head / heads * kept + m;
+        if (keep[at] < 0) continue;
+        float* to = wanted[i].data() + (head * (in_place ? tokens : kept) + m) * dim;
+        std::copy_n(memory[i].data() + (head * tokens + keep[at]) * dim, dim, to);
+        if (i == 0) turn(to, cos.data() + at * half, sin.data() + at * half, half);
+      }
+  }
+  for (int64_t i = 0; i < 2; ++i)
+    rows.push_back({reinterpret_cast<char*>(memory[i].data()), reinterpret_cast<char*>(out[i].data()),
+                    heads * tokens * dim * 4, tokens * dim * 4, dim * 4, int32_t(tokens), int32_t(dim * 4)});
+  CompactKV p{};
+  p.tensors = rows.data(), p.count = 2, p.turned = half > 0, p.batch = batch, p.heads = heads, p.kept = kept;
+  p.keep = keep.data(), p.in_place = in_place, p.dtype = DType::Float32, p.half = half;
+  p.cos = cos.data(), p.sin = sin.data();
+  FLOWCUT_ISA::compact_kv(p, run_backwards);
+  require((in_place ? memory : out) == wanted, "compact_kv");
+}
+
+// The plan by what it is for: every kept row arrives, shared blocks are as they were, references add up.
+void check_plan(const PagedBatch& batch, const PagedPlan& plan) {
+  const int64_t size = batch.block_size;
+  std::vector<int64_t> memory(batch.blocks * size);
+  std::iota(memory.begin(), memory.end(), 0);
+  const std::vector<int64_t> before = memory;
+  std::vector<bool> written(batch.blocks);
+  for (size_t m = 0; m < plan.shifts.size(); ++m) {
+    memory[plan.moves[2 * m + 1]] = before[plan.moves[2 * m]];
+    written[plan.moves[2 * m + 1] / size] = true;
+  }
+  std::vector<int32_t> references(batch.ref_counts, batch.ref_counts + batch.blocks);
+  for (int64_t b = 0; b < batch.sequences; ++b) {
+    const int32_t *table = batch.block_tables + b * batch.width,
+                  *now = plan.block_tables.data() + b * batch.width;
+    const int64_t *keep = batch.keep + b * batch.kept, length = plan.context_lens[b];
+    require(length == std::count_if(keep, keep + batch.kept, [](int64_t row) { return row >= 0; }),
+            "new lengths");
+    for (int64_t m = 0; m < length; ++m)
+      require(memory[now[m / size] * size + m % size] == table[keep[m] / size] * size + keep[m] % size,
+              "kept rows");
+    for (int64_t i = 0; i * size < batch.context_lens[b]; ++i) --references[table[i]];
+    for (int64_t i = 0; i * size < length; ++i) ++references[now[i]];
+  }
+  std::vector<int32_t> freed;
+  for (int64_t block = 0; block < batch.blocks; ++block) {
+    require(!written[block] || batch.ref_counts[block] <= 1, "a shared block is written");
+    if (batch.ref_counts[block] > 0 && references[block] == 0) freed.push_back(block);
+  }
+  require(references == plan.ref_counts && freed == plan.freed_blocks, "references");
+}
+
+void check_compact_kv_paged() {
+  const DrawnBatch drawn(draw(1, 5));
+  const PagedBatch batch = drawn.batch();
+  const PagedPlan plan = plan_paged(batch);
+  check_plan(batch, plan);
+  const int64_t size = batch.block_size, heads = draw(1, 3), dim = draw(1, 40);
+  const int64_t moved = plan.shifts.size(), half = draw(0, 1) ? draw(0, dim / 2) : 0;
+  const std::vector<float> cos = floats(moved * half), sin = floats(cos.size());
+  // Keys and values of a block beside each other, [blocks, 2, block_size, heads, dim].
+  const int64_t row = heads * dim, block = 2 * size * row;
+  std::vector<float> memory = floats(batch.blocks * block), wanted = memory;
+  for (int64_t m = 0; m < moved; ++m)
+    for (int64_t i = 0; i < 2; ++i) {
+      auto at = [&](int64_t slot) { return slot / size * block + (i * size + slot % size) * row; };
+      float* to = wanted.data() + at(plan.moves[2 * m + 1]);
+      std::copy_n(memory.data() + at(plan.moves[2 * m]), row, to);
+      for (int64_t head = 0; i == 0 && head < heads; ++head)
+        turn(to + head * dim, cos.data() + m * half, sin.data() + m * half, half);
+    }
+  std::vector<PagedRows> rows;
+  for (int64_t i = 0; i < 2; ++i)
+    rows.push_back({reinterpret_cast<char*>(memory.data() + i * size * row), block * 4, dim * 4, row * 4,
+                    int32_t(dim * 4)});
+  CompactKVPaged p{};
+  p.tensors = rows.data(), p.count = 2, p.turned = half > 0, p.sequences = batch.sequences, p.heads = heads;
+  p.blocks = batch.blocks, p.block_size = size, p.moved = moved, p.moves = plan.moves.data();
+  p.offsets = plan.offsets.data(), p.dtype = DType::Float32, p.half = half;
+  p.cos = cos.data(), p.sin = sin.data();
+  FLOWCUT_ISA::compact_kv_paged(p, run_backwards);
+  require(memory == wanted, "compact_kv_paged");
+}
+
+// One array of a batch changed at random: an error or a plan, never a wild read.
+void check_broken_batch() {
+  DrawnBatch drawn(draw(1, 5));
+  const int value = draw(0, 3) > 0 ? draw(-3, 40) : draw(INT32_MIN, INT32_MAX);
+  auto change = [&](auto& values) {
+    if (!values.empty()) values[draw(0, values.size() - 1)] = value;
+  };
+  switch (draw(0, 4)) {
+    case 0: change(drawn.tables); break;
+    case 1: change(drawn.lengths); break;
+    case 2: change(drawn.keep); break;
+    case 3: change(drawn.counts); break;
+    case 4: drawn.free.resize(draw(0, 2)), change(drawn.free); break;
+  }
+  try {
+    check_plan(drawn.batch(), plan_paged(drawn.batch()));
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+// The GPU's sweep: units run side by side, each its moves in tiles of items (a vector of a row). Between two
+// barriers the writes of a tile and the reads of the next come in any order. Every row must be read before it
+// is overwritten, whoever overwrites it.
+void check_sweep(const std::vector<std::vector<std::pair<int64_t, int64_t>>>& units, int64_t slots) {
+  struct Step {
+    bool write;
+    int64_t from, to, value;
+  };
+  const int64_t width = draw(1, 4), tile = draw(1, 12);
+  std::vector<int64_t> memory(slots * width);
+  std::iota(memory.begin(), memory.end(), 0);
+  std::vector<int64_t> wanted = memory, next(units.size(), 0);
+  for (const auto& moves : units)
+    for (const auto& [from, to] : moves)
+      for (int64_t column = 0; column < width; ++column) wanted[to * width + column] = from * width + column;
+  std::vector<std::vector<Step>> phase(units.size()), loaded(units.size());
+  std::vector<size_t> running(units.size());
+  std::iota(running.begin(), running.end(), 0);
+  while (!running.empty()) {
+    const size_t at = draw(0, running.size() - 1), unit = running[at];
+    std::vector<Step>& steps = phase[unit];
+    if (!steps.empty()) {
+      Step step = steps.back();
+      steps.pop_back();
+      if (step.write) {
+        memory[step.to] = step.value;
+      } else {
+        step.value = memory[step.from], step.write = true;
+        loaded[unit].push_back(step);
+      }
+      continue;
+    }
+    // A barrier: what was loaded is written while the next tile is read.
+    steps.swap(loaded[unit]);
+    const int64_t items = units[unit].size() * width;
+    for (const int64_t end = std::min(items, next[unit] + tile); next[unit] < end; ++next[unit]) {
+      const auto& [from, to] = units[unit][next[unit] / width];
+      const int64_t column = next[unit] % width;
+      steps.push_back({false, from * width + column, to * width + column, 0});
+    }
+    std::shuffle(steps.begin(), steps.end(), generator);
+    if (steps.empty()) running.erase(running.begin() + at);
+  }
+  require(memory == wanted, "a row was overwritten before it was read");
+}
+
+void check_sweeps() {
+  const int64_t tokens = draw(1, 40);
+  std::vector<std::pair<int64_t, int64_t>> moves;
+  for (const int64_t row : draw_keep(tokens, tokens))
+    if (row >= 0) moves.emplace_back(row, moves.size());
+  check_sweep({moves}, tokens);
+
+  const DrawnBatch drawn(draw(1, 5));
+  const PagedBatch batch = drawn.batch();
+  const PagedPlan plan = plan_paged(batch);
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> sequences(batch.sequences);
+  for (int64_t b = 0; b < batch.sequences; ++b)
+    for (int64_t m = plan.offsets[b]; m < plan.offsets[b + 1]; ++m)
+      sequences[b].emplace_back(plan.moves[2 * m], plan.moves[2 * m + 1]);
+  check_sweep(sequences, batch.blocks * batch.block_size);
+}
+
+}  // namespace
+
+int main() {
+  constexpr int kRounds = 1000;
+  for (int round = 0; round < kRounds; ++round) {
+    check_compact_kv(false);
+    check_compact_kv(true);
+    check_compact_kv_paged();
+    check_broken_batch();
+    check_sweeps();
+  }
+  std::printf("%d rounds: every row was where it belongs\n", kRounds);
+}
