@@ -165,6 +165,25 @@ def prefill(
 
 
 @app.command()
+def kv(
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per repeat.")] = 8,
+    repeats: Repeats = 9,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    toy: Annotated[bool, typer.Option(hidden=True)] = False,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """The KV cache: what dropping rows costs, and what a decoding step gains."""
+    from .kv import measure
+
+    options = dict(dtype=dtypes(dtype)[0], steps=steps, repeats=repeats, backend=backend, toy=toy)
+    section("kv", measure, options, threads, device, json, csv)
+
+
+@app.command()
 def quality(
     split: Split = "dev",
     questions: Annotated[int, typer.Option(min=8, help="Questions to answer.")] = 2000,
@@ -282,7 +301,7 @@ def compiled(*, architectures: tuple[int, ...], only: str | None, device: str, c
 
 def section(
     title: str,
-    measure: Callable[..., Section],
+    measure: Callable[..., Section | list[Section]],
     options: dict,
     threads: int | None,
     device: str,
@@ -290,13 +309,15 @@ def section(
     csv: Path | None,
     out: Path | None = None,
 ) -> None:
-    """Measure one section, show it, write the files, and exit with 1 when a check failed."""
+    """Measure, show it, write the files, and exit with 1 when a check failed."""
     prepare(threads, device)
     start = time.perf_counter()
     with progress(title) as tick:
         found = measure(**options, device=device, command=typed(), tick=tick)
-    found.seconds = time.perf_counter() - start
-    report = Report(machine.facts(device), typed(), [found], found.seconds)
+    seconds = time.perf_counter() - start
+    sections = found if isinstance(found, list) else [found]
+    sections[0].seconds = seconds
+    report = Report(machine.facts(device), typed(), sections, seconds)
     show_report(report, terminal())
     if json:
         report.save(json)

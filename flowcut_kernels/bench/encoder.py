@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..calibrate import calibrate
 from ..models import patch, patched, trace
-from ..modules import encoder as blocks
+from ..modules import _rows as blocks
 from ..policies import FlowCut
 from ..policies import flowcut as scoring
 from ..policies.base import Policy

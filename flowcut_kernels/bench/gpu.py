@@ -45,6 +45,7 @@ STEPS = (
         "encoder", "encoder --dtype bf16 --batch 1,8,32 --frozen --repeats 9 --device cuda",
         f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
     ),
+    Step("kv", "kv --repeats 9 --device cuda", f"kv --toy {TOY}"),
     Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
     Step(
         "encoder-16384", "encoder --dtype bf16 --batch 1 --image-size 1792 --layers 8 --tokens 1638 --repeats 5 "
@@ -194,6 +195,10 @@ def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
                  of("speedup", min, 2, model="llava-next-7b", tokens=160, **prefill)),
         at_most("attention_with_stats : SDPA, N=577..4,096", 1.1,
                 of("of_torch", max, 8, op="attention_with_stats")),
+        at_least("compact_kv, 32 layers, 3,000→400: share of copy", 0.85,
+                 of("of_copy", op="compact_kv", wants_copy=0.85)),
+        at_least("same: times faster than index_select by layer", 3.0,
+                 of("speedup", op="compact_kv", wants_speedup=3.0)),
         at_most("peak memory of the encoder at N=16,384: share of stock", 1.0,
                 ratio(of("peak_bytes", patches=16384, **bf16), of("stock_peak_bytes", patches=16384, **bf16))),
     ]  # fmt: skip

@@ -37,10 +37,10 @@ def measure(
         if only and only not in case.op:
             continue
         tick(f"{case.op} {case.name}")
-        rows.append(_row(case, clock, repeats, copy))
-    copied = Samples([row["copy_gbs"] for row in rows if row["ok"]])
-    order = list(dict.fromkeys(row["op"] for row in rows))
-    rows.sort(key=lambda row: order.index(row["op"]))
+        rows.append(row(case, clock, repeats, copy))
+    copied = Samples([x["copy_gbs"] for x in rows if x["ok"]])
+    order = list(dict.fromkeys(x["op"] for x in rows))
+    rows.sort(key=lambda x: order.index(x["op"]))
     return Section(
         "ops",
         "Operators",
@@ -58,14 +58,15 @@ def measure(
             "GB/s: the formula's bytes; copy: share of what Tensor.copy_ beyond cache moves in the same rounds",
             "target: 2x faster than torch, and 60 % of copy where the data exceed twice the last-level cache",
         ],
-        failed=[f"{row['op']} {row['case']} {row['dtype']}: {row['refcheck']}" for row in rows if not row["ok"]],
+        failed=[f"{x['op']} {x['case']} {x['dtype']}: {x['refcheck']}" for x in rows if not x["ok"]],
     )
 
 
-def _row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
+def row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
+    """A case checked, then timed in turns with its fastest opponent and the copy."""
     with torch.inference_mode():
         check = case.check()
-    row: dict[str, Any] = dict(
+    found: dict[str, Any] = dict(
         op=case.op,
         case=case.name,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -80,7 +81,7 @@ def _row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
         wants_copy=case.wants_copy,
     )
     if not check.ok:
-        return row
+        return found
     # On CUDA kernels are timed, not Python: both sides replay a graph, and the host's share is a figure of its own.
     host = _host_seconds(case.ours, clock.device)
     wrap = (lambda run, _: run) if case.reads_back else captured
@@ -90,7 +91,7 @@ def _row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
     runs = {"ours": wrap(case.ours, clock.device), "torch": torch_forms[opponent], "copy": copy}
     times = interleave(runs, repeats=repeats, clock=clock)
     speedup = times["torch"].per(times["ours"])
-    row |= dict(
+    found |= dict(
         seconds=times["ours"].median,
         spread=times["ours"].spread,
         host_seconds=host,
@@ -106,9 +107,11 @@ def _row(case: Case, clock: Clock, repeats: int, copy: Copy) -> dict[str, Any]:
         of_copy=times["copy"].per(times["ours"]).median * case.bytes / copy.bytes,
     )
     wanted = [
-        row[got] >= row[want] for got, want in (("speedup", "wants_speedup"), ("of_copy", "wants_copy")) if row[want]
+        found[got] >= found[want]
+        for got, want in (("speedup", "wants_speedup"), ("of_copy", "wants_copy"))
+        if found[want]
     ]
-    return row | dict(met=all(wanted) if wanted else None)
+    return found | dict(met=all(wanted) if wanted else None)
 
 
 @torch.inference_mode()

@@ -83,7 +83,7 @@ def real(name: str, toy: bool = False) -> Shape:
     return Shape(name, vision, text, views, tokens, gains)
 
 
-def _llama_7b(vocabulary: int) -> LlamaConfig:
+def llama_7b(vocabulary: int = 32064) -> LlamaConfig:
     """Vicuna-7B."""
     return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096)
 
@@ -210,8 +210,8 @@ def random_pixels(config: Any, batch: int, seed: int = 33) -> Tensor:
 
 
 REAL: dict[str, tuple] = {
-    "llava-1.5-7b": (clip_large(), _llama_7b(32064), 1, (192, 128, 64), PAPER),
-    "llava-next-7b": (clip_large(), _llama_7b(32064), 5, (640, 320, 160), PAPER),
+    "llava-1.5-7b": (clip_large(), llama_7b(), 1, (192, 128, 64), PAPER),
+    "llava-next-7b": (clip_large(), llama_7b(), 5, (640, 320, 160), PAPER),
     "llava-onevision-7b": (siglip_so400m(), _qwen2_7b(), 5, (1820, 910, 365), PAPER_MEAN),
 }
 

@@ -175,6 +175,17 @@ TABLES: dict[str, list[Column]] = {
         Column("of the limit", _cell("of_limit", percent)),
         Column("memory beyond weights", lambda r: _sizes(r["stock_peak_bytes"], r["peak_bytes"])),
     ],
+    "kv": [
+        Column("type", _type, False),
+        Column("visual tokens", lambda r: f"{r['visual']}→{r['tokens']}", False),
+        Column("a token", lambda r: _pair(r, "decode")),
+        Column("faster", _cell("speedup", times)),
+        Column(
+            "KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"], True, True
+        ),
+        Column("faster, after layer 1", _cell("late_speedup", times)),
+        Column("KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["late_kv_bytes"])),
+    ],
     "quality": [
         *KEPT,
         Column("accuracy", _accuracy),
