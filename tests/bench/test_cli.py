@@ -119,7 +119,8 @@ def test_wrong_selection_fails(monkeypatch):
 
 
 def test_wrong_encoder_fails(monkeypatch):
-    blocks = encoder.blocks
+    from flowcut_kernels.modules import encoder as blocks
+
     right, native = blocks.PrunedEncoderLayer._attend, blocks.attention
     monkeypatch.setattr(blocks.PrunedEncoderLayer, "_attend", lambda *a, **k: 1.1 * right(*a, **k))
     monkeypatch.setattr(blocks, "attention", lambda *a, **k: 1.1 * native(*a, **k))
