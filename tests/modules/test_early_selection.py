@@ -272,7 +272,7 @@ def test_nothing_of_the_attention_lives_during_the_mlp():
     made, alive = [], []
     for layer in model.encoder.layers:
         for module in (layer.layer_norm1, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            module.register_forward_hook(lambda _, args, out: made.append(weakref.ref(out)))
+            module.register_forward_hook(lambda _, args, out: made.append(weakref.ref(out.untyped_storage())))
         layer.mlp.register_forward_pre_hook(lambda *_: alive.append(sum(x() is not None for x in made)))
     with fk.patched(model, fk.FlowCut(8)), torch.no_grad():
         model(pixels)
