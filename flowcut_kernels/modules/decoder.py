@@ -290,25 +290,43 @@ class PrunedDecoderLayer:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        hidden_states = self._attention_half(
+            hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, state, budget, held,
+            **kwargs,
+        )  # fmt: skip
+        parts = self.parts_of(self.layer)
+        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+
+    def _attention_half(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        cache: Any,
+        rotary: Any,
+        state: DecoderState,
+        budget: int,
+        held: PrunedRows | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Everything up to the kept rows of the residual stream after attention; the rest is gone before the MLP."""
         parts = self.parts_of(self.layer)
         normed = parts.norm1(hidden_states)
         key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
-        key = parts.rotate(key, key[:, :0], *position_embeddings)[0]
-        cut = state.cuts.get(self.number) or self._cut(state, budget, normed, key, value, position_embeddings)
-        cos, sin = (x.expand(len(normed), -1, -1) for x in position_embeddings)
+        key = parts.rotate(key, key[:, :0], *rotary)[0]
+        cut = state.cuts.get(self.number) or self._cut(state, budget, normed, key, value, rotary)
+        tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
-            parts.norm1, hidden_states, normed, (cos, sin), cut.index,
+            parts.norm1, hidden_states, normed, tables, cut.index,
             rms_norm=parts.rms_norm, backend=state.decoder.backend,
         )  # fmt: skip
-        cut.rotary = state.rotary_after(self.number, cut, rotary, position_ids, past_key_values)
+        cut.rotary = state.rotary_after(self.number, cut, rotary, positions, cache)
         query = self._heads(parts.q_proj(normed))
         query = parts.rotate(query, query[:, :0], *rotary)[0]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, parts.attention.layer_idx)
-        mask = state.mask(attention_mask, cut, before, held, key.shape[2])
-        mixed = self._attend(query, key, value, mask, **kwargs)
-        hidden_states = hidden_states + parts.out_proj(mixed.flatten(2))
-        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+        if cache is not None:
+            key, value = cache.update(key, value, parts.attention.layer_idx)
+        mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
+        return hidden_states + parts.out_proj(self._attend(query, key, value, mask, **kwargs).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.parts_of(self.layer).attention.head_dim)).transpose(1, 2)

@@ -7,6 +7,7 @@ model made of a prompt, and drops rows after the layers that cut.
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -405,6 +406,18 @@ def test_what_dropped_tokens_see():
         assert rows[number, "q_proj"] == asked
     assert [layer.keys.shape[2] for layer in cache.layers] == [whole, whole, 14, 10]
     assert cache.get_seq_length() == whole and [cache.get_seq_length(i) for i in range(4)] == [whole] * 4
+
+
+@torch.no_grad()
+def test_nothing_of_the_attention_lives_during_the_mlp():
+    model, made, alive = model_of(), [], []
+    for layer in model.model.language_model.layers:
+        for module in (layer.input_layernorm, *(getattr(layer.self_attn, f"{x}_proj") for x in "qkv")):
+            module.register_forward_hook(lambda _, args, out: made.append(weakref.ref(out.untyped_storage())))
+        layer.mlp.register_forward_pre_hook(lambda *_: alive.append(sum(x() is not None for x in made)))
+    with fk.patched(model, spread()):
+        model(**given(PROMPTS["one"]), use_cache=False)
+    assert made and alive == [0] * 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
