@@ -279,7 +279,7 @@ def compile(
     json: Json = None,
     csv: Csv = None,
 ) -> None:
-    """Triton kernels compiled for GPUs this machine need not have: registers, spills, shared memory."""
+    """Triton and CUDA kernels compiled for GPUs this machine need not have: registers, spills, shared memory."""
     if importlib.util.find_spec("triton") is None:
         raise typer.BadParameter("compile needs triton: pip install triton")
     section("compile", compiled, dict(architectures=numbers(arch, "--arch"), only=only), None, "cpu", json, csv)
@@ -294,9 +294,7 @@ def compiled(*, architectures: tuple[int, ...], only: str | None, device: str, c
         rows.append(asdict(found) | dict(ok=found.failure is None, refcheck=found.failure or ""))
     failed = [f"{row['kernel']} {row['variant']} sm_{row['arch']} {row['refcheck']}" for row in rows if not row["ok"]]
     notes = ["spills (stack and local bytes) and too much shared memory fail; nothing runs, so no GPU is needed"]
-    return Section(
-        "compile", "Triton kernels compiled", command, rows, dict(architectures=architectures), notes, failed
-    )
+    return Section("compile", "Kernels compiled", command, rows, dict(architectures=architectures), notes, failed)
 
 
 def section(

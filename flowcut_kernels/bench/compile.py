@@ -1,12 +1,13 @@
 """Compiles every Triton kernel for GPUs that need not be there, and reports registers, spills and shared memory.
 
 Real launches are prepared from meta tensors, so that what is compiled (specialisation, block sizes, warps) is what a
-launch of these sizes would run.
+launch of these sizes would run. The CUDA C++ kernels are read from the native library as nvcc built it.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from .._library import cuda_error
 from .._ops import Relevance, Select, ValueNorm
 from ..ops._triton_common import Launch
 from ..ops.anchor_stats.triton import prepare as prepare_stats
@@ -176,8 +178,37 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         )
 
 
+def native(architectures: Iterable[int], only: str | None = None) -> Iterator[Row]:
+    """The CUDA C++ kernels in the native library; none where it was built without nvcc."""
+    if cuda_error() is not None:
+        return
+    (library,) = Path(__file__).parents[1].glob("flowcut_kernels_native*.so")
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    arch, warps = 0, 256 // 32  # of every kernel, see kThreads
+    for found in re.finditer(r"arch = sm_(\d+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
+        if found[1]:
+            arch = int(found[1])
+            continue
+        kernel, variant = _demangled(found[2])
+        registers, stack, shared, local = map(int, found.groups()[2:])
+        if arch in architectures and (not only or only in kernel):
+            blocks = resident_blocks(arch, warps, registers, shared)
+            yield Row(kernel, variant, arch, warps, registers, stack, local, shared, blocks)
+
+
+def _demangled(symbol: str) -> tuple[str, str]:
+    """Name and template arguments of a kernel, or the symbol where binutils are missing."""
+    program = shutil.which("c++filt")
+    if program is None:
+        return symbol, ""
+    name = subprocess.run([program, symbol], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\w+)<(.*)>\(", name)
+    return (found[1], found[2]) if found else (name.strip(), "")
+
+
 def compile_all(architectures: Iterable[int] = ARCHITECTURES, only: str | None = None) -> list[Row]:
-    """One row per launch of :func:`launches` whose kernel's name contains `only`, and architecture."""
+    """Every launch of :func:`launches` and every CUDA C++ kernel whose name contains `only`, by architecture."""
     rows = []
     architectures = tuple(architectures)
     for variants in zip(*map(launches, architectures), strict=True):
@@ -193,4 +224,4 @@ def compile_all(architectures: Iterable[int] = ARCHITECTURES, only: str | None =
                     resident_blocks(arch, warps, used["REG"], shared),
                 )
             )  # fmt: skip
-    return rows
+    return [*rows, *native(architectures, only)]
