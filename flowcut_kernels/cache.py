@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ._ops import accumulate_dtype
 from .ops import compact_kv, compact_kv_
+from .ops.compact_kv import check_arguments as check_compaction
 
 
 def compact_kv_cache(
@@ -20,15 +21,16 @@ def compact_kv_cache(
     positions: str = "keep",
     rotary: nn.Module | Tensor | None = None,
     position_ids: Tensor | None = None,
+    layer_by_layer: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Drop the rows of a KV cache that ``keep`` does not name, in all layers at once.
 
     Args:
         cache: a transformers ``DynamicCache`` (every layer gets new, smaller tensors, so the old ones' memory is
-            released; until then the kept rows exist twice), a ``StaticCache`` (in place: no allocation, no host
-            sync, addresses stay, so it may run in a CUDA graph), or a pair of lists of tensors [B, G, N, D] (new
-            lists). Full-attention layers only, on one device.
+            released; until then the kept rows exist twice, with ``layer_by_layer`` those of one layer), a
+            ``StaticCache`` (in place: no allocation, no host sync, addresses stay, so it may run in a CUDA graph), or
+            a pair of lists of tensors [B, G, N, D] (new lists). Full-attention layers only, on one device.
         keep: int64 [B, M], for every sample the ascending rows to keep, then -1 as padding.
         lengths: int32 or int64 [B], the number of rows of every sample, instead of counting them.
         positions: "keep": keys stay rotated as they were, and the next token's position is what it would have been.
@@ -38,6 +40,7 @@ def compact_kv_cache(
             [R/2]; half-split layout, as in Llama and Qwen. One position per token: not for M-RoPE.
         position_ids: for "repack" [B, N], the positions that the keys have now; None: row n is at position n.
             Left-padded prompts, and caches compacted with "keep" before, need it.
+        layer_by_layer: a launch for each layer of a ``DynamicCache``, whose old rows go before the next layer's turn.
         backend: as in :func:`flowcut_kernels.ops.compact_kv`.
 
     Returns:
@@ -68,11 +71,16 @@ def compact_kv_cache(
         for layer in layers:
             layer.cumulative_length.fill_(keep.shape[1])
         return cache
-    new_keys, new_values = compact_kv(keys, values, keep, lengths, cos, sin, backend=backend)
     if raw:
-        return new_keys, new_values
-    for layer, key, value in zip(layers, new_keys, new_values, strict=True):
-        layer.keys, layer.values = key, value
+        return compact_kv(keys, values, keep, lengths, cos, sin, backend=backend)
+    if layer_by_layer:
+        check_compaction("compact_kv_cache", keys, values, keep, lengths, cos, sin)  # of all, before the first changes
+    del keys, values  # nothing but the cache holds the old rows
+    for group in [[layer] for layer in layers] if layer_by_layer else [layers]:
+        made = compact_kv([x.keys for x in group], [x.values for x in group], keep, lengths, cos, sin, backend=backend)
+        for layer, key, value in zip(group, *made, strict=True):
+            layer.keys, layer.values = key, value
+        del made, key, value
     return cache
 
 

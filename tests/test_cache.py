@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -159,6 +161,29 @@ def test_memory_of_a_dynamic_cache_falls_and_a_static_one_stays_where_it_is(mode
     assert storage_bytes([x.keys for x in dynamic.layers]) * rows == before * 4
     assert addresses == [x.keys.data_ptr() for x in static.layers]
     assert all(torch.equal(a, x.values[:, :, 4:]) for a, x in zip(rest, static.layers, strict=True))
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+@torch.no_grad()
+def test_peak_memory(layer_by_layer):
+    """What the allocator was asked for beyond what was there: the kept rows, or one layer's."""
+    layers, rows, kept = 6, 4000, 1000
+    # CPU memory that was there before the profiler would be freed unseen.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cache, keep = DynamicCache(), torch.arange(0, rows, rows // kept)[None]
+        for layer in range(layers):
+            cache.update(torch.randn(1, 2, rows, 64), torch.randn(1, 2, rows, 64), layer)
+        wanted = [x.keys[:, :, keep[0]] for x in cache.layers]
+        with torch.profiler.record_function("compaction"):
+            fk.compact_kv_cache(cache, keep, layer_by_layer=layer_by_layer)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    start = next(event.start_ns() for event in events if event.name() == "compaction")
+    changes = [x.nbytes() for x in events if x.name() == "[memory]" and x.start_ns() >= start]
+    peak, left = max(itertools.accumulate(changes)), sum(changes)
+    layer, slack = 2 * kept * 2 * 64 * 4, 32 * keep.nbytes  # what the checks of keep need
+    assert abs(left - layers * (layer - rows // kept * layer)) <= slack
+    assert peak <= (layer if layer_by_layer else layers * layer) + slack
+    assert all(torch.equal(x.keys, y) for x, y in zip(cache.layers, wanted, strict=True))
 
 
 def test_raw_tensors():

@@ -49,7 +49,7 @@ def compact_kv(
         RuntimeError: an explicitly requested backend that cannot serve these tensors.
     """
     keys, values = list(keys), list(values)
-    keep = _checked("compact_kv", keys, values, keep, lengths, cos, sin)
+    keep = check_arguments("compact_kv", keys, values, keep, lengths, cos, sin)
     choice = _choose("compact_kv", backend, keys[0], cos)
     if choice == "reference" or (torch.is_grad_enabled() and any(x.requires_grad for x in (*keys, *values))):
         return _reference(keys, values, keep, cos, sin)
@@ -73,7 +73,7 @@ def compact_kv_(
     overlap themselves and autograd must not record.
     """
     keys, values = list(keys), list(values)
-    keep = _checked("compact_kv_", keys, values, keep, lengths, cos, sin)
+    keep = check_arguments("compact_kv_", keys, values, keep, lengths, cos, sin)
     for name, x in _named(keys, values):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"compact_kv_: {name} is an expanded tensor, whose rows share memory; clone() it first")
@@ -96,8 +96,8 @@ def _named(keys: list[Tensor], values: list[Tensor]):
             yield f"{name}[{i}]", x
 
 
-def _checked(op, keys, values, keep, lengths, cos, sin) -> Tensor:
-    """`keep` with -1 at and after every sample's length; ValueError if the arguments do not fit each other."""
+def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:
+    """`keep` with -1 at and after every sample's length; ValueError in the name of `op` unless the arguments fit."""
     if not keys or len(keys) != len(values):
         raise ValueError(
             f"{op}: keys and values must hold one tensor per layer, got {len(keys)} keys and {len(values)} values"
