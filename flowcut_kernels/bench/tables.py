@@ -178,7 +178,7 @@ TABLES: dict[str, list[Column]] = {
     "kv": [
         Column("type", _type, False),
         Column("visual tokens", lambda r: f"{r['visual']}→{r['tokens']}", False),
-        Column("a token", lambda r: _pair(r, "decode")),
+        Column("tokens/s", lambda r: _rates(r, "decode")),
         Column("faster", _cell("speedup", times)),
         Column(
             "KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"], True, True
@@ -237,6 +237,12 @@ def _pair(row: dict[str, Any], key: str) -> str:
     before, after = row[f"stock_{key}_seconds"], row[f"{key}_seconds"]
     digits = ".3g" if max(before, after) < 1 else ".0f"
     return f"{1e3 * before:{digits}}→{1e3 * after:{digits}} ms"
+
+
+def _rates(row: dict[str, Any], key: str) -> str:
+    if row.get(f"{key}_seconds") is None:
+        return DASH
+    return f"{1 / row[f'stock_{key}_seconds']:.3g}→{1 / row[f'{key}_seconds']:.3g}"
 
 
 def cells(view: View, row: dict[str, Any]) -> list[str]:

@@ -182,11 +182,12 @@ class DecoderState:
         live = columns >= 0
         if given is not None:
             live = live & given.bool().gather(1, columns.clamp_min(0).expand(len(given), -1))
-            if aligned:
-                return live.to(given.dtype)  # flash attention itself is causal
+        name = self.decoder.model.config._attn_implementation
+        if aligned and name.startswith("flash"):  # causal by itself
+            return live
         rows = torch.arange(self.length, device=device)[None] if rows is None else rows
         allowed = live[:, None, None] & (columns[:, None, None] <= (rows + self.seen)[:, None, :, None])
-        if self.decoder.model.config._attn_implementation != "eager":
+        if name != "eager":
             return allowed
         lowest = torch.finfo(self.embeds.dtype).min
         return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)

@@ -18,7 +18,8 @@ from tiny import IMAGE
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 from torch.testing import assert_close
-from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, StaticCache
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, StaticCache
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import flowcut_kernels as fk
 from flowcut_kernels.policies.base import DecoderView, Selection
@@ -360,6 +361,30 @@ def test_second_turn_with_another_image(positions, cache, form):
     embeds = torch.cat([inside.embeds[0][0], table[torch.tensor(one[:-1])], inside.embeds[turn][0]])
     assert len(embeds) == len(ids)
     check_steps(oracle, [(embeds, images)], new, tuple(logits))
+
+
+def flash_stub(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """What flash attention takes: padding as [B, keys] or nothing; causality is aligned to the last key."""
+    queries, keys = query.shape[2], key.shape[2]
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    if attention_mask is not None:
+        assert attention_mask.shape == (len(key), keys)
+        allowed = allowed & attention_mask[:, None, None].bool()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("compact_cache", [False, True])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_masks_of_flash_attention(prompt, compact_cache, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stub", flash_stub)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_stub", flash_attention_mask)
+    model = model_of()
+    monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation", "flash_stub")
+    out, samples, oracle = generated(model, spread(), PROMPTS[prompt], compact_cache=compact_cache, **GREEDY)
+    check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
 
 
 @torch.no_grad()
