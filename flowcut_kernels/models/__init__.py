@@ -67,6 +67,8 @@ def patch(
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
+    if not isinstance(compact_cache, bool):
+        raise TypeError(f"compact_cache={compact_cache!r} must be True or False")
     resolve_backend(backend)
     adapter = next((a for a in ADAPTERS if type(model) is a.model_class), None)
     if adapter is None:
@@ -126,7 +128,7 @@ def patched(
 
 
 def trace(model: nn.Module) -> Trace:
-    """What the last forward pass through the vision encoder of a model patched with ``record=True`` kept.
+    """What the last forward pass of a model patched with ``record=True`` kept, in the encoder and the language model.
 
     Raises:
         ValueError: a model that is not patched, was patched without ``record=True``, or has not run yet.

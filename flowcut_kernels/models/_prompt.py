@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from ..modules.decoder import PrunedDecoder, VisualTokens
+from ..modules.kv_layers import check_cache, is_pruned
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
-_PROMPT_END: ContextVar[int | None] = ContextVar("prompt_end", default=None)
+_PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", default=None)  # for a model
 
 
 class Shrunk(NamedTuple):
@@ -268,6 +269,11 @@ class PrunedForward(_PromptMethod):
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
         visual = None if self.decoder is None else self._visual_tokens(arguments)
+        if self.decoder is None and is_pruned(arguments.get("past_key_values")):
+            raise ValueError(
+                "past_key_values was filled under a policy that prunes in the language model, which the policy of this "
+                "model does not: go on with the policy it was made with"
+            )
         if isinstance(arguments.get("logits_to_keep"), Tensor) and (talk is not None or visual is not None):
             raise ValueError("logits_to_keep as a tensor indexes the unpruned prompt: pass an int, or a pruned prompt")
         output = self.original(**arguments) if visual is None else self._with_pruned_decoder(arguments, visual)
@@ -284,30 +290,49 @@ class PrunedForward(_PromptMethod):
         if images is None or is_image is None:
             return None
         length, per_image = is_image.shape[1], self.shrinker.kept
-        if int(is_image.sum()) != images * per_image:
+        counts = is_image.sum(1).tolist()
+        if sum(counts) != images * per_image:
             return None  # the model itself has an error for that
-        samples, columns = (x.view(-1, per_image) for x in is_image.nonzero(as_tuple=True))
-        mask, labels = _mask(arguments), arguments.get("labels")
-        seen = int(getattr(arguments.get("past_key_values"), "get_seq_length", int)())
+        mask, labels, cache = _mask(arguments), arguments.get("labels"), arguments.get("past_key_values")
+        check_cache(cache)
+        if any(count % per_image for count in counts):
+            raise ValueError(
+                f"input_ids hold {counts} image placeholders per row, id {self.shrinker.image_token_id}; each image "
+                f"needs {per_image} in one row"
+            )
+        seen = 0 if cache is None else int(cache.get_seq_length())
         live = torch.ones_like(is_image)
         if mask is not None and mask.dim() == 2:
+            if mask.shape[1] != seen + length:
+                raise ValueError(f"attention_mask must be [{len(live)}, {seen + length}], got {tuple(mask.shape)}")
             live = mask[:, -length:].bool()
         elif mask is not None:  # 4-D: what the last column sees; a flag, or what is added to a logit
             last = mask[:, 0, -1, seen : seen + length].expand(len(live), -1)
             live = last if last.dtype == torch.bool else last == 0
-        # The last instruction token: the last of the prompt's text, or with labels of what is before the answer.
         column = torch.arange(length, device=live.device)
-        instruction = live & ~is_image
-        if (end := _PROMPT_END.get()) is not None:
-            instruction = instruction & (column < end - seen)
-        if labels is not None:
-            instruction = instruction & ((labels != -100).cumsum(1) == 0)
-        asks = torch.where(instruction, column, -1).amax(1)
-        asks = torch.where(asks < 0, torch.where(live, column, -1).amax(1), asks).clamp_min(0)
+        before = live
+        known, end = _PROMPT_END.get() or (None, 0)
+        if known is self.model:
+            if end > seen + length:
+                raise ValueError(
+                    "prefill_chunk_size puts the end of the prompt into another pass than an image, but the last of "
+                    "its text chooses the image's tokens: leave it unset, or prune in the encoder alone "
+                    "(llm_layer=None)"
+                )
+            before = before & (column < end - seen)
+            if cache is not None:
+                _PROMPT_END.set(None)  # later passes of this generate bring no images
+        if labels is not None:  # the answer is what has labels behind the images
+            images_end = torch.where(is_image, column, -1).amax(1, keepdim=True)
+            before = before & (((labels != -100) & (column > images_end)).cumsum(1) == 0)
+        # The last instruction token: the last of the text, or where there is none the last of the images.
+        asks = torch.where(before & ~is_image, column, -1).amax(1)
+        asks = torch.where(asks < 0, torch.where(before, column, -1).amax(1), asks).clamp_min(0)
+        samples, columns = (x.view(-1, per_image) for x in is_image.nonzero(as_tuple=True))
         return VisualTokens(
             columns=columns[:, self.shrinker.leading :],
             samples=samples[:, 0],
-            counts=(is_image.sum(1) // per_image).tolist(),
+            counts=[count // per_image for count in counts],
             asks=asks,
             live=live,
             right=bool((~live[:, -1]).any() and live[:, 0].all()),
@@ -375,11 +400,11 @@ class PrunedGenerate(_PromptMethod):
     def _run(self, arguments: dict[str, Any]) -> Any:
         given = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         whole = next((x for x in given if x is not None), None)
-        end = _PROMPT_END.set(None if whole is None else whole.shape[1])
+        before = _PROMPT_END.set(None if whole is None else (self.model, whole.shape[1]))
         try:
             return self.original(**arguments)
         finally:
-            _PROMPT_END.reset(end)
+            _PROMPT_END.reset(before)
 
     def _setting(self, arguments: dict[str, Any], name: str) -> Any:
         """A generation setting, wherever it was given."""

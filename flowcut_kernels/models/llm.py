@@ -14,8 +14,8 @@ from ._prompt import Replacement
 FAMILIES = ("Llama", "Qwen2", "Mistral")
 
 
-def _parts(layer: Any, modeling: Any, family: str) -> DecoderParts:
-    attention = layer.self_attn
+def _parts(layer: Any, module: str, family: str) -> DecoderParts:
+    attention, modeling = layer.self_attn, sys.modules[module]
     return DecoderParts(
         norm1=layer.input_layernorm,
         attention=attention,
@@ -47,7 +47,8 @@ def decoder_replacements(
     """
     count = len(model.layers)
     policy.check_decoder(count)
-    if all(policy.decoder_step(i, count, tokens) is None for i in range(count)):
+    steps = [policy.decoder_step(i, count, tokens) for i in range(count)]
+    if all(step is None or step >= policy.encoder_budget(tokens) for step in steps):
         return None, []
     # By name: the modules of families that nobody loaded stay unloaded.
     family, module = type(model).__name__.removesuffix("Model"), type(model).__module__
@@ -56,7 +57,7 @@ def decoder_replacements(
             f"{policy} prunes inside the language model, which must be one of "
             f"{', '.join(f'{name}Model' for name in FAMILIES)}; got {module}.{type(model).__name__}"
         )
-    parts = partial(_parts, modeling=sys.modules[module], family=family)
+    parts = partial(_parts, module=module, family=family)
     window = getattr(model.config, "sliding_window", None)
     if window is not None:
         raise ValueError(

@@ -25,7 +25,7 @@ from ..policies.base import DecoderView, Policy, Selection
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts, PrunedEncoder
-from .kv_layers import PrunedRows, check_cache, compact, pruned_layer
+from .kv_layers import NEVER, PrunedRows, compact, is_pruned, pruned_layer
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class VisualTokens:
 class Cut:
     """What the layers after a cut see of a pass's L new columns."""
 
+    layer: int  # that cut
     index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
     columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
     gaps: bool  # whether there is padding of this kind
@@ -73,7 +74,7 @@ class DecoderState:
     trace: Trace | None
     cuts: dict[int, Cut] = field(default_factory=dict)  # by layer
     masks: dict[tuple, Tensor] = field(default_factory=dict)
-    renumbered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos, sin by stage
+    renumbered: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos, sin by stage
 
     @property
     def length(self) -> int:
@@ -93,31 +94,37 @@ class DecoderState:
         now = (self.visual.columns if cut is None else cut.visual).shape[1]
         return None if kept is None or kept >= now else kept
 
-    def cache_of(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
-        """The cache of `layer`, told of the rows it is about to be given; None where it holds every column."""
+    def advance_cache(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
+        """The cache of `layer`, told of the rows it is about to be given; None where it holds every column.
+
+        Before the layer runs, since its mask is made of the rows that it will find.
+        """
         if cache is None:
             return None
         if cut is None:
             held = cache.layers[layer] if layer < len(cache.layers) else None
             return held if isinstance(held, PrunedRows) else None
-        held = pruned_layer(cache, layer, len(cut.columns), cut.columns.device)
+        held = pruned_layer(cache, layer, cut.columns.device)
         new = torch.where(cut.columns < 0, -1, cut.columns + self.seen)
-        held.columns = torch.cat([held.columns_of(held.rows()), new], 1)
+        held.columns = torch.cat([held.columns_of(held.rows()).expand(len(new), -1), new], 1)
         held.dropped += self.length - new.shape[1]
         held.gaps |= cut.gaps
-        held.stage = max(number for number in self.cuts if number < layer)
+        held.stage += (max(number for number in self.cuts if number < layer),)
         if self.decoder.policy.renumbers:
-            held.removed = cut.dropped.sum(1) if held.removed is None else held.removed + cut.dropped.sum(1)
+            columns = torch.arange(self.length, device=new.device) + self.seen
+            vanished = torch.where(cut.dropped > 0, columns, NEVER)
+            before = [] if held.vanished is None else [held.vanished.expand(len(new), -1)]
+            held.vanished = torch.cat([*before, vanished], 1)
         return held
 
     def rotary(self, cut: Cut | None, held: PrunedRows | None, given: Any, positions: Tensor) -> Any:
         """Cosine and sine for a layer's rows; `given` for all columns."""
         if cut is not None:
             return cut.rotary
-        if held is None or held.removed is None:
+        if held is None or held.vanished is None:
             return given
         if held.stage not in self.renumbered:
-            shifted = positions - held.removed[:, None]
+            shifted = positions - (held.vanished < NEVER).sum(1, keepdim=True)
             self.renumbered[held.stage] = self.decoder.model.rotary_emb(self.embeds, position_ids=shifted)
         return self.renumbered[held.stage]
 
@@ -128,8 +135,8 @@ class DecoderState:
         column = cut.columns.clamp_min(0)
         shifted = positions.expand(len(column), -1).gather(1, column) - cut.dropped.cumsum(1).gather(1, column)
         later = cache.layers[layer + 1] if cache is not None and layer + 1 < len(cache.layers) else None
-        if isinstance(later, PrunedRows) and later.removed is not None:  # in an earlier turn
-            shifted = shifted - later.removed[:, None]
+        if isinstance(later, PrunedRows) and later.vanished is not None:  # in an earlier turn
+            shifted = shifted - (later.vanished < NEVER).sum(1, keepdim=True)
         return self.decoder.model.rotary_emb(self.embeds, position_ids=shifted)
 
     def mask(
@@ -149,45 +156,50 @@ class DecoderState:
         gaps = held.gaps if held is not None else keys is not None and keys.gaps
         if given is None and queries is keys and not gaps:
             return None
-        memo = (None if held is None else held.stage, id(queries), id(keys))
+        memo = (None if held is None else held.stage, None if queries is None else queries.layer, queries is keys)
         if memo not in self.masks:
-            columns = None if keys is None else keys.columns
+            batch, device = len(self.embeds), self.embeds.device
+            columns = torch.arange(count, device=device)[None] if keys is None else keys.columns
             if held is not None:
                 columns = held.columns_of(count)
-            rows = None if queries is None else queries.columns
-            self.masks[memo] = self._made_mask(given, rows, columns, count, aligned=queries is keys)
+            new = torch.arange(self.length, device=device)[None] if queries is None else queries.columns
+            columns, new = columns.expand(batch, -1), new.expand(batch, -1)
+            if given is not None and given.dim() == 4:
+                made = self._selected(given, new, columns)
+            else:
+                made = columns >= 0 if given is None else self._padding(given, columns)
+                if queries is keys and self.decoder.model.config._attn_implementation.startswith("flash"):
+                    # Causal by itself. A mask shorter than a static cache's keys says how many of them count.
+                    made = made[:, : self.length + self.seen - (0 if held is None else held.dropped)]
+                else:
+                    made = self._causal(made, new, columns)
+            self.masks[memo] = made
         return self.masks[memo]
 
-    def _made_mask(
-        self, given: Tensor | None, rows: Tensor | None, columns: Tensor | None, count: int, aligned: bool
-    ) -> Tensor:
-        """`given` for queries at new columns `rows` and `count` keys at `columns`, int64 [B, n], -1 for padding."""
-        if given is not None and given.dim() == 4:
-            lowest = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
-            if rows is not None:
-                row = rows.clamp_min(0)[:, None, :, None]
-                given = given.expand(len(rows), -1, -1, -1)
-                given = given.gather(2, row.expand(-1, given.shape[1], -1, given.shape[3]))
-            if columns is None:
-                return given
-            # A static cache has room for more columns than the mask.
-            absent = (columns < 0) | (columns >= given.shape[3])
-            column = columns.masked_fill(absent, 0)[:, None, None]
-            given = given.expand(len(columns), -1, -1, -1)
-            given = given.gather(3, column.expand(-1, given.shape[1], given.shape[2], -1))
-            return given.masked_fill(absent[:, None, None], lowest)
-        device = self.embeds.device
-        if columns is None:
-            columns = torch.arange(count, device=device)[None]
-        live = columns >= 0
-        if given is not None:
-            live = live & given.bool().gather(1, columns.clamp_min(0).expand(len(given), -1))
-        name = self.decoder.model.config._attn_implementation
-        if aligned and name.startswith("flash"):  # causal by itself
-            return live
-        rows = torch.arange(self.length, device=device)[None] if rows is None else rows
-        allowed = live[:, None, None] & (columns[:, None, None] <= (rows + self.seen)[:, None, :, None])
-        if name != "eager":
+    # Three ways to make a mask of queries at `new` columns [B, Q] and keys at `columns` [B, K], -1 for padding.
+
+    @staticmethod
+    def _selected(given: Tensor, new: Tensor, columns: Tensor) -> Tensor:
+        """From the 4-D mask [B or 1, H or 1, L, columns] of the whole prompt: allowed or not, or what is added."""
+        given = given.expand(len(new), -1, -1, -1)
+        row = new.clamp_min(0)[:, None, :, None]
+        given = given.gather(2, row.expand(-1, given.shape[1], -1, given.shape[3]))
+        absent = (columns < 0) | (columns >= given.shape[3])  # a static cache has room for more than was seen
+        column = columns.masked_fill(absent, 0)[:, None, None]
+        given = given.gather(3, column.expand(-1, given.shape[1], given.shape[2], -1))
+        lowest = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+        return given.masked_fill(absent[:, None, None], lowest)
+
+    @staticmethod
+    def _padding(given: Tensor, columns: Tensor) -> Tensor:
+        """From the 2-D mask [B, columns seen]: bool [B, K] keys that are no padding."""
+        absent = (columns < 0) | (columns >= given.shape[1])
+        return given.bool().gather(1, columns.masked_fill(absent, 0)) & ~absent
+
+    def _causal(self, live: Tensor, new: Tensor, columns: Tensor) -> Tensor:
+        """Of bool [B, K] live keys, those up to each query: bool [B, 1, Q, K], or what eager attention adds."""
+        allowed = live[:, None, None] & (columns[:, None, None] <= (new + self.seen)[:, None, :, None])
+        if self.decoder.model.config._attn_implementation != "eager":
             return allowed
         lowest = torch.finfo(self.embeds.dtype).min
         return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)
@@ -207,7 +219,9 @@ class DecoderState:
         assert choice.index is not None
         all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
         columns = all_columns if before is None else before.columns
-        samples, kept = visual.samples[:, None], at.gather(1, choice.index)
+        # Scores that are not finite choose nothing (-1); on a GPU nobody looks, and attention carries them on.
+        chosen = torch.where(choice.index < 0, torch.arange(choice.index.shape[1], device=at.device), choice.index)
+        samples, kept = visual.samples[:, None], at.gather(1, chosen)
         drop = torch.zeros_like(columns, dtype=torch.bool)
         drop[samples, at] = True
         drop[samples, kept] = False
@@ -226,6 +240,7 @@ class DecoderState:
             place = (~drop).cumsum(1) - 1
         dropped = torch.zeros_like(all_columns).scatter_add(1, columns.clamp_min(0), drop.long())
         self.cuts[layer] = cut = Cut(
+            layer=layer,
             index=index,
             columns=columns.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1),
             gaps=gaps,
@@ -244,7 +259,10 @@ class DecoderState:
         tokens, stages = self.decoder.tokens, self.trace.stages
         images, count = choice.index.shape
         patches = torch.arange(tokens, device=choice.index.device).expand(images, -1)
-        patches = stages[-1].indices if stages else patches
+        if stages:
+            if images % len(stages[-1].indices):
+                return  # features of other images than those encoded last
+            patches = stages[-1].indices.repeat_interleave(images // len(stages[-1].indices), 0)  # beams
         scores = None
         if choice.score is not None:
             scores = choice.score.new_full((images, tokens), float("nan")).scatter(1, patches, choice.score)
@@ -273,7 +291,7 @@ class PrunedDecoderLayer:
         state, budget = pruning, None
         if state is not None:
             before, budget = state.before(self.number), state.budget(self.number)
-            held = state.cache_of(past_key_values, self.number, before)
+            held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budget is None:
                 new = hidden_states.shape[1]
@@ -314,7 +332,7 @@ class PrunedDecoderLayer:
         parts = self.parts_of(self.layer)
         normed = parts.norm1(hidden_states)
         key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
-        key = parts.rotate(key, key[:, :0], *rotary)[0]
+        key = _rotated(parts, key, rotary)
         cut = state.cuts.get(self.number) or self._cut(state, budget, normed, key, value, rotary)
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
@@ -323,7 +341,7 @@ class PrunedDecoderLayer:
         )  # fmt: skip
         cut.rotary = state.rotary_after(self.number, cut, rotary, positions, cache)
         query = self._heads(parts.q_proj(normed))
-        query = parts.rotate(query, query[:, :0], *rotary)[0]
+        query = _rotated(parts, query, rotary)
         if cache is not None:
             key, value = cache.update(key, value, parts.attention.layer_idx)
         mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
@@ -340,13 +358,12 @@ class PrunedDecoderLayer:
             every = torch.arange(len(asks), device=asks.device)
             cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
             query = self._heads(parts.q_proj(normed[every, asks][:, None]))
-            query = parts.rotate(query, query[:, :0], cos, sin)[0]
+            query = _rotated(parts, query, (cos, sin))
             image = samples[:, None], at
             view = DecoderView(
-                layer=self.number,
                 budget=budget,
-                query=query[samples],
-                key=key.transpose(1, 2)[image].transpose(1, 2),
+                query=query[samples].to(value.dtype),  # autocast leaves what was rotated in float32
+                key=key.transpose(1, 2)[image].transpose(1, 2).to(value.dtype),
                 value=value.transpose(1, 2)[image].transpose(1, 2),
                 value_anchor=value[every, :, asks][:, :, None][samples],
                 backend=state.decoder.backend,
@@ -363,6 +380,11 @@ class PrunedDecoderLayer:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if name == "eager" else "sdpa", parts.eager)
         dropout = module.attention_dropout if module.training else 0.0
         return attend(module, query, key, value, mask, **kwargs | dict(dropout=dropout, scaling=module.scaling))[0]
+
+
+def _rotated(parts: DecoderParts, x: Tensor, rotary: Any) -> Tensor:
+    """Heads turned by cosine and sine. The family's function takes queries and keys together: here without keys."""
+    return parts.rotate(x, x[:, :0], *rotary)[0]
 
 
 @dataclass
@@ -389,9 +411,12 @@ class PrunedDecoder:
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
         cache, state = arguments.get("past_key_values"), None
-        if visual_tokens is not None or any(isinstance(layer, PrunedRows) for layer in getattr(cache, "layers", [])):
-            if visual_tokens is not None:
-                check_cache(cache)
+        if visual_tokens is not None or is_pruned(cache):
+            if arguments.get("output_attentions") or self.model.config.output_attentions:
+                raise ValueError(
+                    "output_attentions=True was asked of a language model whose layers drop tokens and form no "
+                    "attention map: unpatch first, or look at trace(model).stages[i].scores"
+                )
             embeds = arguments.get("inputs_embeds")
             seen = 0 if cache is None else cache.get_seq_length()
             arguments["pruning"] = state = DecoderState(
@@ -401,9 +426,11 @@ class PrunedDecoder:
                 visual=visual_tokens,
                 trace=self.encoder.trace if visual_tokens is not None else None,
             )
+            if state.trace is not None:  # of this pass alone
+                state.trace.stages = [stage for stage in state.trace.stages if stage.name == "encoder"]
         output = type(self.model).forward(self.model, **arguments)
         if self.compact_cache and state is not None and state.visual is not None and state.visual.kept is not None:
             values = output if isinstance(output, tuple) else output.values()
             for filled in (x for x in values if isinstance(x, Cache)):
-                compact(filled, state.visual.kept, int(state.seen), state.length)
+                compact(filled, state.visual.kept, int(state.seen), state.length, self.backend)
         return output

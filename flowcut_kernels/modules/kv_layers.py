@@ -10,6 +10,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ..ops import compact_kv, compact_kv_
 
+NEVER = 2**62  # a column that is not there
+
 
 class PrunedRows:
     """What a layer of a cache knows of the columns it has no rows of. To the outside it has the length that was seen.
@@ -17,11 +19,13 @@ class PrunedRows:
     Rows 0..known-1 are `columns`; every later row is the column `dropped` places after it.
     """
 
-    columns: Tensor  # int64 [B, known] column of each row, -1 for padding
+    columns: Tensor  # int64 [B, known] column of each row, -1 for a row nobody sees; [1, known] stands for every sample
     dropped: int  # columns seen minus rows held
-    stage: int = -1  # decoder layer whose cut this layer comes after; layers of one stage hold the same columns
-    gaps: bool  # whether columns holds padding
-    removed: Tensor | None  # int64 [B] places by which later rows are renumbered; None: they keep their positions
+    stage: tuple[int, ...] = ()  # the cuts that came before this layer; layers of one stage hold the same columns
+    gaps: bool  # whether there are rows nobody sees
+    vanished: (
+        Tensor | None
+    )  # int64 [B, n] columns whose positions later rows take, NEVER for none; None: rows keep theirs
 
     def rows(self) -> int:
         """Rows held."""
@@ -32,20 +36,21 @@ class PrunedRows:
         raise NotImplementedError
 
     def columns_of(self, rows: int) -> Tensor:
-        """int64 [B, rows] column of each row, those included that are still to be written."""
+        """int64 [B or 1, rows] column of each row, those included that are still to be written."""
         known = self.columns.shape[1]
         tail = torch.arange(known, rows, device=self.columns.device) + self.dropped
         return torch.cat([self.columns, tail.expand(len(self.columns), -1)], 1)
 
-    def forget(self, batch: int, device: torch.device) -> None:
+    def forget(self, device: torch.device) -> None:
         """As a layer that holds every column so far."""
-        self.columns = torch.arange(self.rows(), device=device).expand(batch, -1)
-        self.dropped, self.gaps, self.removed = 0, False, None
+        self.columns = torch.arange(self.rows(), device=device)[None]
+        self.stage, self.dropped, self.gaps, self.vanished = (), 0, False, None
 
     def _reorder(self, index: Tensor) -> None:
-        self.columns = self.columns[index.to(self.columns.device)]
-        if self.removed is not None:
-            self.removed = self.removed[index.to(self.removed.device)]
+        if len(self.columns) > 1:
+            self.columns = self.columns[index.to(self.columns.device)]
+        if self.vanished is not None and len(self.vanished) > 1:
+            self.vanished = self.vanished[index.to(self.vanished.device)]
 
 
 class PrunedDynamicLayer(PrunedRows, DynamicLayer):
@@ -61,20 +66,26 @@ class PrunedDynamicLayer(PrunedRows, DynamicLayer):
         return self.rows() + self.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens (their negative number), at most those after the last cut."""
+        """Remove the last columns (their negative number)."""
         if tokens_to_remove > 0:  # in transformers 5.17 also the length to be left
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
-        later = self.rows() - self.columns.shape[1]
-        if -tokens_to_remove > later:
-            raise ValueError(
-                f"crop: the last {-tokens_to_remove} tokens reach into the pruned prompt; this cache can be cut by at "
-                f"most {later}"
-            )
-        super().crop(tokens_to_remove)
+        known, rows = self.columns.shape[1], self.rows()
+        if -tokens_to_remove <= rows - known:
+            super().crop(tokens_to_remove)
+            return
+        # Into what was cut: samples may have kept different numbers of the columns that are left.
+        end = max(self.get_seq_length() + tokens_to_remove, 0)
+        gone = self.columns >= end
+        left = int(torch.where(gone, 0, torch.arange(1, known + 1, device=gone.device)).amax()) if known else 0
+        if self.vanished is not None:
+            self.vanished = self.vanished.masked_fill(self.vanished >= end, NEVER)
+        self.columns = self.columns.masked_fill(gone, -1)[:, :left]
+        self.gaps, self.dropped = self.gaps or bool((self.columns < 0).any()), end - left
+        self.keys, self.values = (x[..., :left, :] for x in (self.keys, self.values) if x is not None)
 
     def reset(self) -> None:
         super().reset()
-        self.forget(len(self.columns), self.columns.device)
+        self.forget(self.columns.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -101,9 +112,12 @@ class PrunedStaticLayer(PrunedRows, StaticLayer):
     def get_seq_length(self) -> Any:
         return self.cumulative_length + self.dropped
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len + self.dropped, 0  # as many columns as will ever have been seen
+
     def reset(self) -> None:
         super().reset()
-        self.forget(len(self.columns), self.columns.device)
+        self.forget(self.columns.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -113,14 +127,19 @@ class PrunedStaticLayer(PrunedRows, StaticLayer):
 _PRUNED: dict[type, type[PrunedRows]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}
 
 
+def is_pruned(cache: Any) -> bool:
+    """Whether a layer of `cache` may lack rows."""
+    return any(isinstance(layer, PrunedRows) for layer in getattr(cache, "layers", []))
+
+
 def check_cache(cache: Any) -> None:
     """ValueError for a cache whose layers cannot hold fewer rows than the model has seen columns."""
     if cache is None:
         return
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         raise ValueError(
-            f"past_key_values: pruning inside the language model needs a DynamicCache or StaticCache that is not "
-            f"offloaded, got {type(cache).__name__}"
+            "past_key_values: pruning inside the language model needs a DynamicCache or StaticCache on the device, got "
+            f"{type(cache).__name__}{' that is offloaded' * bool(getattr(cache, 'offloading', False))}"
         )
     for i, layer in enumerate(cache.layers):
         if type(layer) not in _PRUNED and not isinstance(layer, PrunedRows):
@@ -130,7 +149,7 @@ def check_cache(cache: Any) -> None:
             )
 
 
-def pruned_layer(cache: Cache, number: int, batch: int, device: torch.device) -> PrunedRows:
+def pruned_layer(cache: Cache, number: int, device: torch.device) -> PrunedRows:
     """Layer `number` of `cache` as one that may lack rows: itself, or what takes the place of a plain one."""
     while len(cache.layers) <= number:  # a DynamicCache made without a configuration grows as layers are reached
         cache.layers.append(DynamicLayer())
@@ -139,12 +158,12 @@ def pruned_layer(cache: Cache, number: int, batch: int, device: torch.device) ->
         return layer
     pruned: Any = object.__new__(_PRUNED[type(layer)])
     vars(pruned).update(vars(layer))
-    pruned.forget(batch, device)
+    pruned.forget(device)
     cache.layers[number] = pruned
     return pruned
 
 
-def compact(cache: Cache, kept: Tensor, seen: int, length: int) -> None:
+def compact(cache: Cache, kept: Tensor, seen: int, length: int, backend: str | None = None) -> None:
     """Drop from every layer the rows of new columns that did not reach the last one.
 
     Args:
@@ -157,14 +176,14 @@ def compact(cache: Cache, kept: Tensor, seen: int, length: int) -> None:
     reached[:, seen:] = False
     reached.scatter_(1, torch.where(kept < 0, seen + length, kept + seen), True)
     reached[:, -1] = False  # where the padding went
-    layers = [pruned_layer(cache, number, batch, device) for number in range(len(cache.layers))]
-    groups: dict[int, list[Any]] = {}
+    layers = [pruned_layer(cache, number, device) for number in range(len(cache.layers))]
+    groups: dict[tuple[int, ...], list[Any]] = {}
     for layer in layers:
         groups.setdefault(layer.stage, []).append(layer)
     for group in groups.values():
         first = group[0]
         rows = first.rows()
-        columns = first.columns_of(rows)
+        columns = first.columns_of(rows).expand(batch, -1)
         live = reached.gather(1, columns.clamp_min(0)) & (columns >= 0)
         if bool(live.all()):
             continue
@@ -175,9 +194,9 @@ def compact(cache: Cache, kept: Tensor, seen: int, length: int) -> None:
         gaps = bool((known < 0).any())
         keys, values = [layer.keys for layer in group], [layer.values for layer in group]
         if isinstance(first, StaticLayer):
-            compact_kv_(keys, values, keep)
+            compact_kv_(keys, values, keep, backend=backend)
         else:
-            keys, values = compact_kv(keys, values, keep)
+            keys, values = compact_kv(keys, values, keep, backend=backend)
         for layer, key, value in zip(group, keys, values, strict=True):
             layer.keys, layer.values = key, value
             layer.columns, layer.gaps, layer.dropped = known, gaps, seen + length - left

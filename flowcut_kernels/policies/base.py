@@ -1,4 +1,4 @@
-"""What every policy is: a validated budget, and decisions inside a vision encoder."""
+"""What every policy is: a validated budget, and decisions inside a vision encoder and a language model."""
 
 from __future__ import annotations
 
@@ -130,7 +130,6 @@ class EncoderView:
 class DecoderView:
     """What a policy may see of one decoder layer's I images, before its attention is applied. G key heads."""
 
-    layer: int
     budget: int  # tokens to keep of each image
     query: Tensor  # [I, H, 1, d] of the last instruction token, rotated
     key: Tensor  # [I, G, n, d] of the image's tokens, rotated

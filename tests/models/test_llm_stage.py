@@ -18,10 +18,20 @@ from tiny import IMAGE
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 from torch.testing import assert_close
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MistralConfig,
+    Qwen2Config,
+    StaticCache,
+)
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import flowcut_kernels as fk
+from flowcut_kernels.modules import decoder
 from flowcut_kernels.policies.base import DecoderView, Selection
 
 # transformers' RMSNorm and the logits of generate are fp32 in an fp64 model.
@@ -98,6 +108,7 @@ def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
 class Image:
     columns: list[int]
     ask: int  # column of the instruction's last token
+    cuts: dict[int, list[int]] | None = None  # columns that a layer leaves, where that is known
 
 
 class Oracle:
@@ -112,7 +123,7 @@ class Oracle:
         reached = None if prompt is None else self(embeds[:prompt], images)[1]
         x, columns = embeds, torch.arange(len(embeds))
         positions = columns
-        images = [Image(list(image.columns), image.ask) for image in images]
+        images = [Image(list(image.columns), image.ask, image.cuts) for image in images]
         for number, layer in enumerate(self.text.layers):
             attention = layer.self_attn
             normed = rms(x, layer.input_layernorm)
@@ -137,15 +148,26 @@ class Oracle:
             live = torch.ones(len(x), dtype=torch.bool)
             for image in images:
                 row = {int(c): i for i, c in enumerate(columns)}
-                at = torch.tensor([row[c] for c in image.columns])
-                kept = self.choose(q[row[image.ask]], k[at], v[at], v[row[image.ask]], keep).sort().values
+                at = torch.tensor([row[c] for c in image.columns], dtype=torch.long)
+                if image.cuts and number in image.cuts:
+                    kept = torch.tensor([i for i, c in enumerate(image.columns) if c in image.cuts[number]]).long()
+                else:
+                    kept = self.choose(q[row[image.ask]], k[at], v[at], v[row[image.ask]], keep).sort().values
                 live[at] = False
                 live[at[kept]] = True
                 image.columns = [image.columns[i] for i in kept]
+                if image.cuts is not None:
+                    image.cuts[number] = image.columns
             x, columns, positions = x[live], columns[live], positions[live]
             if self.policy.positions == "renumber":
                 positions = torch.arange(len(x))
         return self.model.lm_head(rms(x, self.text.norm)), columns
+
+    def kept(self, embeds: Tensor, images: list[Image]) -> list[Image]:
+        """The images with what each cut leaves of them, so that it need not be decided again."""
+        done = [Image(list(image.columns), image.ask, {}) for image in images]
+        self(embeds, done)
+        return done
 
     def choose(self, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, keep: int) -> Tensor:
         if isinstance(self.policy, First):
@@ -564,10 +586,167 @@ def test_caches_that_do_not_fit():
         with pytest.raises(ValueError, match="layer 0 is a DynamicSlidingWindowLayer"):
             model(**given(ROWS), past_key_values=cache)
         assert cache.get_seq_length() == 0
-        cache = model(**given(PROMPTS["one"]), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="reach into the pruned prompt"):
-            cache.layers[-1].crop(-3)
-        assert cache.layers[-1].keys.shape[2] == 4 + 6
+
+
+@pytest.mark.parametrize("compact_cache", [False, True])
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("away", [1, 3, 10])
+@torch.no_grad()
+def test_cropped_prompt(away, positions, compact_cache):
+    """The end of a prompt is taken back, its image included, and other words are read in its place."""
+    model, policy, rows = model_of(), spread(positions=positions), PROMPTS["several images"]
+    oracle = Oracle(model, policy)
+    with Inside(model) as inside, fk.patched(model, policy, compact_cache=compact_cache):
+        inputs = given(rows)
+        places = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        cache = model(**inputs, position_ids=places, use_cache=True).past_key_values
+        cache.crop(-away)
+        whole = max(len(shrunk(row)[0]) for row in rows)
+        assert {cache.get_seq_length(i) for i in range(4)} == {whole - away}
+        new = torch.tensor([[40, 41], [42, 43]])
+        mask = torch.stack([torch.arange(whole - away + 2) >= whole - len(shrunk(row)[0]) for row in rows]).long()
+        out = model(
+            input_ids=new, past_key_values=cache, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -2:]
+        )
+    for b, (embeds, images) in enumerate(prompts_of(inside, rows)):
+        # Which tokens an image kept was decided by the words that are gone.
+        fixed = oracle.kept(embeds, images)
+        left = embeds[: len(embeds) - away]
+        for image in fixed:
+            image.columns = [column for column in image.columns if column < len(left)]
+        whole = torch.cat([left, oracle.model.get_input_embeddings().weight[new[b]]])
+        wanted = oracle(whole, fixed, len(left) if compact_cache else None)[0][-2:]
+        assert_close(out.logits[b].double(), wanted, **oracle.close)
+
+
+@torch.no_grad()
+def test_reset_for_another_batch():
+    model, policy = model_of(), spread()
+    oracle, cache = Oracle(model, policy), DynamicCache()
+    with fk.patched(model, policy, compact_cache=True):
+        model(**given(PROMPTS["four"]), past_key_values=cache)
+        cache.reset()
+        with Inside(model) as inside:
+            logits = model(**given(PROMPTS["one"]), past_key_values=cache).logits
+    assert_close(logits[0], oracle(*prompts_of(inside, PROMPTS["one"])[0])[0], **oracle.close)
+
+
+@torch.no_grad()
+def test_assisted_with_candidates_in_the_first_pass():
+    rows = [[1, IMG, 5, 6, 7, 5]]
+    _, samples, _ = generated(model_of(), spread(), rows, **GREEDY)  # without candidates behind the prompt
+    for options in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=model_of())):
+        out, _, oracle = generated(model_of(), spread(), rows, **GREEDY, **options)
+        check_steps(oracle, samples, out.sequences[:, -4:], out.logits)
+
+
+@torch.no_grad()
+def test_policies_may_change_between_turns():
+    model, cache = model_of(), DynamicCache()
+    with fk.patched(model, spread(((2, 10),))):
+        model(**given(PROMPTS["four"]), past_key_values=cache)
+    with fk.patched(model, spread(((1, 10),))):
+        inputs = given(PROMPTS["four"])
+        seen = cache.get_seq_length()
+        inputs["attention_mask"] = torch.cat([torch.ones(4, seen).long(), inputs["attention_mask"]], 1)
+        assert model(**inputs, past_key_values=cache).logits.isfinite().all()
+    with fk.patched(model, fk.FlowCut(8)), pytest.raises(ValueError, match="go on with the policy"):
+        model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_static_cache_holds_more_columns_than_rows():
+    """Compacted, a static cache goes on past the number of columns that it has rows for."""
+    model, policy, rows = model_of(), spread(), PROMPTS["one"]
+    oracle, logits, written = Oracle(model, policy), [], []
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
+    with Inside(model) as inside, fk.patched(model, policy, compact_cache=True):
+        out = model(**given(rows), past_key_values=cache)
+        for _ in range(8):  # 28 columns of the prompt, and 36 in the end
+            logits.append(out.logits[:, -1])
+            written.append(logits[-1].argmax(-1, keepdim=True))
+            out = model(input_ids=written[-1], past_key_values=cache)
+    check_steps(oracle, prompts_of(inside, rows), torch.cat(written, 1), tuple(logits), compacted=True)
+
+
+@torch.no_grad()
+def test_a_model_called_while_another_prompt_is_generated():
+    model, rows = model_of(), PROMPTS["one"]
+    longer = given([[1, 4, 4, 4, IMG, 5, 6, 7, 8, 9]])
+    seen = []
+
+    class Calls(LogitsProcessor):
+        def __call__(self, ids, scores):
+            seen.append(model(**longer).logits[:, -1])
+            return scores
+
+    with fk.patched(model, spread()):
+        alone = model(**longer).logits[:, -1]
+        model.generate(**given(rows), logits_processor=LogitsProcessorList([Calls()]), **GREEDY)
+    assert len(seen) == 4 and all(torch.equal(x, alone) for x in seen)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True), dict(use_cache=False)]
+)
+@torch.no_grad()
+def test_trace_of_generate(options):
+    model = model_of()
+    with fk.patched(model, spread(), record=True):
+        model.generate(**given(ROWS), **GREEDY | options)
+        stages = fk.trace(model).stages
+    copies = 3 if "num_beams" in options or "num_return_sequences" in options else 1
+    assert [stage.name for stage in stages[-2:]] == ["llm", "llm"] and stages[-3].name == "encoder"
+    assert all(len(stage.kept) in (4, 4 * copies) for stage in stages[-2:])
+
+
+@torch.no_grad()
+def test_not_finite_scores():
+    model, inputs = model_of(), given(PROMPTS["one"])
+    model.model.language_model.layers[1].self_attn.k_proj.weight.fill_(torch.nan)
+    with fk.patched(model, spread()), pytest.raises(ValueError, match="at decoder layer 1"):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_not_finite_scores_where_nobody_looks(monkeypatch):
+    """As on a GPU: nothing is read back, and the logits say it."""
+    model, inputs = model_of(), given(PROMPTS["one"])
+    model.model.language_model.layers[1].self_attn.k_proj.weight.fill_(torch.nan)
+    monkeypatch.setattr(decoder, "raise_if_not_finite", lambda *_: None)
+    with fk.patched(model, spread()):
+        assert model(**inputs).logits.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m(**given(ROWS), output_attentions=True), "output_attentions=True"),
+        (lambda m: m.generate(**given(PROMPTS["one"]), prefill_chunk_size=26, **GREEDY), "prefill_chunk_size"),
+        (lambda m: m(**given(ROWS) | dict(attention_mask=torch.ones(2, 9).long())), "attention_mask must be"),
+    ],
+)
+@torch.no_grad()
+def test_calls_that_cannot_be_served(call, words):
+    model = model_of()
+    with fk.patched(model, spread()), pytest.raises(ValueError, match=words):
+        call(model)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_patched_model():
+    model, inputs = model_of(), given(ROWS)
+    with fk.patched(model, spread()):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_autocast():
+    model, inputs = model_of(dtype=torch.float32), given(ROWS, dtype=torch.float32)
+    with fk.patched(model, spread()), torch.autocast("cpu", torch.bfloat16):
+        assert model(**inputs).logits.isfinite().all()
+        model.generate(**inputs, **GREEDY)
 
 
 @torch.no_grad()

@@ -38,7 +38,6 @@ def test_choice(name, backend):
     visual, ask = slice(case["visual_start"], case["visual_start"] + case["visual_num"]), case["last_instruct_pos"] - 1
     choice = fk.FlowCut.release(case["target"], llm_layer=1).decoder_select(
         DecoderView(
-            layer=1,
             budget=case["target"],
             query=query[:, :, ask : ask + 1],
             key=key[:, :, visual],
