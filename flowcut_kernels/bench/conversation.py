@@ -85,6 +85,7 @@ class Conversations:
 
         second, last = self.ids[other].to(device), self.last[other].to(device)
         seen, new = cache.get_seq_length(), second.shape[1]
+        # As if the rows after the image were cut off, which a cache whose prompt was pruned does not allow.
         mask = torch.ones((len(second), seen + new), dtype=torch.long, device=device)
         mask[:, visual:seen] = 0
         place = (visual + torch.arange(new, device=device)).expand(len(second), -1)
