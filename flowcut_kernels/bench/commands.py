@@ -213,6 +213,21 @@ def quality(
 
 
 @app.command()
+def conversation(
+    questions: Annotated[int, typer.Option(min=8, help="Conversations, each with a second question.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Which scenes are drawn.")] = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Accuracy of the trained stand-in on a second question, on the pruned cache of the first, compacted or not."""
+    from .conversation import measure
+
+    section("conversation", measure, dict(questions=questions, seed=seed), threads, device, json, csv)
+
+
+@app.command()
 def look(
     image: Annotated[Path, typer.Argument(help="A picture.", exists=True, dir_okay=False)],
     out: Out = Path("flowcut-report"),

@@ -86,6 +86,11 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} % ±{50 * (row['high'] - row['low']):.1f}"
 
 
+def _answers(key: str) -> Callable[[dict[str, Any]], str]:
+    """The accuracy of one of several answers with half its interval."""
+    return lambda row: f"{100 * row[key]:.1f} ±{50 * (row[f'{key}_high'] - row[f'{key}_low']):.1f}"
+
+
 def _kind(kind: str, row: dict[str, Any]) -> str:
     return f"{100 * row['kinds'][kind]:.1f}"
 
@@ -100,6 +105,11 @@ percent = "{:.0%}".format
 KEPT = [
     Column("kept", lambda row: f"{row['tokens']} ({row['share']:.0%})", False),
     Column("policy", _cell("policy"), False),
+]
+TALK = [
+    KEPT[0],
+    Column("FlowCut in", _cell("where"), False),
+    Column("compact", _cell("compact", lambda on: "on" if on else "off"), False),
 ]
 TABLES: dict[str, list[Column]] = {
     "ops": [
@@ -193,6 +203,20 @@ TABLES: dict[str, list[Column]] = {
         Column("against FlowCut", _points("over_flowcut")),
         Column("encoder/image", _time("encoder_seconds")),
     ],
+    "conversation": [
+        *TALK,
+        Column("1st, %", _answers("first")),
+        Column("2nd, %", _answers("second")),
+        Column("on - off", _points("second_over_off")),
+        Column("on - encoder", _points("second_over_encoder")),
+        Column("KV", lambda row: f"{row['kv_bytes'] / 2**10:.0f} KiB"),
+    ],
+    "conversation continued": [
+        *TALK,
+        Column("2nd, %", _answers("continued")),
+        Column("on - off", _points("continued_over_off")),
+        Column("on - encoder", _points("continued_over_encoder")),
+    ],
     "gpu": [
         Column("what", _cell("what"), False, True),
         Column("target", _cell("target")),
@@ -215,7 +239,7 @@ TABLES: dict[str, list[Column]] = {
 
 def views(section: Section) -> list[View]:
     """The tables of a section: the main one, then details."""
-    groups = {"ops": "op", "quality": "tokens", "compile": "kernel"}
+    groups = {"ops": "op", "quality": "tokens", "conversation": "tokens", "compile": "kernel"}
     found = [View(TABLES[section.name], groups.get(section.name))]
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
@@ -225,6 +249,9 @@ def views(section: Section) -> list[View]:
             found.append(View(TABLES["encoder frozen"], None, "Static schedule, as a share of the stock tower", True))
     if section.name == "prefill" and any("of_limit" in row for row in section.rows):
         found.append(View(TABLES["prefill limits"], None, "Against eager attention and free selection", True))
+    if section.name == "conversation":
+        continued = TABLES["conversation continued"]
+        found.append(View(continued, "tokens", "The same questions, read after the first one and its answer", True))
     if section.name == "quality" and section.rows:
         kinds = [Column(kind, partial(_kind, kind), True, True) for kind in section.rows[0]["kinds"]]
         found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))

@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 from typer.testing import CliRunner  # noqa: E402
 
 from flowcut_kernels.bench import cases, cli, encoder, flops, look, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
+from flowcut_kernels.bench import conversation as talk  # noqa: E402
 from flowcut_kernels.bench.commands import app  # noqa: E402
 
 SMALL = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
@@ -29,6 +30,7 @@ COMMANDS = {
     "prefill": "prefill --layers 6 --text-layers 1 --image-size 112 --hidden 64 --tokens 8 --steps 1 --repeats 1",
     "quality": "quality --questions 16 --policies FlowCut,random",
     "kv": "kv --toy --repeats 1 --steps 2",
+    "conversation": "conversation --questions 16",
 }
 
 
@@ -132,6 +134,18 @@ def test_wrong_reading_of_a_scene_fails(monkeypatch, untrained):
     right = quality.answers
     monkeypatch.setattr(quality, "answers", lambda *a: right(*a) + 0.1)
     done = run(COMMANDS["quality"])
+    assert done.exit_code == 1 and "check failed" in done.output
+
+
+def test_wrong_second_question_fails(monkeypatch, untrained):
+    right = talk.Conversations.hold
+
+    def wrong(*args):
+        found = right(*args)
+        return found._replace(second=found.second + 0.1)
+
+    monkeypatch.setattr(talk.Conversations, "hold", wrong)
+    done = run(COMMANDS["conversation"])
     assert done.exit_code == 1 and "check failed" in done.output
 
 
