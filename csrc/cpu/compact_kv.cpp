@@ -1,4 +1,5 @@
 // compact_kv: kept rows of a KV cache moved as bytes, keys turned on the way if wanted.
+#include "ahead.h"
 #include "pages.h"
 #include "turn.h"
 
@@ -7,18 +8,14 @@ namespace {
 
 constexpr int64_t kGrain = 64 * 1024;  // bytes that are worth a thread
 constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
-constexpr int64_t kAhead = 16;  // rows
-
-inline void prefetch(const char* row, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
-}
 
 }  // namespace
 
-// Rows are asked for before they are needed: kept rows are too far apart for the processor to see a pattern.
-// Large outputs go past the caches, unless their pages are new: then that took 1.7 times as long. (2 cores, 32
-// layers, 3,000 -> 400 rows of 256 bytes: 5.5 ms without the two, 4.5 and 5.1 with one, 3.5 with both.) In place
-// a head is swept forward: row m comes from a row at or after m, so what it overwrites was read before.
+// Kept rows are too far apart for the processor to see a pattern (ahead.h). Large outputs go past the caches,
+// unless their pages are new: then that took 1.7 times as long. (2 cores, 32 layers, 3,000 -> 400 rows of 256
+// bytes: 5.5 ms plain, 4 with rows asked for ahead and stores past the caches, 3 where their pages are asked for
+// before.) In place a head is swept forward: row m comes from a row at or after m, so what it overwrites was
+// read before.
 void compact_kv(const CompactKV& p, ParallelFor run) {
   int64_t bytes = 1;
   for (int64_t i = 0; i < p.count; ++i) bytes = max(bytes, p.kept * p.tensors[i].row_bytes);
@@ -41,7 +38,8 @@ void compact_kv(const CompactKV& p, ParallelFor run) {
           continue;
         }
         const char* row = data + token * x.token_stride;
-        if (m + kAhead < p.kept) prefetch(data + max(p.keep[at + kAhead], 0) * x.token_stride, x.row_bytes);
+        ask_ahead(m, p.kept, x.row_bytes,
+                  [&](int64_t ahead) { return data + max(p.keep[at + ahead], 0) * x.token_stride; });
         int64_t done = 0;
         if (turned)
           with_dtype(p.dtype, [&](auto type) {

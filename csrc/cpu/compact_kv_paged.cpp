@@ -1,4 +1,5 @@
 // compact_kv_paged: rows of a block-table cache moved as bytes, keys turned on the way if wanted.
+#include "ahead.h"
 #include "turn.h"
 
 namespace flowcut::FLOWCUT_ISA {
@@ -22,7 +23,9 @@ void compact_kv_paged(const CompactKVPaged& p, ParallelFor run) {
       auto row = [&](int64_t slot) {
         return head + slot / p.block_size * x.block_stride + slot % p.block_size * x.token_stride;
       };
-      for (int64_t m = p.offsets[sequence]; m < p.offsets[sequence + 1]; ++m) {
+      const int64_t end = p.offsets[sequence + 1];
+      for (int64_t m = p.offsets[sequence]; m < end; ++m) {
+        ask_ahead(m, end, x.row_bytes, [&](int64_t ahead) { return row(p.moves[2 * (m + ahead)]); });
         const char* in = row(p.moves[2 * m]);
         char* out = row(p.moves[2 * m + 1]);
         int64_t done = 0;
