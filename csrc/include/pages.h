@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-namespace flowcut {
+namespace flowcut::FLOWCUT_ISA {
 
 // A look at one page in the middle of [begin, begin + bytes). A page that the kernel has yet to give comes zeroed through
 // the cache, which makes stores past the cache the slow way into it.
@@ -21,4 +21,4 @@ inline bool has_pages([[maybe_unused]] char* begin, [[maybe_unused]] int64_t byt
   return true;
 }
 
-}  // namespace flowcut
+}  // namespace flowcut::FLOWCUT_ISA
