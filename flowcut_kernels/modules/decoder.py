@@ -331,34 +331,39 @@ class PrunedDecoderLayer:
         """Everything up to the kept rows of the residual stream after attention; the rest is gone before the MLP."""
         parts = self.parts_of(self.layer)
         normed = parts.norm1(hidden_states)
-        key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
+        key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
         key = _rotated(parts, key, rotary)
-        cut = state.cuts.get(self.number) or self._cut(state, budget, normed, key, value, rotary)
+        cut = state.cuts.get(self.number) or self._cut(parts, state, budget, normed, key, value, rotary)
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
             parts.norm1, hidden_states, normed, tables, cut.index,
             rms_norm=parts.rms_norm, backend=state.decoder.backend,
         )  # fmt: skip
         cut.rotary = state.rotary_after(self.number, cut, rotary, positions, cache)
-        query = self._heads(parts.q_proj(normed))
-        query = _rotated(parts, query, rotary)
+        query = _rotated(parts, _heads(parts, parts.q_proj(normed)), rotary)
         if cache is not None:
             key, value = cache.update(key, value, parts.attention.layer_idx)
         mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
-        return hidden_states + parts.out_proj(self._attend(query, key, value, mask, **kwargs).flatten(2))
+        return hidden_states + parts.out_proj(_attend(parts, query, key, value, mask, **kwargs).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.parts_of(self.layer).attention.head_dim)).transpose(1, 2)
-
-    def _cut(self, state: DecoderState, budget: int, normed: Tensor, key: Tensor, value: Tensor, rotary: Any) -> Cut:
+    def _cut(
+        self,
+        parts: DecoderParts,
+        state: DecoderState,
+        budget: int,
+        normed: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: Any,
+    ) -> Cut:
+        """What the policy says to the images' keys and values and to the last instruction tokens' queries."""
         assert state.visual is not None
-        samples, parts = state.visual.samples, self.parts_of(self.layer)
+        samples = state.visual.samples
 
         def choose(at: Tensor, asks: Tensor) -> Selection:
             every = torch.arange(len(asks), device=asks.device)
             cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
-            query = self._heads(parts.q_proj(normed[every, asks][:, None]))
-            query = _rotated(parts, query, (cos, sin))
+            query = _rotated(parts, _heads(parts, parts.q_proj(normed[every, asks][:, None])), (cos, sin))
             image = samples[:, None], at
             view = DecoderView(
                 budget=budget,
@@ -372,19 +377,25 @@ class PrunedDecoderLayer:
 
         return state.make_cut(self.number, choose)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        parts = self.parts_of(self.layer)
-        module: Any = parts.attention
-        name = module.config._attn_implementation
-        # A part of the rows asks, which flash attention's masks cannot say.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if name == "eager" else "sdpa", parts.eager)
-        dropout = module.attention_dropout if module.training else 0.0
-        return attend(module, query, key, value, mask, **kwargs | dict(dropout=dropout, scaling=module.scaling))[0]
+
+def _heads(parts: DecoderParts, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, parts.attention.head_dim)).transpose(1, 2)
 
 
 def _rotated(parts: DecoderParts, x: Tensor, rotary: Any) -> Tensor:
     """Heads turned by cosine and sine. The family's function takes queries and keys together: here without keys."""
     return parts.rotate(x, x[:, :0], *rotary)[0]
+
+
+def _attend(
+    parts: DecoderParts, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Attention of a part of the rows, which flash attention's masks cannot say: SDPA takes its place."""
+    module: Any = parts.attention
+    name = module.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if name == "eager" else "sdpa", parts.eager)
+    dropout = module.attention_dropout if module.training else 0.0
+    return attend(module, query, key, value, mask, **kwargs | dict(dropout=dropout, scaling=module.scaling))[0]
 
 
 @dataclass
