@@ -84,7 +84,8 @@ class PrunedDynamicLayer(PrunedRows, DynamicLayer):
         self.keys, self.values = (x[..., :left, :] for x in (self.keys, self.values) if x is not None)
 
     def reset(self) -> None:
-        super().reset()
+        self.keys = self.values = None  # transformers 5.17 itself would keep zeros of the old length
+        self.is_initialized = False
         self.forget(self.columns.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

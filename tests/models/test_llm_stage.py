@@ -7,6 +7,7 @@ model made of a prompt, and drops rows after the layers that cut.
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from transformers import (
     AttentionInterface,
     DynamicCache,
     LlamaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
     MistralConfig,
@@ -722,7 +724,6 @@ def test_not_finite_scores_where_nobody_looks(monkeypatch):
     ("call", "words"),
     [
         (lambda m: m(**given(ROWS), output_attentions=True), "output_attentions=True"),
-        (lambda m: m.generate(**given(PROMPTS["one"]), prefill_chunk_size=26, **GREEDY), "prefill_chunk_size"),
         (lambda m: m(**given(ROWS) | dict(attention_mask=torch.ones(2, 9).long())), "attention_mask must be"),
     ],
 )
@@ -731,6 +732,17 @@ def test_calls_that_cannot_be_served(call, words):
     model = model_of()
     with fk.patched(model, spread()), pytest.raises(ValueError, match=words):
         call(model)
+
+
+@pytest.mark.skipif(
+    "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters,
+    reason="this transformers forgets the images of a prompt that is read in chunks",
+)
+@torch.no_grad()
+def test_prompt_in_chunks():
+    model = model_of()
+    with fk.patched(model, spread()), pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(**given(PROMPTS["one"]), prefill_chunk_size=26, **GREEDY)
 
 
 @torch.no_grad()
