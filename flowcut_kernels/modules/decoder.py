@@ -25,7 +25,7 @@ from ..policies.base import DecoderView, Policy, Selection
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts, PrunedEncoder
-from .kv_layers import NEVER, PrunedRows, compact, is_pruned, pruned_layer
+from .kv_layers import NEVER, PrunedRows, Rewind, compact, is_pruned, pruned_layer
 
 
 @dataclass(frozen=True)
@@ -439,7 +439,13 @@ class PrunedDecoder:
             )
             if state.trace is not None:  # of this pass alone
                 state.trace.stages = [stage for stage in state.trace.stages if stage.name == "encoder"]
-        output = type(self.model).forward(self.model, **arguments)
+        rewind = Rewind(cache) if visual_tokens is not None and cache is not None else None
+        try:
+            output = type(self.model).forward(self.model, **arguments)
+        except BaseException:
+            if rewind is not None:
+                rewind()
+            raise
         if self.compact_cache and state is not None and state.visual is not None and state.visual.kept is not None:
             values = output if isinstance(output, tuple) else output.values()
             for filled in (x for x in values if isinstance(x, Cache)):

@@ -164,6 +164,37 @@ def pruned_layer(cache: Cache, number: int, device: torch.device) -> PrunedRows:
     return pruned
 
 
+class Rewind:
+    """What takes a cache back to before a pass that failed. It holds no keys or values."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.layers = [(_rows(layer), _facts(layer)) for layer in cache.layers]
+
+    def __call__(self) -> None:
+        del self.cache.layers[len(self.layers) :]
+        layers: list[Any] = self.cache.layers
+        for layer, (rows, facts) in zip(layers, self.layers, strict=True):
+            if isinstance(layer, StaticLayer):
+                layer.cumulative_length.fill_(rows)
+            elif rows == 0:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+            else:
+                layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
+            if isinstance(layer, PrunedRows):
+                layer.forget(layer.columns.device)
+                vars(layer).update(facts)
+
+
+def _rows(layer: Any) -> int:
+    return layer.rows() if isinstance(layer, PrunedRows) else int(layer.get_seq_length())
+
+
+def _facts(layer: Any) -> dict[str, Any]:
+    return {name: x for name, x in vars(layer).items() if name in PrunedRows.__annotations__}
+
+
 def compact(cache: Cache, kept: Tensor, seen: int, length: int, backend: str | None = None) -> None:
     """Drop from every layer the rows of new columns that did not reach the last one.
 

@@ -710,6 +710,27 @@ def test_not_finite_scores():
         model(**inputs)
 
 
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("compact_cache", [False, True])
+@pytest.mark.parametrize("cache", [DynamicCache, lambda: StaticCache(model_of().config.get_text_config(), 200)])
+@torch.no_grad()
+def test_a_failed_turn_leaves_the_cache_as_it_was(cache, compact_cache):
+    model, cache, again = model_of(), cache(), given([[3, IMG, 4]])
+    again.pop("attention_mask")
+    with fk.patched(model, First(target_tokens=6, stages=((1, 10), (2, 6))), compact_cache=compact_cache):
+        model(**given(PROMPTS["one"]), past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        handle = model.model.language_model.layers[2].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(**again, past_key_values=cache)
+        handle.remove()
+        assert [cache.get_seq_length(i) for i in range(4)] == [twin.get_seq_length(i) for i in range(4)]
+        assert torch.equal(model(**again, past_key_values=cache).logits, model(**again, past_key_values=twin).logits)
+
+
 @torch.no_grad()
 def test_not_finite_scores_where_nobody_looks(monkeypatch):
     """As on a GPU: nothing is read back, and the logits say it."""
