@@ -264,7 +264,7 @@ class PrunedForward(_PromptMethod):
         self.decoder = decoder  # where the language model prunes too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self.__signature__, args, kwargs)
+        arguments = _named(self, args, kwargs)
         shrunk = self._shrink(arguments)
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
@@ -365,7 +365,7 @@ class PrunedGenerate(_PromptMethod):
     may_repeat_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self.__signature__, args, kwargs)
+        arguments = _named(self, args, kwargs)
         prompt = arguments.pop("inputs", None)
         if prompt is not None:
             if arguments.get("input_ids") is not None:
@@ -490,7 +490,7 @@ class FixedFeatureLayer(_Bound):
         self.fixed = fixed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self.__signature__, args, kwargs)
+        arguments = _named(self, args, kwargs)
         for name, value in self.fixed.items():
             given = arguments.get(name)
             given = getattr(self.model.config, name) if given is None else given
@@ -502,8 +502,11 @@ class FixedFeatureLayer(_Bound):
         return self.original(**arguments)
 
 
-def _named(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(method: _Bound, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, those of ** included, without defaults."""
+    if not args:  # every decoding step
+        return kwargs
+    signature = method.__signature__
     bound = signature.bind(*args, **kwargs).arguments
     variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     return bound | (bound.pop(variable[0], {}) if variable else {})

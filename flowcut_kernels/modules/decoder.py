@@ -417,10 +417,9 @@ class PrunedDecoder:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.model).forward.__get__(self.model))
 
-    def __call__(self, *args: Any, visual_tokens: VisualTokens | None = None, **kwargs: Any) -> Any:
-        arguments = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
-        arguments.pop("self")
-        arguments |= arguments.pop("kwargs", {})
+    def __call__(self, *args: Any, visual_tokens: VisualTokens | None = None, **arguments: Any) -> Any:
+        if args:
+            arguments |= self.__signature__.bind_partial(*args).arguments
         cache, state = arguments.get("past_key_values"), None
         if visual_tokens is not None or is_pruned(cache):
             if arguments.get("output_attentions") or self.model.config.output_attentions:
