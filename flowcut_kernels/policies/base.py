@@ -69,6 +69,10 @@ class Policy:
         """Score the tokens of a layer and choose which rows go on."""
         raise NotImplementedError
 
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        """FLOPs of the matrix products by which `encoder_select` chooses among `tokens` patches of `width` channels."""
+        return 0
+
     @property
     def renumbers(self) -> bool:
         """Whether tokens after a cut in the language model get new positions without gaps."""
@@ -84,6 +88,10 @@ class Policy:
     def decoder_select(self, view: DecoderView) -> Selection:
         """Choose which visual tokens go on from a decoder layer, `view.budget` of every image."""
         raise NotImplementedError
+
+    def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
+        """The same of `decoder_select` for one image; `width` of all its query heads, `key_width` of all key heads."""
+        return 0
 
 
 def is_whole(value: object) -> bool:
