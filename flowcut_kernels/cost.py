@@ -19,7 +19,7 @@ from ._ops import Select
 from .models import adapter_of
 from .models._prompt import PromptShrinker, PrunedForward
 from .modules.encoder import PrunedEncoder, PrunedEncoderLayer
-from .policies.base import EncoderStep, Policy
+from .policies.base import EncoderStep, Policy, is_whole
 
 # Matrices of hidden by intermediate in an MLP, for the families whose layers the formulas describe.
 _MLP_MATRICES = dict(clip_vision_model=2, siglip_vision_model=2, llama=3, mistral=3, qwen2=3)
@@ -127,17 +127,17 @@ def cost(
         logits_to_keep: columns of a sample that the output head sees, as in the model's ``forward``: 1 is what
             ``generate`` asks for, 0 (all) the default of ``forward``.
         entropy: entropy ratio, 0..1, assumed at every layer for an adaptive policy, whose counts inside the encoder
-            depend on the image (what it ends with does not). 1 is the most it can cost; 0.9 costs as much as a class
-            token whose entropy falls from 0.99 to 0.65 with depth, as in FlowCut's paper. Not used where the policy has
-            a schedule: ``cost(model, calibrate(model, policy, inputs), inputs)`` is exact for one image.
+            depend on the image (what it ends with does not). 1 is the most it can cost; 0.9 costs about as much as
+            a class token whose entropy falls from 0.99 to 0.65 with depth, as in FlowCut's paper. Not used where the
+            policy has a schedule: ``cost(model, calibrate(model, policy, inputs), inputs)`` is exact for one image.
 
     Returns:
         :class:`Cost`. The KV cache is a ``DynamicCache`` in the model's dtype.
 
     Raises:
         TypeError: an unsupported model class, something that is no policy, or inputs of another type.
-        ValueError: inputs without images or not for the unpruned model; what `patch` refuses; layers of a family that
-            the formulas do not describe.
+        ValueError: inputs without images or not for the unpruned model, a number out of its range, what `patch`
+            refuses, or layers of a family that the formulas do not describe.
     """
     arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(arguments, Mapping):
@@ -146,6 +146,8 @@ def cost(
         raise ValueError("cost: inputs holds no pixel_values; give images")
     if not 0 <= entropy <= 1:
         raise ValueError(f"cost: entropy={entropy} must lie in 0..1")
+    if not is_whole(logits_to_keep) or logits_to_keep < 0:
+        raise ValueError(f"cost: logits_to_keep={logits_to_keep!r} must be a number of columns, 0 for all")
     # What `patch` would install knows which layers run and what is left of a prompt.
     encoder, replacements = adapter_of(model, policy).replacements(
         model, policy, record=False, backend=None, compact_cache=compact_cache
@@ -187,7 +189,7 @@ def encoder_flops(config: Any, schedule: Schedule) -> int:
     hidden = config.hidden_size
     flops = 2 * _patches(config) * hidden * config.num_channels * config.patch_size**2
     flops += sum(layer_flops(config, *rows) for rows in zip(schedule.entering, schedule.leaving, strict=True))
-    if getattr(config, "vision_use_head", False):
+    if config.model_type == "siglip_vision_model" and getattr(config, "vision_use_head", True):
         flops += layer_flops(config, schedule.leaving[-1], 1)
     return flops
 
