@@ -30,8 +30,7 @@ def received_attention(
     for first in range(0, tokens, _ROWS):
         rows = slice(first, first + _ROWS)
         logits = scale * q[:, :, :, rows] @ k.transpose(-1, -2)[:, :, None]  # [B, G, H/G, rows, N]
-        logits = logits.flatten(1, 2).masked_fill(~live[:, None, None], float("-inf"))
-        norm = logits.logsumexp(-1) if lse is None else lse[:, :, rows]
-        weight = (logits - norm[..., None]).exp().masked_fill(~live[:, None, rows, None], 0.0)
-        received += weight.sum((1, 2))
+        logits = logits.flatten(1, 2).masked_fill_(~live[:, None, None], float("-inf"))
+        weight = logits.softmax(-1) if lse is None else (logits - lse[:, :, rows, None]).exp()
+        received += weight.masked_fill(~live[:, None, rows, None], 0.0).sum((1, 2))
     return received / (heads * count.clamp(1, max(tokens, 1)))[:, None]
