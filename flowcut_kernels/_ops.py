@@ -65,6 +65,7 @@ LIB.define(
     "float eps=1e-05, bool rms=False) -> Tensor[]"
 )
 LIB.define("attention(Tensor query, Tensor key, Tensor value, Tensor? key_span, *, float scale) -> Tensor")
+LIB.define("received_attention(Tensor query, Tensor key, Tensor? lse, Tensor? lengths, *, float scale) -> Tensor")
 LIB.define(
     "compact_kv(Tensor[] keys, Tensor[] values, Tensor keep, Tensor? cos=None, Tensor? sin=None) "
     "-> (Tensor[], Tensor[])"
@@ -146,6 +147,11 @@ def _(inputs, index, norm_weight=None, norm_bias=None, *, eps=1e-5, rms=False):
 def _(query, key, value, key_span, *, scale):
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3]))
+
+
+@torch.library.register_fake("flowcut_kernels::received_attention", lib=LIB)
+def _(query, key, lse, lengths, *, scale):
+    return key.new_empty((key.shape[0], key.shape[2]), dtype=accumulate_dtype(key.dtype))
 
 
 @torch.library.register_fake("flowcut_kernels::compact_kv", lib=LIB)

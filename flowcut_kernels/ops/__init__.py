@@ -9,6 +9,7 @@ from .attention_with_stats import attention_with_stats
 from .compact_kv import compact_kv, compact_kv_
 from .compact_kv_paged import PagedPlan, compact_kv_paged, plan_paged
 from .gather_tokens import gather_tokens
+from .received_attention import received_attention
 from .score_select import score_select
 
 # A failure is remembered for `flowcut_kernels.info`.
@@ -26,5 +27,6 @@ __all__ = [
     "compact_kv_paged",
     "gather_tokens",
     "plan_paged",
+    "received_attention",
     "score_select",
 ]
