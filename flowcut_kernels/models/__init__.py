@@ -13,7 +13,7 @@ from .._library import choose_backend, resolve_backend
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ..trace import Trace
-from ._prompt import Replacement
+from ._bound import Replacement
 from .clip import CLIP, SIGLIP
 from .llava import Llava
 
