@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._ops import Select
 from .models import adapter_of
-from .models._prompt import PromptShrinker, PrunedForward
+from .models._prompt import PrunedForward
+from .modules.decoder import VisualTokens
 from .modules.encoder import PrunedEncoder, PrunedEncoderLayer
 from .policies.base import EncoderStep, Policy, is_whole
 
@@ -156,14 +157,14 @@ def cost(
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
     images, vision = arguments["pixel_values"].shape[0], _config(encoder.encoder)
     schedule, scoring, adapts = _walk_encoder(encoder, runs, entropy)
-    full, pruned = (
-        Side(rows, Schedule(), images * (encoder_flops(vision, rows) + looks), 0, 0, images * looks, 0)
-        for rows, looks in ((Schedule.stock(len(encoder.layers), schedule.entering[0]), 0), (schedule, scoring))
-    )
+    stock = Schedule.stock(len(encoder.layers), schedule.entering[0])
+    full = Side(stock, Schedule(), images * encoder_flops(vision, stock), 0, 0, 0, 0)
+    looks = images * scoring
+    pruned = Side(schedule, Schedule(), images * encoder_flops(vision, schedule) + looks, 0, 0, looks, 0)
     if forward is not None:
-        prompt, shrunk = _prompts(forward.shrinker, arguments, images)
-        full = _with_decoder(full, model, prompt, None, False, logits_to_keep)
-        pruned = _with_decoder(pruned, model, shrunk, encoder, compact_cache, logits_to_keep)
+        full, pruned = _with_language_model(
+            full, pruned, policy, forward, dict(arguments), compact=compact_cache, logits_to_keep=logits_to_keep
+        )
     return Cost(full, pruned, entropy if adapts else None)
 
 
@@ -242,7 +243,7 @@ def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Sc
     scoring, adapts = 0, False
     for layer in range(runs):
         step = policy.encoder_step(layer, encoder.feature_layer, patches)
-        if step is None or live <= policy.encoder_budget(patches):
+        if step is None or (cuts and live <= policy.encoder_budget(patches)):
             continue
         scoring += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
         if step.prunes:
@@ -263,77 +264,79 @@ def _kept(step: EncoderStep, live: int, entropy: float) -> int:
     return max(live - round((live - step.budget) / step.divisor * (1 - entropy**2)), step.budget)
 
 
-class _Prompt(NamedTuple):
-    """A batch of prompts as the language model is given it."""
-
-    columns: int  # padding included
-    live: list[int]  # columns of each sample that are no padding
-    images: list[int]  # of each sample
-    features: int  # of an image
-
-
-def _prompts(shrinker: PromptShrinker, inputs: Mapping[str, Any], images: int) -> tuple[_Prompt, _Prompt]:
-    """The prompts as they are, and what is left of them."""
-    if inputs.get("input_ids") is None:
+def _with_language_model(
+    full: Side,
+    pruned: Side,
+    policy: Policy,
+    forward: PrunedForward,
+    arguments: dict[str, Any],
+    *,
+    compact: bool,
+    logits_to_keep: int,
+) -> tuple[Side, Side]:
+    """Both sides with projector, language model and cache; `forward` is what a patched model would run."""
+    ids = arguments.get("input_ids")
+    if ids is None:
         raise ValueError("cost: inputs holds no input_ids; give processor output")
-    is_image, mask = inputs["input_ids"] == shrinker.image_token_id, inputs.get("attention_mask")
-    counts = is_image.sum(1).tolist()
-    if sum(counts) != images * shrinker.full:
-        raise ValueError(
-            f"cost: input_ids hold {counts} image placeholders per row for {images} image(s) of {shrinker.full}; give "
-            "the processor's output for the unpruned model"
-        )
-    shrunk = shrinker.shrink(is_image, mask, images)
-    live = torch.ones_like(is_image) if mask is None else mask.bool()
-    of_sample = [count // shrinker.full for count in counts]
-    full = _Prompt(is_image.shape[1], live.sum(1).tolist(), of_sample, shrinker.full)
-    if shrunk is None:
-        return full, full
-    return full, _Prompt(shrunk.kept, (live & ~shrunk.dropped).sum(1).tolist(), of_sample, shrinker.kept)
-
-
-def _with_decoder(
-    side: Side, model: Any, prompt: _Prompt, pruning: PrunedEncoder | None, compact: bool, logits_to_keep: int
-) -> Side:
-    """`side` with the projector, the language model and its cache; `pruning`: the encoder part of a pruned model."""
-    language: Any = model.model.language_model
-    vision, text, samples = model.config.vision_config, _config(language), len(prompt.images)
+    model, language = forward.model, forward.model.model.language_model
+    vision, text, layers = model.config.vision_config, _config(language), len(language.layers)
+    (samples, columns), images, patches = ids.shape, len(arguments["pixel_values"]), _patches(vision)
     window = getattr(text, "sliding_window", None)
-    if window is not None and window < prompt.columns:
-        raise ValueError(f"cost: {prompt.columns} columns do not fit text_config.sliding_window={window}: set it None")
-    layers, scoring = len(language.layers), 0
-    cuts: dict[int, int] = {}
-    if pruning is not None:
-        cuts, scoring = _walk_decoder(pruning.policy, text, layers, _patches(vision), prompt)
-    schedule = Schedule.cut(layers, prompt.columns, cuts)
-    rows = (schedule.leaving[-1],) * layers if compact else schedule.entering
-    logits = min(logits_to_keep or prompt.columns, schedule.leaving[-1])
-    return replace(
-        side,
-        decoder=schedule,
-        projector_flops=projector_flops(vision, text, sum(prompt.images) * prompt.features),
-        prefill_flops=samples * decoder_flops(text, schedule, logits) + scoring,
-        scoring_flops=side.scoring_flops + scoring,
-        kv_bytes=samples * kv_bytes(text, rows, model.dtype),
-    )
+    if window is not None and window < columns:
+        raise ValueError(f"cost: {columns} columns do not fit text_config.sliding_window={window}: set it None")
+    if policy.feature_budget(patches) is None:  # to ask further would run the encoder
+        raise ValueError(f"cost: how many tokens {policy} keeps is known only once they are chosen")
+    given = forward.shrinker.visuals(arguments)
+    for visuals in given:
+        counts = (ids == visuals.token_id).sum(1).tolist()
+        if sum(counts) != sum(visuals.full):
+            raise ValueError(
+                f"cost: input_ids hold {counts} image placeholders per row for {len(visuals.full)} image(s) of "
+                f"{sum(visuals.full)} together; give the processor's output for the unpruned model"
+            )
+    forward.shrink(arguments)
+    visual, left = forward.visual_tokens(arguments), arguments["input_ids"].shape[1]
+    assert visual is not None
+    cuts, looks = _walk_decoder(policy, text, layers, left, visual)
+
+    def extended(side: Side, rows: Schedule, patches: int, looks: int, compact: bool) -> Side:
+        logits = min(logits_to_keep or columns, rows.leaving[-1])
+        held = (rows.leaving[-1],) * layers if compact else rows.entering
+        return replace(
+            side,
+            decoder=rows,
+            projector_flops=projector_flops(vision, text, images * (patches + given[0].leading)),
+            prefill_flops=samples * decoder_flops(text, rows, logits) + looks,
+            scoring_flops=side.scoring_flops + looks,
+            kv_bytes=samples * kv_bytes(text, held, model.dtype),
+        )
+
+    full = extended(full, Schedule.stock(layers, columns), patches, 0, False)
+    return full, extended(pruned, Schedule.cut(layers, left, cuts), policy.encoder_budget(patches), looks, compact)
 
 
-def _walk_decoder(policy: Policy, text: Any, layers: int, patches: int, prompt: _Prompt) -> tuple[dict[int, int], int]:
-    """Rows of a sample after each cut, and FLOPs of choosing them for all samples."""
+def _walk_decoder(
+    policy: Policy, text: Any, layers: int, columns: int, visual: VisualTokens
+) -> tuple[dict[int, int], int]:
+    """Rows of a sample after each cut, and FLOPs of choosing them for all samples. As `DecoderState.make_cut`."""
     width, key_width = _widths(text)
-    entered = tokens = policy.encoder_budget(patches)
+    rows, left, live, gaps = columns, visual.lengths, visual.live.sum(1).tolist(), False
+    owners = visual.samples.tolist()
     cuts: dict[int, int] = {}
     scoring = 0
     for layer in range(layers):
-        kept = policy.decoder_step(layer, layers, patches)
-        if kept is None or kept >= tokens:
+        steps = [policy.decoder_step(layer, layers, full, now) for full, now in zip(visual.full, left, strict=True)]
+        kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
+        if kept == left:
             continue
-        scoring += sum(prompt.images) * policy.decoder_scoring_flops(tokens, width, key_width)
-        scoring += len(prompt.images) * 2 * text.hidden_size * width  # query of the last instruction token
-        tokens = kept
-        gone = [images * (entered - tokens) for images in prompt.images]
-        if len(set(gone)) > 1:  # samples of different length are padded anew
-            cuts[layer] = max(live - lost for live, lost in zip(prompt.live, gone, strict=True))
-        else:
-            cuts[layer] = prompt.columns - gone[0]
+        looks = len(left) * policy.decoder_scoring_flops(max(left), width, key_width)
+        if looks:  # and the query of each sample's last instruction token
+            scoring += looks + len(live) * 2 * text.hidden_size * width
+        lost = [0] * len(live)
+        for sample, now, then in zip(owners, left, kept, strict=True):
+            lost[sample] += now - then
+        live = [rows - gone for rows, gone in zip(live, lost, strict=True)]
+        gaps = gaps or len(set(lost)) > 1  # samples of different length are padded anew
+        cuts[layer] = rows = max(live) if gaps else rows - lost[0]
+        left = kept
     return cuts, scoring
