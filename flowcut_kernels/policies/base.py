@@ -113,7 +113,7 @@ class Policy:
         raise NotImplementedError
 
     def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
-        """The same of `decoder_select`: an image's `tokens`, columns of all query and key heads; 0: asks for no heads."""
+        """The same of `decoder_select`; columns of all query and of all key heads. 0 where no heads are asked for."""
         return 0
 
 
