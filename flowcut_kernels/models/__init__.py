@@ -16,10 +16,11 @@ from ..trace import Trace
 from ._bound import Replacement
 from .clip import CLIP, SIGLIP
 from .llava import Llava
+from .llava_onevision import LlavaOnevision
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTERS = (CLIP, SIGLIP, Llava())
+ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision())
 _HANDLE = "_flowcut_patch"
 
 

@@ -22,6 +22,7 @@ class Encoded(NamedTuple):
     """What is known of I images' features beside their values; without the leading ones that are never dropped."""
 
     full: list[int]  # tokens of each image before anything was pruned
+    kept: list[int]  # of each that enter the language model
     importance: Tensor | None = None  # float32 [I, n], filled up with 0
     position: Tensor | None = None  # int64 [I, n] their places among all tokens of the image
 
@@ -46,6 +47,7 @@ class Item:
     position: Tensor | None = None  # int64 [n] their places in those grids; None: all are there
     leading: Tensor | None = None  # [., D] features in front that are no patches
     trailing: Tensor | None = None  # [., D] features behind, which always stay, of importance 1
+    appended: int = 0  # more of those, which the model adds later
 
     @property
     def full(self) -> int:
@@ -53,7 +55,7 @@ class Item:
 
     @property
     def behind(self) -> int:
-        return 0 if self.trailing is None else len(self.trailing)
+        return self.appended + (0 if self.trailing is None else len(self.trailing))
 
 
 class PrunedFeatures(Bound):
@@ -95,7 +97,8 @@ class PrunedFeatures(Bound):
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
         output = self.original(**arguments | dict(return_dict=True))
-        self.encoded = Encoded(self.full(arguments))
+        full = self.full(arguments)
+        self.encoded = Encoded(full, [self.policy.feature_budget(n) or n for n in full])
         if self.policy.prunes_features and self.encoder.importance is not None:
             self._choose(arguments, output, self.encoder.importance, self.encoder.position)
         setattr(output, _ENCODED, self.encoded)
@@ -114,7 +117,7 @@ class PrunedFeatures(Bound):
     def _choose(self, arguments: dict[str, Any], output: Any, importance: Tensor, position: Tensor | None) -> None:
         items = self.items(output.pooler_output, arguments, importance, position)
         budgets = [self.policy.feature_budget(item.full) for item in items]
-        known = [b - item.behind for b, item in zip(budgets, items, strict=True) if b is not None]
+        known = [max(b - item.behind, 0) for b, item in zip(budgets, items, strict=True) if b is not None]
         given = [item.position for item in items if item.position is not None]
         lengths = [len(item.features) for item in items]
         view = FeatureView(
@@ -136,13 +139,14 @@ class PrunedFeatures(Bound):
             front = choice.features.new_empty(0, choice.features.shape[1]) if item.leading is None else item.leading
             behind = choice.features.new_empty(0, choice.features.shape[1]) if item.trailing is None else item.trailing
             rows.append(torch.cat([front, choice.features[part], behind]))
-            last = torch.arange(item.full - len(behind), item.full, device=chosen.device)
+            last = torch.arange(item.full - item.behind, item.full, device=chosen.device)
             positions.append(torch.cat([places[chosen], last]))
-            weights.append(torch.cat([view.importance[chosen], view.importance.new_ones(len(behind))]))
+            weights.append(torch.cat([view.importance[chosen], view.importance.new_ones(item.behind)]))
         whole = isinstance(output.pooler_output, Tensor)
         output.pooler_output = torch.stack(rows) if whole else rows
         self.encoded = Encoded(
             [item.full for item in items],
+            [len(x) for x in positions],
             importance=pad_sequence(weights, batch_first=True),
             position=pad_sequence(positions, batch_first=True),
         )
@@ -184,7 +188,6 @@ class Kind:
     features: PrunedFeatures
     usual: int | None = None  # the same for features that were encoded elsewhere; None: what they are
     leading: int = 0  # features of each that are no patches and are never dropped
-    appended: int = 0  # tokens of each that the model adds behind its features
 
     def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
         """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
@@ -204,7 +207,9 @@ class Kind:
         if len(kept) < len(whole):
             names = list(self.features.__signature__.parameters)
             others = {name: arguments[name] for name in names[1:] if name in arguments}
-            kept = [len(x) + self.appended for x in self.features.ahead(pixels, **others).pooler_output]
+            self.features.ahead(pixels, **others)
+            assert self.features.encoded is not None
+            kept = [n + self.leading for n in self.features.encoded.kept]
         full = [n + self.leading for n in whole]
         return [Visuals(self.token_id, full, kept, self.leading, lambda: self.features.encoded)]
 

@@ -403,7 +403,9 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
         pieces: list[list[Tensor]] = [[], []]
         for get, source in known:
             info = get()
-            for piece, x in zip(pieces, (None, None) if info is None else info[1:], strict=True):
+            for piece, x in zip(
+                pieces, (None, None) if info is None else (info.importance, info.position), strict=True
+            ):
                 piece += [] if x is None else x[source].unbind()
         made = [pad_sequence(piece, batch_first=True)[order] if len(piece) == len(order) else None for piece in pieces]
         return EncodedTokens(*made)
