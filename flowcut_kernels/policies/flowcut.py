@@ -184,6 +184,12 @@ class FlowCut(Policy):
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
 
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        # The mean token's query and value are rows of their own, the class token's query where a layer prunes.
+        mean = self.anchor == "mean" or (self.anchor == "auto" and not protect)
+        own = 2 if mean else int(step.prunes)
+        return 2 * own * width**2 + self.decoder_scoring_flops(protect + tokens, width, width)
+
     @property
     def renumbers(self) -> bool:
         return self.positions == "renumber"
@@ -213,3 +219,6 @@ class FlowCut(Policy):
             backend=view.backend,
         )
         return Selection(index, lengths, score, entropy)
+
+    def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
+        return 2 * tokens * (width + key_width * ("relevance" in self.criteria))
