@@ -26,6 +26,8 @@ from ..ops._triton_common import Launch
 from ..ops.anchor_stats.triton import prepare as prepare_stats
 from ..ops.attention_with_stats.triton import prepare as prepare_attention
 from ..ops.gather_tokens.triton import prepare as prepare_gather
+from ..ops.patch_entropy.triton import prepare as prepare_entropy
+from ..ops.recycle_tokens.triton import prepare as prepare_recycling
 from ..ops.score_select.triton import prepare as prepare_select
 
 ARCHITECTURES = (80, 90, 100)
@@ -175,6 +177,25 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         yield (
             name,
             prepare_gather([hidden, rotary, rotary, score, position], index, weight, None if rms else weight, rms=rms),
+        )
+    for patch_size, channels, dtype in (
+        (14, 3, torch.uint8), (14, 3, torch.bfloat16), (16, 3, torch.float32), (64, 1, torch.float16),
+    ):  # fmt: skip
+        pixels = torch.empty(64, channels, 384, 384, dtype=dtype, device="meta")
+        shift = [] if dtype == torch.uint8 else [0.5] * channels
+        yield (
+            f"B=64 C={channels} 384x384 p={patch_size} {str(dtype)[6:]}",
+            prepare_entropy(pixels, patch_size=patch_size, mean=shift, std=shift),
+        )
+    for tokens, dim, dtype in (
+        (51200, 1024, torch.float32), (51200, 3584, torch.bfloat16), (6561, 1000, torch.float16),
+    ):  # fmt: skip
+        features = torch.empty(tokens, dim, dtype=dtype, device="meta")
+        importance = torch.empty(tokens, device="meta")
+        cell = torch.empty(tokens, dtype=torch.int64, device="meta")
+        yield (
+            f"T={tokens} D={dim} {str(dtype)[6:]} cells=512",
+            prepare_recycling(features, importance, cell, cells=512),
         )
 
 
