@@ -297,7 +297,10 @@ class _Prompt:
         if ids is None:
             raise ValueError("cost: inputs holds no input_ids; give processor output")
         if encoder.policy.feature_budget(_patches(encoder.encoder.config)) is None:  # looking would run the encoder
-            raise ValueError(f"cost: how many tokens {encoder.policy} keeps is known only once they are chosen")
+            raise ValueError(
+                f"cost: how many tokens {encoder.policy} keeps is known only once they are chosen; with counts='exact' "
+                "it is known before"
+            )
         given = forward.shrinker.visuals(left)
         if not given:
             raise ValueError("cost: inputs holds no pixel_values; give images")
