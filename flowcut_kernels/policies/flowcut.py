@@ -9,7 +9,19 @@ from typing import Any, Literal
 
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats_select
-from .base import DecoderView, EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
+from .base import (
+    DecoderView,
+    EncoderStep,
+    EncoderView,
+    FeatureSelection,
+    FeatureView,
+    Policy,
+    Selection,
+    check_feature_layer,
+    is_whole,
+)
+from .recycling import select_features
+from .stages import check_stages, keep_most_important, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -38,7 +50,11 @@ class FlowCut(Policy):
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
         llm_layer: decoder layer that makes the last cut, to T, by what the last instruction token thinks of the visual
             tokens (methods of LLaVA-NeXT and Qwen2-VL: 1); None: the encoder makes it.
-        encoder_surplus: with ``llm_layer``, tokens the encoder leaves as a multiple of T.
+        encoder_surplus: with ``llm_layer`` or ``recycle_cell``, tokens the encoder leaves as a multiple of T.
+        recycle_cell: edge of a cell in tokens, at least 1: the encoder's surplus is not dropped, but those of a cell
+            become one, weighted by S, so that T enter the language model (VFlowOpt); None: no recycling.
+        llm_stages: (layer, ratio) pairs: before that decoder layer, counted from 0 and at least 1, the share `ratio`
+            of an image's remaining tokens stays, by S (VFlowOpt). Neither goes with ``llm_layer``.
         positions: "keep" the positions of the prompt in the layers after a cut in the language model, or "renumber"
             them without gaps (released code).
         schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
@@ -57,6 +73,8 @@ class FlowCut(Policy):
     feature_layer: int | None = None
     llm_layer: int | None = None
     encoder_surplus: float = 2.0
+    recycle_cell: float | None = None
+    llm_stages: tuple[tuple[int, float], ...] = ()
     positions: Literal["keep", "renumber"] = "keep"
     schedule: tuple[tuple[int, int], ...] | None = None
 
@@ -89,6 +107,12 @@ class FlowCut(Policy):
         surplus = self.encoder_surplus
         if isinstance(surplus, bool) or not isinstance(surplus, (int, float)) or not 1 <= surplus < math.inf:
             raise ValueError(f"FlowCut: encoder_surplus={surplus!r} must be a number, at least 1")
+        check_stages(self)
+        if self.llm_layer is not None and self.prunes_features:
+            raise ValueError(
+                f"FlowCut: llm_layer={self.llm_layer} with recycle_cell={self.recycle_cell}, llm_stages="
+                f"{self.llm_stages}: cut by the last instruction token (the former) or by the encoder's score"
+            )
         check_feature_layer(self)
         if self.schedule is not None:
             self._check_schedule()
@@ -107,12 +131,13 @@ class FlowCut(Policy):
         if self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
             raise ValueError(
                 f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens} (times "
-                "encoder_surplus where llm_layer is set): calibrate again"
+                "encoder_surplus where llm_layer or recycle_cell is set): calibrate again"
             )
         object.__setattr__(self, "schedule", pairs)
 
     def _left_by_encoder(self, budget: int) -> int:
-        return budget if self.llm_layer is None else round(self.encoder_surplus * budget)
+        last = self.llm_layer is None and self.recycle_cell is None
+        return budget if last else round(self.encoder_surplus * budget)
 
     def encoder_budget(self, tokens: int) -> int:
         return min(self._left_by_encoder(self.budget(tokens)), tokens)
@@ -136,8 +161,13 @@ class FlowCut(Policy):
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
         budget = self.encoder_budget(tokens)
-        if remaining < 0 or budget >= tokens:
+        if remaining < 0:
             return None
+        if budget >= tokens:  # others may still want the score
+            wanted = self.prunes_features and (self.budget(tokens) < tokens or self.llm_stages)
+            return (
+                EncoderStep(Select.SCORE_ONLY, static=True) if wanted and (self.cumulative or not remaining) else None
+            )
         if self.schedule is not None:
             return self._scheduled_step(layer)
         if remaining % self.interval:
@@ -191,17 +221,31 @@ class FlowCut(Policy):
         return 2 * own * width**2 + self.decoder_scoring_flops(protect + tokens, width, width)
 
     @property
+    def prunes_features(self) -> bool:
+        return self.recycle_cell is not None or bool(self.llm_stages)
+
+    def feature_budget(self, tokens: int) -> int:
+        return self.encoder_budget(tokens) if self.recycle_cell is None else self.budget(tokens)
+
+    def feature_select(self, view: FeatureView) -> FeatureSelection:
+        assert view.budgets is not None
+        return select_features(view, view.budgets, self.recycle_cell)
+
+    @property
     def renumbers(self) -> bool:
         return self.positions == "renumber"
 
     def check_decoder(self, layers: int) -> None:
+        check_stages(self, layers)
         if self.llm_layer is not None and self.llm_layer >= layers:
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer} but the language model has {layers} layers")
 
     def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
-        return self.budget(tokens) if layer == self.llm_layer else None
+        return self.budget(tokens) if layer == self.llm_layer else stage_step(self, layer, left)
 
     def decoder_select(self, view: DecoderView) -> Selection:
+        if self.llm_stages:
+            return keep_most_important(view)
         relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
