@@ -168,7 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_stats(Tensor query, Tensor key
 std::tuple<Tensor, Tensor, Tensor> score_select(
     std::optional<Tensor> attention, std::optional<Tensor> relevance, std::optional<Tensor> value_norm,
     std::optional<Tensor> history, std::optional<Tensor> entropy, std::optional<Tensor> lengths,
-    double history_weight, int64_t protect, int64_t mode, int64_t budget, double divisor) {
+    double history_weight, int64_t protect, int64_t mode, int64_t budget, double divisor,
+    std::vector<double> criteria_weights, double entropy_exponent) {
   check(attention || relevance || value_norm,
         "score_select: attention, relevance and value_norm are all None");
   const Tensor first = attention ? *attention : relevance ? *relevance : *value_norm;
@@ -187,9 +188,15 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   p.relevance = criterion("score_select: relevance", relevance);
   p.value_norm = criterion("score_select: value_norm", value_norm);
   p.history = criterion("score_select: history", history);
+  check(criteria_weights.size() == 3, "score_select: criteria_weights must be 3 numbers, got ",
+        criteria_weights.size());
+  p.attention_weight = static_cast<float>(criteria_weights[0]);
+  p.relevance_weight = static_cast<float>(criteria_weights[1]);
+  p.norm_exponent = static_cast<float>(criteria_weights[2]);
   p.history_weight = static_cast<float>(history_weight),
   p.score_weight = static_cast<float>(1 - history_weight);
   p.protect = protect, p.mode = Select(mode), p.budget = budget, p.divisor = static_cast<float>(divisor);
+  p.entropy_exponent = static_cast<float>(entropy_exponent);
   check(0 <= mode && mode <= int64_t(Select::Fixed), "score_select: mode=", mode, " is unknown");
   check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect,
         " or budget=", budget, " does not fit ", p.tokens, " tokens");

@@ -52,13 +52,14 @@ LIB.define(
 )
 LIB.define(
     "score_select(Tensor? attention, Tensor? relevance, Tensor? value_norm, Tensor? history, Tensor? entropy, "
-    "Tensor? lengths, *, float history_weight, int protect, int mode, int budget, float divisor) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? lengths, *, float history_weight, int protect, int mode, int budget, float divisor, "
+    "float[] criteria_weights=[1.0, 1.0, 1.0], float entropy_exponent=2.0) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define(
     "anchor_stats_select(Tensor query, Tensor key, Tensor value, Tensor? value_anchor, Tensor? history, "
     "Tensor? lengths, *, float scale, int protect, bool attention, int relevance, int value_norm, "
-    "float history_weight, int mode, int budget, float divisor) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float history_weight, int mode, int budget, float divisor, float[] criteria_weights=[1.0, 1.0, 1.0], "
+    "float entropy_exponent=2.0) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIB.define(
     "gather_tokens(Tensor[] inputs, Tensor index, Tensor? norm_weight=None, Tensor? norm_bias=None, *, "
@@ -117,7 +118,7 @@ def _(
 
 
 @torch.library.register_fake("flowcut_kernels::score_select", lib=LIB)
-def _(attention, relevance, value_norm, history, entropy, lengths, *, history_weight, protect, mode, budget, divisor):
+def _(attention, relevance, value_norm, history, entropy, lengths, *, protect, mode, budget, **options):
     first = any_tensor(attention, relevance, value_norm)
     return tuple(select_outputs(first, *first.shape, mode, protect, budget))
 

@@ -20,25 +20,31 @@ float total(const float* x, int64_t n) {
   return (float)(sum(lanes) + rest);
 }
 
-// score = x / sum x, or 0 for a sum of 0; `add` puts it on top of what is there.
-void share(float* __restrict score, const float* __restrict x, int64_t n, bool add) {
+// x^exponent in double and rounded once, so that all forms agree on the float.
+float power(float x, float exponent) { return (float)__builtin_pow(x, exponent); }
+
+// score = weight * x / sum x, or 0 for a sum of 0; `add` puts it on top of what is there.
+void share(float* __restrict score, const float* __restrict x, float weight, int64_t n, bool add) {
   const float sum = total(x, n);
   if (sum == 0 && !add) memset(score, 0, n * sizeof(float));
   if (sum == 0) return;
   if (add)
-    for (int64_t i = 0; i < n; ++i) score[i] += x[i] / sum;
+    for (int64_t i = 0; i < n; ++i) score[i] += weight * (x[i] / sum);
   else
-    for (int64_t i = 0; i < n; ++i) score[i] = x[i] / sum;
+    for (int64_t i = 0; i < n; ++i) score[i] = weight * (x[i] / sum);
 }
 
 // The cumulative score of candidates [begin, begin + n) of one image; false if one is NaN or Inf.
 bool update_score(const ScoreSelect& p, int64_t batch, int64_t begin, int64_t n) {
   auto row = [&](const Criterion& x) { return x.data ? x.data + batch * x.batch_stride + begin : nullptr; };
   float* __restrict score = p.score_out + batch * p.tokens + begin;
-  if (p.attention.data) share(score, row(p.attention), n, false);
-  if (p.relevance.data) share(score, row(p.relevance), n, p.attention.data);
+  if (p.attention.data) share(score, row(p.attention), p.attention_weight, n, false);
+  if (p.relevance.data) share(score, row(p.relevance), p.relevance_weight, n, p.attention.data);
   if (const float* __restrict norm = row(p.value_norm)) {
-    if (p.attention.data || p.relevance.data)
+    const bool first = !p.attention.data && !p.relevance.data;
+    if (p.norm_exponent != 1)
+      for (int64_t i = 0; i < n; ++i) score[i] = (first ? 1.0f : score[i]) * power(norm[i], p.norm_exponent);
+    else if (!first)
       for (int64_t i = 0; i < n; ++i) score[i] *= norm[i];
     else
       memcpy(score, norm, n * sizeof(float));
@@ -53,10 +59,11 @@ bool update_score(const ScoreSelect& p, int64_t batch, int64_t begin, int64_t n)
   return !bad;
 }
 
-// Tokens to drop of n candidates, in float like torch: round_half_even((n - T) / divisor * (1 - h^2)).
+// Tokens to drop of n candidates, in float like torch: round_half_even((n - T) / divisor * (1 - h^e)).
 int64_t drop_count(const ScoreSelect& p, int64_t batch, int64_t n) {
   const float h = p.entropy[batch];
-  const float count = __builtin_rintf((float)(n - p.budget) / p.divisor * (1.0f - h * h));
+  const float share = p.entropy_exponent == 2 ? h * h : power(h < 0 ? 0 : h, p.entropy_exponent);
+  const float count = __builtin_rintf((float)(n - p.budget) / p.divisor * (1.0f - share));
   // A NaN says nothing of its own image, which falls to the budget, and does not decide for its batch.
   if (count != count) return INT64_MIN;
   return count > 0 ? (int64_t)(count < 0x1p62f ? count : 0x1p62f) : 0;

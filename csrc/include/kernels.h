@@ -75,11 +75,11 @@ struct ScoreSelect {
   Criterion attention, relevance, value_norm, history;
   const float* entropy;    // [batch] or null
   const int64_t* lengths;  // [batch]
-  float history_weight, score_weight;
+  float attention_weight, relevance_weight, norm_exponent, history_weight, score_weight;
   int64_t protect;
   Select mode;
   int64_t budget;
-  float divisor;
+  float divisor, entropy_exponent;
   float* score_out;    // [batch, tokens]
   int64_t* index_out;  // [batch, width]
   int64_t width;

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -105,31 +106,34 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
     """
     cosine, full, head_mean = Relevance.COSINE, ValueNorm.FULL, ValueNorm.HEAD_MEAN
     half, single, bf16 = torch.float16, torch.float32, torch.bfloat16
-    for dim, dtype, tokens, batch, anchors, relevance, norm, mode, ragged in (
-        (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False),
-        (64, bf16, 577, 8, 1, cosine, full, Select.SCORE_ONLY, False),
-        (64, bf16, 577, 8, 1, cosine, full, Select.FIXED, True),
-        (64, bf16, 577, 64, 1, Relevance.SOFTMAX, head_mean, None, False),
-        (64, bf16, 2305, 64, 1, cosine, full, Select.ADAPTIVE, True),
-        (72, bf16, 2305, 8, 1, cosine, full, Select.ADAPTIVE, False),
-        (80, bf16, 577, 64, 1, Relevance.SCALED_SOFTMAX, full, None, False),
-        (88, half, 577, 64, 1, cosine, full, Select.FIXED, False),
-        (96, bf16, 577, 8, 1, cosine, full, Select.FIXED, False),
-        (128, bf16, 16384, 1, 1, cosine, full, None, False),
-        (64, bf16, 577, 8, 8, cosine, full, None, False),
-        (64, single, 577, 64, 1, cosine, full, None, False),
-        (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False),
+    for dim, dtype, tokens, batch, anchors, relevance, norm, mode, ragged, powers in (
+        (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False, False),
+        (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False, True),
+        (64, bf16, 577, 8, 1, cosine, full, Select.SCORE_ONLY, False, False),
+        (64, bf16, 577, 8, 1, cosine, full, Select.FIXED, True, False),
+        (64, bf16, 577, 64, 1, Relevance.SOFTMAX, head_mean, None, False, False),
+        (64, bf16, 2305, 64, 1, cosine, full, Select.ADAPTIVE, True, False),
+        (72, bf16, 2305, 8, 1, cosine, full, Select.ADAPTIVE, False, False),
+        (80, bf16, 577, 64, 1, Relevance.SCALED_SOFTMAX, full, None, False, False),
+        (88, half, 577, 64, 1, cosine, full, Select.FIXED, False, False),
+        (96, bf16, 577, 8, 1, cosine, full, Select.FIXED, False, False),
+        (128, bf16, 16384, 1, 1, cosine, full, None, False, False),
+        (64, bf16, 577, 8, 8, cosine, full, None, False, False),
+        (64, single, 577, 64, 1, cosine, full, None, False, False),
+        (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, False),
+        (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, True),
     ):
         heads = 16
         key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
         key = key.view(batch, tokens, heads, dim).transpose(1, 2)
         lengths = torch.empty(batch, dtype=torch.int32, device="meta") if ragged else None
         selection = dict(
-            history=torch.empty(batch, tokens, device="meta"), lengths=lengths, history_weight=0.5,
-            mode=mode, budget=64, divisor=2.0 if mode == Select.ADAPTIVE else 0.0, attention=True,
+            history=torch.empty(batch, tokens, device="meta"), lengths=lengths, attention=True,
+            history_weight=0.5, mode=mode, budget=64, divisor=2.0 if mode == Select.ADAPTIVE else 0.0,
+            **_exponents(powers),
         )  # fmt: skip
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
-        name += f" R={anchors}" * (anchors > 1) + " ragged" * ragged
+        name += f" R={anchors}" * (anchors > 1) + " ragged" * ragged + " powers" * powers
         yield name + (f" select {mode.name.lower()}" if mode is not None else ""), prepare_stats(
             key[:, :, :anchors], key, key, key[:, :, :anchors], None, scale=dim**-0.5, protect=1, relevance=relevance,
             value_norm=norm, selection=None if mode is None else selection,
@@ -154,14 +158,15 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             relevance=Relevance.COSINE if anchored else Relevance.NONE,
             value_norm=ValueNorm.FULL if anchored else ValueNorm.NONE, arch=arch,
         )  # fmt: skip
-    for tokens, mode in (
-        (577, Select.ADAPTIVE_BATCH), (2305, Select.FIXED), (16384, Select.ADAPTIVE),
+    for tokens, mode, powers in (
+        (577, Select.ADAPTIVE_BATCH, False), (2305, Select.FIXED, False), (16384, Select.ADAPTIVE, False),
+        (577, Select.ADAPTIVE_BATCH, True), (16384, Select.ADAPTIVE, True),
     ):  # fmt: skip
         row = torch.empty(64, tokens, device="meta")
         lengths = torch.empty(64, dtype=torch.int32, device="meta")
-        yield f"B=64 N={tokens} {mode.name.lower()}", prepare_select(
+        yield f"B=64 N={tokens} {mode.name.lower()}" + " powers" * powers, prepare_select(
             row, row, row, row, row[:, 0], lengths,
-            history_weight=0.5, protect=1, mode=mode, budget=64, divisor=2.0,
+            history_weight=0.5, protect=1, mode=mode, budget=64, divisor=2.0, **_exponents(powers),
         )  # fmt: skip
     for dim, tokens, dtype, normed, rms in (
         (1024, 577, torch.bfloat16, True, False), (1152, 2305, torch.bfloat16, False, False),
@@ -197,6 +202,12 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             f"T={tokens} D={dim} {str(dtype)[6:]} cells=512",
             prepare_recycling(features, importance, cell, cells=512),
         )
+
+
+def _exponents(powers: bool) -> dict[str, Any]:
+    """Options of a selection that needs g^w and h^e, or neither of them."""
+    value = 1.5 if powers else 1.0
+    return dict(criteria_weights=(1.0, 1.0, value), entropy_exponent=2 * value)
 
 
 def native(architectures: Iterable[int], only: str | None = None) -> Iterator[Row]:

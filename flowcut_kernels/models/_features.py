@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modules.encoder import PrunedEncoder
-from ..policies.base import FeatureView, Policy
+from ..policies.base import FeatureSelection, FeatureView, Policy
 from ..trace import Stage
 from ._bound import Bound, named
 
@@ -132,10 +132,14 @@ class PrunedFeatures(Bound):
             budgets=known if known else None,
             backend=self.backend,
         )
-        choice = self.policy.feature_select(view)
         places = view.position
         if places is None:
-            places = torch.cat([torch.arange(n, device=choice.index.device) for n in lengths])
+            places = torch.cat([torch.arange(n, device=view.importance.device) for n in lengths])
+        if known == lengths:
+            every = torch.arange(sum(lengths), device=places.device)
+            choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
+        else:
+            choice = self.policy.feature_select(view)
         rows, positions, weights = [], [], []
         for item, part in zip(items, _parts(choice.lengths), strict=True):
             chosen = choice.index[part]
@@ -153,7 +157,7 @@ class PrunedFeatures(Bound):
             importance=pad_sequence(weights, batch_first=True),
             position=pad_sequence(positions, batch_first=True),
         )
-        if self.encoder.trace is not None:
+        if self.encoder.trace is not None and known != lengths:
             self._record(items, view, places, positions, choice.recycled, choice.lengths)
 
     def _record(

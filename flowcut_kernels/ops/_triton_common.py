@@ -6,7 +6,9 @@ memory, so that the same body serves a launch of its own and the last program of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from ctypes import c_float
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -133,6 +135,14 @@ def _take(count: int, device: torch.device) -> Tensor:
     return reserve[:count]
 
 
+def powers(criteria_weights: Sequence[float], entropy_exponent: float) -> tuple[tuple, float | None]:
+    """Weights and exponent as `select_image` takes them: None for g^1 and h^2, which need no power."""
+    *shares, norm = criteria_weights
+    # A launch rounds to float32, the interpreter does not.
+    norm, entropy = (c_float(x).value for x in (norm, entropy_exponent))
+    return (*shares, None if norm == 1 else norm), None if entropy == 2 else entropy
+
+
 @triton.jit
 def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr):
     """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).
@@ -183,10 +193,23 @@ def _product(x, y):
 
 
 @triton.jit
-def _adaptive_count(live, entropy, tokens, protect, budget, divisor):
-    """round_half_even((n - budget) / divisor * (1 - h^2)) within 0..tokens, in the definition's float32 arithmetic."""
+def _power(x, exponent):
+    """x^exponent of x >= 0, in float64 and rounded once, so that all forms agree on the float32."""
+    return tl.exp2(exponent * tl.log2(x.to(tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def _adaptive_count(live, entropy, tokens, protect, budget, divisor, exponent):
+    """round_half_even((n - budget) / divisor * (1 - h^e)) within 0..tokens, in the definition's float32 arithmetic.
+
+    exponent None: e = 2.
+    """
     n = tl.maximum(live - protect, 0)
-    count = _product(tl.div_rn((n - budget).to(tl.float32), divisor), 1.0 - _product(entropy, entropy))
+    if exponent is None:  # noqa: SIM108
+        power = _product(entropy, entropy)
+    else:
+        power = _power(tl.where(entropy < 0, 0.0, entropy), exponent)
+    count = _product(tl.div_rn((n - budget).to(tl.float32), divisor), 1.0 - power)
     count = tl.where(count > 0, tl.minimum(count, tokens), 0.0)
     whole = tl.floor(count)
     rest = count - whole
@@ -203,12 +226,13 @@ def _live_tokens(lengths, b, tokens, mask):
 
 
 @triton.jit
-def _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, BATCH: tl.constexpr):
+def _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, exponent, BATCH: tl.constexpr):
     """The largest count of the batch; every image works it out for itself."""
     image = tl.arange(0, BATCH)
     known = image < batch
     live = _live_tokens(lengths, image, tokens, known)
-    counts = _adaptive_count(live, tl.load(entropy + image, mask=known, other=1.0), tokens, protect, budget, divisor)
+    h = tl.load(entropy + image, mask=known, other=1.0)
+    counts = _adaptive_count(live, h, tokens, protect, budget, divisor, exponent)
     return tl.max(tl.where(known, counts, 0), 0)
 
 
@@ -239,10 +263,12 @@ def _digit_counts(key, prefix, shift):
 @triton.jit
 def select_image(
     b, attention, relevance, value_norm, history, entropy, lengths, score, index, new_lengths,
-    batch, tokens, width, history_weight, score_weight, protect, budget, divisor,
+    batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor, entropy_exponent,
     MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """`score_select` for image b (int64), in tiles of TILE tokens; reference.py of that operator is the definition.
+
+    `weights` and `entropy_exponent` come from :func:`powers`.
 
     The k-th largest score is found digit by digit (two bits a step, counts of the three upper digits in one packed
     sum), ties go to the lower index through a prefix sum, and a second field of the same sum gives each kept token
@@ -273,11 +299,14 @@ def select_image(
         else:
             s = tl.zeros([TILE], tl.float32)
         if attention is not None:
-            s += _share(attention + row, attention_total, column, candidate)
+            s += weights[0] * _share(attention + row, attention_total, column, candidate)
         if relevance is not None:
-            s += _share(relevance + row, relevance_total, column, candidate)
+            s += weights[1] * _share(relevance + row, relevance_total, column, candidate)
         if value_norm is not None:
-            s *= tl.load(value_norm + row + column, mask=candidate, other=0.0)
+            g = tl.load(value_norm + row + column, mask=candidate, other=0.0)
+            if weights[2] is not None:
+                g = _power(g, weights[2])
+            s *= g
         if history is not None:
             s = history_weight * tl.load(history + row + column, mask=candidate, other=0.0) + score_weight * s
         # -0.0 becomes +0.0, so that the two tie.
@@ -293,9 +322,12 @@ def select_image(
         if MODE != _FIXED and entropy is not None:
             finite = finite & (tl.abs(tl.load(entropy + b)) < float("inf"))
             if MODE == _ADAPTIVE_BATCH:
-                dropped = _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, BATCH)
+                dropped = _batch_count(
+                    lengths, entropy, batch, tokens, protect, budget, divisor, entropy_exponent, BATCH
+                )
             else:
-                dropped = _adaptive_count(live, tl.load(entropy + b), tokens, protect, budget, divisor)
+                h = tl.load(entropy + b)
+                dropped = _adaptive_count(live, h, tokens, protect, budget, divisor, entropy_exponent)
             keep = tl.maximum(n - dropped, keep)
 
         # Other threads' scores are read from here on.

@@ -9,7 +9,20 @@ from typing import Any, Literal
 
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats_select
-from .base import DecoderView, EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
+from .base import (
+    DecoderView,
+    EncoderStep,
+    EncoderView,
+    FeatureSelection,
+    FeatureView,
+    Policy,
+    Selection,
+    check_feature_layer,
+    is_number,
+    is_whole,
+)
+from .recycling import select_features
+from .stages import check_stages, keep_most_important, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -18,19 +31,23 @@ CRITERIA = ("attention", "relevance", "value_norm")
 class FlowCut(Policy):
     """Prune inside the vision encoder by cumulative score, as many tokens as the attention entropy allows.
 
-    At every layer up to the one before the feature layer: s = (a / sum a + r / sum r) * g from the anchor's attention
-    a, the relevance r of value vectors and their L1 norm g; S = history_weight * S + (1 - history_weight) * s. Every
-    `interval` layers, round((N - T) / sqrt(remaining) * (1 - h^2)) tokens of lowest S go, h being the entropy ratio
-    of a; the last cut leaves exactly the budget. The class token always stays.
+    At every layer up to the one before the feature layer: s = (w_a a / sum a + w_r r / sum r) * g^w_g from the anchor's
+    attention a, the relevance r of value vectors and their L1 norm g, with weights w that the paper sets to 1;
+    S = history_weight * S + (1 - history_weight) * s. Every `interval` layers,
+    round((N - T) / sqrt(remaining) * (1 - h^entropy_exponent)) tokens of lowest S go, h being the entropy ratio of a;
+    the last cut leaves exactly the budget. The class token always stays.
 
     Args:
         target_tokens, retain_ratio: the budget T per image, exactly one of them (see :class:`Policy`).
         criteria: which of "attention", "relevance", "value_norm" enter the score.
+        criteria_weights: w of the three, in this order: finite, not negative, that of an absent criterion is ignored. A
+            weight of 0 leaves its criterion out; relevance and value norm are then not computed.
         relevance: "cosine" (default), "scaled_softmax" (as the paper writes it) or "softmax" (released code).
         value_norm: L1 norm of the "full" value vector (default) or of its "head_mean" (released code).
         cumulative: False scores each pruning layer on its own.
         history_weight: weight of the history in S, 0..1.
         interval: layers between two cuts, counted back from the last.
+        entropy_exponent: of the entropy ratio in the count, positive: the larger, the more goes early.
         adaptive: False prunes the same share at every cut instead of following the entropy. Its shapes are static, and
             on a GPU scores that are not finite give NaN features instead of an error, as with a `schedule`.
         batch: "independent" images, or the "max" count of the batch for all (released code).
@@ -38,7 +55,11 @@ class FlowCut(Policy):
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
         llm_layer: decoder layer that makes the last cut, to T, by what the last instruction token thinks of the visual
             tokens (methods of LLaVA-NeXT and Qwen2-VL: 1); None: the encoder makes it.
-        encoder_surplus: with ``llm_layer``, tokens the encoder leaves as a multiple of T.
+        encoder_surplus: with ``llm_layer`` or ``recycle_cell``, tokens the encoder leaves as a multiple of T.
+        recycle_cell: edge of a cell in tokens, at least 1: the encoder's surplus is not dropped, but those of a cell
+            become one, weighted by S, so that T enter the language model (VFlowOpt); None: no recycling.
+        llm_stages: (layer, ratio) pairs: before that decoder layer, counted from 0 and at least 1, the share `ratio`
+            of an image's remaining tokens stays, by S (VFlowOpt). Neither goes with ``llm_layer``.
         positions: "keep" the positions of the prompt in the layers after a cut in the language model, or "renumber"
             them without gaps (released code).
         schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
@@ -46,17 +67,21 @@ class FlowCut(Policy):
     """
 
     criteria: tuple[str, ...] = CRITERIA
+    criteria_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     relevance: Literal["cosine", "softmax", "scaled_softmax"] = "cosine"
     value_norm: Literal["full", "head_mean"] = "full"
     cumulative: bool = True
     history_weight: float = 0.5
     interval: int = 2
+    entropy_exponent: float = 2.0
     adaptive: bool = True
     batch: Literal["independent", "max"] = "independent"
     anchor: Literal["auto", "cls", "mean"] = "auto"
     feature_layer: int | None = None
     llm_layer: int | None = None
     encoder_surplus: float = 2.0
+    recycle_cell: float | None = None
+    llm_stages: tuple[tuple[int, float], ...] = ()
     positions: Literal["keep", "renumber"] = "keep"
     schedule: tuple[tuple[int, int], ...] | None = None
 
@@ -67,6 +92,7 @@ class FlowCut(Policy):
         if not listed or any(c not in CRITERIA for c in criteria):
             raise ValueError(f"FlowCut: criteria={criteria!r} must be a non-empty subset of {CRITERIA}")
         object.__setattr__(self, "criteria", tuple(c for c in CRITERIA if c in criteria))
+        self._check_weights()
         for name, allowed in (
             ("relevance", ("cosine", "softmax", "scaled_softmax")),
             ("value_norm", ("full", "head_mean")),
@@ -80,18 +106,37 @@ class FlowCut(Policy):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"FlowCut: {name}={getattr(self, name)!r} must be True or False")
         weight = self.history_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+        if not is_number(weight) or not 0 <= weight <= 1:
             raise ValueError(f"FlowCut: history_weight={weight!r} must be a number in 0..1")
         if not is_whole(self.interval) or self.interval < 1:
             raise ValueError(f"FlowCut: interval={self.interval!r} must be a whole number of layers, at least 1")
+        if not is_number(self.entropy_exponent) or self.entropy_exponent <= 0:
+            raise ValueError(f"FlowCut: entropy_exponent={self.entropy_exponent!r} must be a finite number above 0")
         if self.llm_layer is not None and (not is_whole(self.llm_layer) or self.llm_layer < 0):
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer!r} must be None or a decoder layer, counted from 0")
         surplus = self.encoder_surplus
-        if isinstance(surplus, bool) or not isinstance(surplus, (int, float)) or not 1 <= surplus < math.inf:
+        if not is_number(surplus) or surplus < 1:
             raise ValueError(f"FlowCut: encoder_surplus={surplus!r} must be a number, at least 1")
+        check_stages(self)
+        if self.llm_layer is not None and self.prunes_features:
+            raise ValueError(
+                f"FlowCut: llm_layer={self.llm_layer} with recycle_cell={self.recycle_cell}, llm_stages="
+                f"{self.llm_stages}: cut by the last instruction token (the former) or by the encoder's score"
+            )
         check_feature_layer(self)
         if self.schedule is not None:
             self._check_schedule()
+
+    def _check_weights(self) -> None:
+        weights = self.criteria_weights
+        listed = isinstance(weights, (tuple, list)) and len(weights) == len(CRITERIA)
+        if not listed or not all(is_number(weight) and weight >= 0 for weight in weights):
+            raise ValueError(
+                f"FlowCut: criteria_weights={weights!r} must be three finite numbers >= 0, in the order of {CRITERIA}"
+            )
+        if not any(weight for name, weight in zip(CRITERIA, weights, strict=True) if name in self.criteria):
+            raise ValueError(f"FlowCut: criteria_weights={weights!r} must be above 0 for one of {self.criteria}")
+        object.__setattr__(self, "criteria_weights", tuple(weights))
 
     def _check_schedule(self) -> None:
         try:
@@ -107,12 +152,13 @@ class FlowCut(Policy):
         if self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
             raise ValueError(
                 f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens} (times "
-                "encoder_surplus where llm_layer is set): calibrate again"
+                "encoder_surplus where llm_layer or recycle_cell is set): calibrate again"
             )
         object.__setattr__(self, "schedule", pairs)
 
     def _left_by_encoder(self, budget: int) -> int:
-        return budget if self.llm_layer is None else round(self.encoder_surplus * budget)
+        last = self.llm_layer is None and self.recycle_cell is None
+        return budget if last else round(self.encoder_surplus * budget)
 
     def encoder_budget(self, tokens: int) -> int:
         return min(self._left_by_encoder(self.budget(tokens)), tokens)
@@ -136,8 +182,13 @@ class FlowCut(Policy):
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
         budget = self.encoder_budget(tokens)
-        if remaining < 0 or budget >= tokens:
+        if remaining < 0:
             return None
+        if budget >= tokens:  # others may still want the score
+            wanted = self.prunes_features and (self.budget(tokens) < tokens or self.llm_stages)
+            return (
+                EncoderStep(Select.SCORE_ONLY, static=True) if wanted and (self.cumulative or not remaining) else None
+            )
         if self.schedule is not None:
             return self._scheduled_step(layer)
         if remaining % self.interval:
@@ -176,10 +227,12 @@ class FlowCut(Policy):
             attention="attention" in self.criteria,
             relevance=relevance,
             value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            criteria_weights=self.criteria_weights,
             history_weight=self.history_weight,
             mode=step.mode,
             budget=step.budget,
             divisor=step.divisor,
+            entropy_exponent=self.entropy_exponent,
             backend=view.backend,
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
@@ -191,17 +244,31 @@ class FlowCut(Policy):
         return 2 * own * width**2 + self.decoder_scoring_flops(protect + tokens, width, width)
 
     @property
+    def prunes_features(self) -> bool:
+        return self.recycle_cell is not None or bool(self.llm_stages)
+
+    def feature_budget(self, tokens: int) -> int:
+        return self.encoder_budget(tokens) if self.recycle_cell is None else self.budget(tokens)
+
+    def feature_select(self, view: FeatureView) -> FeatureSelection:
+        assert view.budgets is not None
+        return select_features(view, view.budgets, self.recycle_cell)
+
+    @property
     def renumbers(self) -> bool:
         return self.positions == "renumber"
 
     def check_decoder(self, layers: int) -> None:
+        check_stages(self, layers)
         if self.llm_layer is not None and self.llm_layer >= layers:
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer} but the language model has {layers} layers")
 
     def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
-        return self.budget(tokens) if layer == self.llm_layer else None
+        return self.budget(tokens) if layer == self.llm_layer else stage_step(self, layer, left)
 
     def decoder_select(self, view: DecoderView) -> Selection:
+        if self.llm_stages:
+            return keep_most_important(view)
         relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
@@ -214,6 +281,7 @@ class FlowCut(Policy):
             attention="attention" in self.criteria,
             relevance=relevance,
             value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            criteria_weights=self.criteria_weights,
             mode=Select.FIXED,
             budget=view.budgets[0],
             backend=view.backend,

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from .base import DecoderView, Selection, is_whole
-
-
-def is_number(value: object) -> bool:
-    """True for a finite number that is no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+from .base import DecoderView, Selection, is_number, is_whole
 
 
 def check_stages(policy: Any, layers: int | None = None) -> None:

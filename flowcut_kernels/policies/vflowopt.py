@@ -20,9 +20,10 @@ from .base import (
     Policy,
     Selection,
     check_feature_layer,
+    is_number,
 )
 from .recycling import merge, select_features
-from .stages import check_stages, is_number, keep_most_important, stage_step
+from .stages import check_stages, keep_most_important, stage_step
 
 # Published settings for LLaVA-OneVision-7B by average retention: hub_threshold, recycle_cell, R1, R2, R3.
 PRESETS = {

@@ -66,18 +66,19 @@ def prune_after_layer(model, pixels, policy, feature_layer, protect, anchor):
             for i, x in enumerate(normed):
                 a, r, g = layer_statistics(layer.self_attn, x, protect, anchor, policy.relevance, policy.value_norm)
                 p = a / a.sum()
+                weight = dict(zip(("attention", "relevance", "value_norm"), policy.criteria_weights, strict=True))
                 terms = dict(attention=p, relevance=r / r.sum())
-                terms = [terms[c] for c in policy.criteria if c in terms]
+                terms = [weight[c] * terms[c] for c in policy.criteria if c in terms]
                 score = sum(terms) if terms else torch.ones_like(g)
                 if "value_norm" in policy.criteria:
-                    score = score * g
+                    score = score * g ** weight["value_norm"]
                 if policy.cumulative and history[i] is not None:
                     w = policy.history_weight
                     score = w * history[i] + (1 - w) * score
                 history[i] = score
                 n = len(alive[i])
                 h = -(p * p.log()).sum() / math.log(n)
-                share = 1.0 if remaining == 0 else (1 - h * h) / remaining**0.5
+                share = 1.0 if remaining == 0 else (1 - h**policy.entropy_exponent) / remaining**0.5
                 counts.append(round(float((n - target) * share)))
             if remaining % policy.interval == 0:
                 if policy.batch == "max":
@@ -107,6 +108,8 @@ VARIANTS = {
     "relevance only": fk.FlowCut(8, criteria=("relevance",)),
     "norm only": fk.FlowCut(8, criteria=("value_norm",)),
     "no norm": fk.FlowCut(8, criteria=("attention", "relevance")),
+    "weights": fk.FlowCut(8, criteria_weights=(0.3, 2.0, 1.7)),
+    "exponent": fk.FlowCut(8, entropy_exponent=3.5),
     "not cumulative": fk.FlowCut(8, cumulative=False),
     "history 0.9": fk.FlowCut(8, history_weight=0.9),
     "history 0": fk.FlowCut(8, history_weight=0.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -36,6 +38,8 @@ RULES = [
         mode=Select.ADAPTIVE_BATCH, budget=2, divisor=1.4, relevance=Relevance.SOFTMAX, value_norm=ValueNorm.HEAD_MEAN
     ),
     dict(mode=Select.FIXED, budget=7, attention=False),
+    dict(mode=Select.ADAPTIVE, budget=3, divisor=2.0, criteria_weights=(0.3, 1.7, 2.5), entropy_exponent=3.5),
+    dict(mode=Select.ADAPTIVE_BATCH, budget=2, divisor=1.4, criteria_weights=(0, 1, 0.5), entropy_exponent=0.7),
     dict(mode=Select.FIXED, budget=7, relevance=Relevance.NONE, value_norm=ValueNorm.NONE),
 ]
 
@@ -102,7 +106,10 @@ def test_not_finite_is_marked(backend, device):
 
 def test_opcheck():
     *inputs, history = draw(2, 2, 2, 9, 16, torch.float32, "cpu")
-    options = dict(scale=0.25, protect=1, attention=True, relevance=1, value_norm=1, history_weight=0.5)
+    options = dict(
+        scale=0.25, protect=1, attention=True, relevance=1, value_norm=1, criteria_weights=[1.0, 0.5, 2.0],
+        history_weight=0.5, entropy_exponent=1.5,
+    )  # fmt: skip
     for rule in (dict(mode=1, budget=2, divisor=2.0), dict(mode=3, budget=2, divisor=0.0)):
         opcheck(
             torch.ops.flowcut_kernels.anchor_stats_select.default,
@@ -120,6 +127,9 @@ def test_opcheck():
         (dict(history=torch.zeros(1, 5, dtype=torch.float64)), "history must be"),
         (dict(lengths=torch.zeros(1)), "lengths must be integer"),
         (dict(mode=9), "mode=9"),
+        (dict(criteria_weights=(1, math.inf, 1)), r"criteria_weights=\(1, inf, 1\) must be three finite numbers"),
+        (dict(criteria_weights=(0, 0, 0)), "no criterion"),
+        (dict(entropy_exponent=-1), "entropy_exponent=-1 must be a finite number > 0"),
         (dict(history_weight=2.0), "history_weight=2.0"),
         (dict(budget=-1), "budget=-1"),
         (dict(protect=6), "protect=6"),

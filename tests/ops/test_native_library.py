@@ -151,8 +151,9 @@ def _anchor_stats(query, key, value, anchor, span=None):
     return OPS.anchor_stats(query, key, value, anchor, span, scale=1.0, protect=0, relevance=1, value_norm=1)
 
 
-def _score_select(*criteria, mode=3, budget=1, divisor=0.0, protect=0):
-    options = dict(history_weight=0.5, protect=protect, mode=mode, budget=budget, divisor=divisor)
+def _score_select(*criteria, weights=(1.0, 1.0, 1.0), mode=3, budget=1, divisor=0.0, protect=0):
+    options = dict(criteria_weights=weights, history_weight=0.5, entropy_exponent=2.0)
+    options |= dict(protect=protect, mode=mode, budget=budget, divisor=divisor)
     return OPS.score_select(*criteria, *[None] * (6 - len(criteria)), **options)
 
 
@@ -186,6 +187,7 @@ DIRECT_CALLS = {
     "criterion shape": (lambda: _score_select(S, S[:, :4]), r"relevance must be \[2, 5\], got \[2, 4\]"),
     "criterion dtype": (lambda: _score_select(S.double()), "float32 CPU tensors"),
     "no entropy": (lambda: _score_select(S, mode=1, divisor=1.0), "entropy is None"),
+    "weights": (lambda: _score_select(S, weights=[1.0]), "criteria_weights must be 3 numbers, got 1"),
     "protect": (lambda: _score_select(S, protect=6), "protect=6"),
     "index beyond": (lambda: OPS.gather_tokens([X], I + 5), r"index\[0, 0\] = 5 must lie in -1..4"),
     "index below": (lambda: OPS.gather_tokens([X], I - 2), r"= -2 must lie in -1..4"),

@@ -35,41 +35,58 @@ def same(actual, expected):
     assert torch.equal(actual[2], expected[2])
 
 
+RULES = [
+    {},
+    dict(criteria_weights=(0.3, 1.7, 2.5), entropy_exponent=0.6),
+    dict(criteria_weights=(1.0, 2.0, 0.4)),
+    dict(criteria_weights=(0, 1, 1), entropy_exponent=3),
+]
+
+
+def rule_id(rule):
+    return ",".join(map(str, (*rule.get("criteria_weights", ()), rule.get("entropy_exponent", ""))))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
 @pytest.mark.parametrize("lengths", [None, [23, 1, 9]], ids=["full", "ragged"])
 @pytest.mark.parametrize("protect", [0, 1])
 @pytest.mark.parametrize("mode", list(Select), ids=lambda x: x.name)
-def test_equals_reference(backend, device, mode, protect, lengths):
+def test_equals_reference(backend, device, mode, protect, lengths, rule):
     inputs = draw(device=device)
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
     for budget, divisor in ((5, 1.7), (1, 0.0), (22, 3.0), (50, 1.0), (0, 2.0)):
-        options = dict(mode=mode, protect=protect, budget=budget, divisor=divisor, lengths=lengths)
+        options = dict(mode=mode, protect=protect, budget=budget, divisor=divisor, lengths=lengths, **rule)
         same(score_select(**inputs, **options, backend=backend), score_select(**inputs, **options, backend="reference"))
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.3, 1.7, 2.5)], ids=str)
 @pytest.mark.parametrize(
     "drop", ["attention", "relevance", "value_norm", "history", "attention,relevance", "attention,value_norm"]
 )
-def test_criteria_subsets(backend, device, drop):
+def test_criteria_subsets(backend, device, drop, weights):
     inputs = {name: None if name in drop.split(",") else x for name, x in draw(device=device).items()}
-    options = dict(mode=Select.FIXED, budget=7, protect=1, history_weight=0.3)
+    options = dict(mode=Select.FIXED, budget=7, protect=1, history_weight=0.3, criteria_weights=weights)
     actual = score_select(**inputs, **options, backend=backend)
     same(actual, score_select(**inputs, **options, backend="reference"))
     a, r, g, s = (inputs[k] for k in ("attention", "relevance", "value_norm", "history"))
-    share = sum(x[:, 1:] / x[:, 1:].sum(1, keepdim=True) for x in (a, r) if x is not None)
-    expected = (share if a is not None or r is not None else 1.0) * (1.0 if g is None else g[:, 1:])
+    terms = [
+        w * x[:, 1:] / x[:, 1:].sum(1, keepdim=True) for x, w in zip((a, r), weights, strict=False) if x is not None
+    ]
+    expected = (sum(terms) if terms else 1.0) * (1.0 if g is None else g[:, 1:] ** weights[2])
     expected = expected if s is None else 0.3 * s[:, 1:] + 0.7 * expected
     torch.testing.assert_close(actual[0][:, 1:], expected)
 
 
-def test_count_follows_the_paper(backend, device):
-    """c = round_half_even((n - T) / sqrt(rem) * (1 - h^2)), each image its own."""
+@pytest.mark.parametrize("exponent", [2, 0.5, 1, 3, 7.3])
+def test_count_follows_the_paper(backend, device, exponent):
+    """c = round_half_even((n - T) / sqrt(rem) * (1 - h^e)), each image its own; the paper has e = 2."""
     batch, tokens, budget, remaining = 64, 41, 8, 6
     inputs = draw(batch, tokens, device)
-    *_, lengths = score_select(
-        **inputs, mode=Select.ADAPTIVE, budget=budget, divisor=math.sqrt(remaining), protect=1, backend=backend
-    )
+    inputs["entropy"][:3] = torch.tensor([0.0, -1e-8, 1.0])  # rounding may leave a ratio below 0
+    options = dict(mode=Select.ADAPTIVE, budget=budget, divisor=math.sqrt(remaining), protect=1)
+    *_, lengths = score_select(**inputs, **options, entropy_exponent=exponent, backend=backend)
     for h, length in zip(inputs["entropy"].tolist(), lengths.tolist(), strict=True):
-        count = round((40 - budget) / math.sqrt(remaining) * (1 - h * h))
+        count = round((40 - budget) / math.sqrt(remaining) * (1 - max(h, 0.0) ** exponent))
         assert length == 1 + max(40 - count, budget)
 
 
@@ -174,7 +191,8 @@ def test_opcheck(mode):
     opcheck(
         torch.ops.flowcut_kernels.score_select.default,
         (*inputs.values(), torch.tensor([9, 6], dtype=torch.int32)),
-        dict(history_weight=0.5, protect=1, mode=int(mode), budget=3, divisor=1.5),
+        dict(criteria_weights=[1.0, 0.5, 2.0], history_weight=0.5, protect=1, mode=int(mode), budget=3)
+        | dict(divisor=1.5, entropy_exponent=1.5),
     )
 
 
@@ -187,6 +205,12 @@ def test_opcheck(mode):
         (dict(entropy=None), "entropy"),
         (dict(entropy=torch.ones(3)), "entropy"),
         (dict(lengths=torch.ones(2)), "lengths"),
+        (dict(criteria_weights=(1, 1)), r"criteria_weights=\(1, 1\) must be three finite numbers >= 0"),
+        (dict(criteria_weights=(1, -1, 1)), r"criteria_weights=\(1, -1, 1\)"),
+        (dict(criteria_weights=(1, 1, math.nan)), r"criteria_weights=\(1, 1, nan\)"),
+        (dict(criteria_weights=(0, 1, 0), relevance=None), r"criteria_weights=\(0, 1, 0\) leaves no criterion"),
+        (dict(entropy_exponent=0), "entropy_exponent=0 must"),
+        (dict(entropy_exponent=math.inf), "entropy_exponent=inf must"),
         (dict(history_weight=1.5), "history_weight=1.5"),
         (dict(protect=6), "protect=6"),
         (dict(mode=9), "mode=9"),

@@ -67,6 +67,21 @@ def test_bad_budgets(policy, arguments, error, words):
         (fk.FlowCut, "history_weight", math.nan, "nan must be a number in 0..1"),
         (fk.FlowCut, "history_weight", None, "None must be a number in 0..1"),
         (fk.FlowCut, "history_weight", "0.5", "'0.5' must be a number in 0..1"),
+        (fk.FlowCut, "criteria_weights", (1, 1), "must be three finite numbers"),
+        (
+            fk.FlowCut,
+            "criteria_weights",
+            (1, -1, 1),
+            "must be three finite numbers >= 0, in the order of .*'relevance'",
+        ),
+        (fk.FlowCut, "criteria_weights", (1, math.nan, 1), "must be three finite numbers"),
+        (fk.FlowCut, "criteria_weights", (1, 1, math.inf), "must be three finite numbers"),
+        (fk.FlowCut, "criteria_weights", (True, 1, 1), "must be three finite numbers"),
+        (fk.FlowCut, "criteria_weights", 1.0, "1.0 must be three finite numbers"),
+        (fk.FlowCut, "criteria_weights", (0, 0, 0), "must be above 0 for one of"),
+        (fk.FlowCut, "entropy_exponent", 0, "0 must be a finite number above 0"),
+        (fk.FlowCut, "entropy_exponent", math.inf, "inf must be a finite number above 0"),
+        (fk.FlowCut, "entropy_exponent", "2", "'2' must be a finite number above 0"),
         (fk.FlowCut, "interval", 0, "0 must be a whole number of layers"),
         (fk.FlowCut, "interval", 2.0, "2.0 must be a whole number of layers"),
         (fk.FlowCut, "interval", True, "True must be a whole number of layers"),
@@ -114,6 +129,8 @@ def test_criteria_are_a_set():
     """Order and container do not matter, so equal choices compare equal."""
     assert fk.FlowCut(8, criteria=["value_norm", "attention"]) == fk.FlowCut(8, criteria=("attention", "value_norm"))
     assert fk.FlowCut(8, criteria={"relevance"}).criteria == ("relevance",)
+    with pytest.raises(ValueError, match=r"above 0 for one of \('relevance',\)"):
+        fk.FlowCut(8, criteria={"relevance"}, criteria_weights=(1, 0, 1))
 
 
 def test_release_changes_exactly_what_methods_say():
@@ -187,6 +204,10 @@ def stages_of(model, policy, count=3):
         dict(criteria=("attention",)),
         dict(criteria=("attention", "relevance")),
         dict(criteria=("value_norm",)),
+        dict(criteria_weights=(1, 5, 1)),
+        dict(criteria_weights=(1, 0, 1)),
+        dict(criteria_weights=(1, 1, 4)),
+        dict(entropy_exponent=8.0),
         dict(relevance="softmax"),
         dict(relevance="scaled_softmax"),
         dict(value_norm="head_mean"),
@@ -211,10 +232,20 @@ def test_switch_changes_the_choice(switch):
     assert not same
 
 
-def test_zero_history_is_no_history():
+@pytest.mark.parametrize(
+    ("zero", "absent"),
+    [
+        (dict(history_weight=0.0), dict(cumulative=False)),
+        (dict(criteria_weights=(0, 1, 1)), dict(criteria=("relevance", "value_norm"))),
+        (dict(criteria_weights=(2, 0, 0)), dict(criteria=("attention",))),
+        (dict(criteria_weights=(0, 0, 3)), dict(criteria=("value_norm",), criteria_weights=(1, 1, 3))),
+    ],
+    ids=str,
+)
+def test_weight_zero_is_absence(zero, absent):
     model = tiny.clip_tower()
-    a = stages_of(model, fk.FlowCut(8, history_weight=0.0))
-    b = stages_of(model, fk.FlowCut(8, cumulative=False))
+    a = stages_of(model, fk.FlowCut(8, **zero))
+    b = stages_of(model, fk.FlowCut(8, **absent))
     assert [s.kept for s in a] == [s.kept for s in b]
     assert all(torch.equal(x.indices, y.indices) for x, y in zip(a, b, strict=True))
 

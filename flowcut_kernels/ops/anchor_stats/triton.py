@@ -28,6 +28,7 @@ from .._triton_common import (
     contiguous_rows,
     entropy_ratio,
     head_mean_softmax,
+    powers,
     select_image,
     unit_steps,
 )
@@ -224,12 +225,12 @@ def statistics_program(
             # The scores are made from what other threads of this program have just written.
             tl.debug_barrier()
             criterion, counting, history, lengths, score, index, new_lengths = selection[0]
-            width, history_weight, score_weight, budget, divisor = selection[1]
+            width, weights, history_weight, score_weight, budget, divisor, entropy_exponent = selection[1]
             select_image(
                 b, criterion, relevance if RELEVANCE != _NO_RELEVANCE else None,
                 value_norm if VALUE_NORM != _NO_NORM else None, history, counting, lengths, score, index, new_lengths,
-                tl.num_programs(1), tokens, width, history_weight, score_weight, protect, budget, divisor,
-                MODE, 1024, SELECT_TILES, 1,
+                tl.num_programs(1), tokens, width, weights, history_weight, score_weight, protect, budget, divisor,
+                entropy_exponent, MODE, 1024, SELECT_TILES, 1,
             )  # fmt: skip
         tl.store(counters + b, 0)
 
@@ -369,6 +370,7 @@ def prepare(
     if selection is not None:
         mode, budget, weight = int(selection["mode"]), selection["budget"], selection["history_weight"]
         history, lengths = (None if x is None else x.contiguous() for x in (selection["history"], selection["lengths"]))
+        weights, entropy_exponent = powers(selection["criteria_weights"], selection["entropy_exponent"])
         selected = select_outputs(key, batch, tokens, mode, protect, budget)
         # Without a divisor the count is n - budget whatever the entropy.
         criterion, counting = plan.outputs[0], plan.outputs[3]
@@ -377,7 +379,7 @@ def prepare(
                 criterion if selection["attention"] else None, counting if selection["divisor"] else None,
                 history, lengths, *selected,
             ),
-            (selected[1].shape[1], weight, 1 - weight, budget, selection["divisor"]),
+            (selected[1].shape[1], weights, weight, 1 - weight, budget, selection["divisor"], entropy_exponent),
         )  # fmt: skip
         outputs += selected
         if not tokens:  # no program runs: an empty image's new length is 0

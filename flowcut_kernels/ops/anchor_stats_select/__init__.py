@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._library import choose_backend
 from ..._ops import LIB, Relevance, Select, ValueNorm, accumulate_dtype
 from ..anchor_stats import check_arguments as _check_statistics
+from ..score_select import tuned_options
 from ._compose import compose
 from .reference import anchor_stats_select as _reference
 
@@ -29,10 +30,12 @@ def anchor_stats_select(
     attention: bool = True,
     relevance: Relevance = Relevance.COSINE,
     value_norm: ValueNorm = ValueNorm.FULL,
+    criteria_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
     history_weight: float = 0.5,
     mode: Select = Select.FIXED,
     budget: int = 0,
     divisor: float = 0.0,
+    entropy_exponent: float = 2.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score N tokens by what one anchor thinks of them and pick those to keep; on a GPU a single launch.
@@ -40,7 +43,8 @@ def anchor_stats_select(
     Args:
         query, key, value, value_anchor, scale, protect, relevance, value_norm: as in
             :func:`~flowcut_kernels.ops.anchor_stats`, with one anchor; NONE drops a criterion.
-        history, history_weight, mode, budget, divisor: as in :func:`~flowcut_kernels.ops.score_select`.
+        history, criteria_weights, history_weight, mode, budget, divisor, entropy_exponent: as in
+            :func:`~flowcut_kernels.ops.score_select`.
         lengths: live tokens per sample [B] (int32 or int64), protected ones included; None: all N.
         attention: whether the anchor's attention is a criterion (its entropy is computed in any case).
         backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
@@ -55,7 +59,17 @@ def anchor_stats_select(
         RuntimeError: an explicitly requested backend that cannot serve these tensors.
     """
     _check_statistics("anchor_stats_select", query, key, value, value_anchor, None, protect, relevance, value_norm)
-    _check(query, key, history, lengths, attention, relevance, value_norm, history_weight, mode, budget, divisor)
+    tuned = tuned_options("anchor_stats_select", criteria_weights, entropy_exponent)
+    if tuned:  # nobody computes a criterion of weight 0
+        attention = attention and criteria_weights[0] > 0
+        relevance = relevance if criteria_weights[1] else Relevance.NONE
+        value_norm = value_norm if criteria_weights[2] else ValueNorm.NONE
+    if not (attention or relevance or value_norm):
+        raise ValueError(
+            "anchor_stats_select: attention=False, relevance=NONE, value_norm=NONE or weights of 0 in "
+            f"criteria_weights={criteria_weights} leave no criterion"
+        )
+    _check(query, key, history, lengths, history_weight, mode, budget, divisor)
     arguments = (query, key, value, value_anchor, history, lengths)
     options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -67,6 +81,7 @@ def anchor_stats_select(
         mode=int(mode),
         budget=budget,
         divisor=float(divisor),
+        **tuned,
     )
     choice = choose_backend("anchor_stats_select", backend, key)
     if choice == "reference":
@@ -76,12 +91,10 @@ def anchor_stats_select(
     return torch.ops.flowcut_kernels.anchor_stats_select.default(*arguments, **options)
 
 
-def _check(query, key, history, lengths, attention, relevance, value_norm, history_weight, mode, budget, divisor):
+def _check(query, key, history, lengths, history_weight, mode, budget, divisor):
     batch, tokens, device = key.shape[0], key.shape[2], key.device
     if query.shape[2] != 1:
         raise ValueError(f"anchor_stats_select: query has {query.shape[2]} anchors; the score follows exactly one")
-    if not attention and relevance == Relevance.NONE and value_norm == ValueNorm.NONE:
-        raise ValueError("anchor_stats_select: attention=False, relevance=NONE, value_norm=NONE leaves no criterion")
     if history is not None and (
         history.shape != (batch, tokens) or history.device != device or history.dtype != accumulate_dtype(key.dtype)
     ):

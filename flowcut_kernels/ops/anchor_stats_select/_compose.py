@@ -25,10 +25,7 @@ def compose(
     attention: bool,
     relevance: int,
     value_norm: int,
-    history_weight: float,
-    mode: int,
-    budget: int,
-    divisor: float,
+    **selection,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score, index, new lengths and entropy by any two forms of the operators it is made of."""
     span = None if lengths is None else torch.stack((torch.zeros_like(lengths), lengths), 1)
@@ -40,7 +37,10 @@ def compose(
         weights[:, 0] if attention else None,
         related[:, 0] if relevance != Relevance.NONE else None,
         norm if value_norm != ValueNorm.NONE else None,
-        history, entropy, lengths,
-        history_weight=history_weight, protect=protect, mode=mode, budget=budget, divisor=divisor,
-    )  # fmt: skip
+        history,
+        entropy,
+        lengths,
+        protect=protect,
+        **selection,
+    )
     return score, index, new_lengths, entropy

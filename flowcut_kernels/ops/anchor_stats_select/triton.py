@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..._ops import Select
@@ -19,10 +21,13 @@ def anchor_stats_select(
     lengths: Tensor | None,
     *,
     mode: int,
+    criteria_weights: Sequence[float] = (1.0, 1.0, 1.0),
+    entropy_exponent: float = 2.0,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments, results and definition: ``reference.py``; float32, bfloat16 or float16 inputs."""
     arguments = (query, key, value, value_anchor)
+    options |= dict(criteria_weights=criteria_weights, entropy_exponent=entropy_exponent)
     if mode == Select.ADAPTIVE_BATCH:
         if len(key) > 1:
             return compose(anchor_stats, score_select, *arguments, history, lengths, mode=mode, **options)

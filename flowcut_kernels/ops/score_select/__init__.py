@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ def score_select(
     history: Tensor | None = None,
     entropy: Tensor | None = None,
     lengths: Tensor | None = None,
+    criteria_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
     history_weight: float = 0.5,
     protect: int = 0,
     mode: Select = Select.FIXED,
     budget: int = 0,
     divisor: float = 0.0,
+    entropy_exponent: float = 2.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the cumulative score S and pick the tokens to keep (FlowCut, arXiv 2505.19536, section 3).
@@ -37,11 +41,14 @@ def score_select(
         history: S of the layer before, aligned with these N tokens; None: S = s.
         entropy: entropy ratio h [B]; needed by the adaptive modes while ``divisor`` > 0.
         lengths: live tokens per sample [B] (int32 or int64), protected ones included; None: all N.
+        criteria_weights: w of attention, relevance and value norm in s = (w_a a / sum a + w_r r / sum r) * g^w_g,
+            finite, not negative; 0 leaves a criterion out, that of a missing one is ignored.
         history_weight: weight of ``history`` in S, 0..1.
         protect: leading tokens that are always kept and never scored (1 for CLS).
         mode: SCORE_ONLY, ADAPTIVE, ADAPTIVE_BATCH or FIXED.
         budget: tokens to end with (T), protected ones not counted.
         divisor: sqrt of the remaining layers; 0 cuts to the budget at once.
+        entropy_exponent: e in the share 1 - h^e of (n - T) / divisor that the adaptive modes drop, positive and finite.
         backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
@@ -55,9 +62,20 @@ def score_select(
         RuntimeError: an explicitly requested backend that cannot serve these tensors.
     """
     _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor)
+    tuned = tuned_options("score_select", criteria_weights, entropy_exponent)
+    if tuned:
+        given = zip((attention, relevance, value_norm), criteria_weights, strict=True)
+        attention, relevance, value_norm = (x if weight else None for x, weight in given)
+        if attention is None and relevance is None and value_norm is None:
+            raise ValueError(f"score_select: criteria_weights={criteria_weights} leaves no criterion that is given")
     arguments = (attention, relevance, value_norm, history, entropy, lengths)
     options: dict[str, Any] = dict(
-        history_weight=float(history_weight), protect=protect, mode=int(mode), budget=budget, divisor=float(divisor)
+        history_weight=float(history_weight),
+        protect=protect,
+        mode=int(mode),
+        budget=budget,
+        divisor=float(divisor),
+        **tuned,
     )
     first = any_tensor(attention, relevance, value_norm)
     choice = choose_backend("score_select", backend, first)
@@ -76,6 +94,26 @@ def raise_if_not_finite(lengths: list[int], where: str) -> None:
             f"scores of sample(s) {bad} at {where} hold NaN or Inf: check pixel_values and the weights' dtype "
             "(float16 towers overflow easily; use bfloat16 or float32)"
         )
+
+
+def tuned_options(op: str, criteria_weights: Sequence[float], entropy_exponent: float) -> dict[str, Any]:
+    """The two as options of operator `op`, none where they are its defaults: passing them would take a microsecond.
+
+    Raises:
+        ValueError: unless there are three weights >= 0 and the exponent is > 0, all of them finite.
+    """
+    if criteria_weights == (1.0, 1.0, 1.0) and entropy_exponent == 2.0:
+        return {}
+    if len(criteria_weights) != 3 or not all(0 <= weight < math.inf for weight in criteria_weights):
+        raise ValueError(
+            f"{op}: criteria_weights={criteria_weights} must be three finite numbers >= 0 (attention, relevance, "
+            "value norm)"
+        )
+    if not 0 < entropy_exponent < math.inf:
+        raise ValueError(f"{op}: entropy_exponent={entropy_exponent} must be a finite number > 0")
+    return dict(
+        criteria_weights=[float(weight) for weight in criteria_weights], entropy_exponent=float(entropy_exponent)
+    )
 
 
 def _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,20 +23,23 @@ def score_select(
     mode: int,
     budget: int,
     divisor: float,
+    criteria_weights: Sequence[float] = (1.0, 1.0, 1.0),
+    entropy_exponent: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fuse the criteria, update the cumulative score, decide the count and pick the tokens in order.
 
     Candidates of image b are the n_b tokens [protect, lengths_b):
 
-    - s = (a / sum a + r / sum r) * g over the candidates; criteria that are None drop out (the norm alone: s = g);
-      a term whose sum is 0 contributes 0
+    - s = (w_a a / sum a + w_r r / sum r) * g^w_g over the candidates, with the three weights w; criteria that are None
+      drop out (the norm alone: s = g^w_g); a term whose sum is 0 contributes 0
     - S = s, or history_weight * history + (1 - history_weight) * s
-    - count c = round_half_even((n - T) / divisor * (1 - h^2)), c = n - T where divisor = 0, never negative;
-      keep k = max(n - c, min(T, n)). FIXED: k = min(T, n)
+    - count c = round_half_even((n - T) / divisor * (1 - h^e)) with the exponent e, c = n - T where divisor = 0, never
+      negative; keep k = max(n - c, min(T, n)). FIXED: k = min(T, n)
     - index: 0..protect-1, then the k candidates of largest S (ties to the lower index) ascending, then -1
 
     A row whose candidates (or whose entropy, where it decides the count) hold NaN or Inf has new length -1 and an index
-    of -1. Shapes and dtypes as in :func:`flowcut_kernels.ops.score_select`.
+    of -1. Powers other than g^1 and h^2 are taken in float64 and rounded once: forms of this operator then agree on
+    them to the bit. Shapes and dtypes as in :func:`flowcut_kernels.ops.score_select`.
     """
     first = any_tensor(attention, relevance, value_norm)
     batch, tokens = first.shape
@@ -51,10 +56,11 @@ def score_select(
         total = x.sum(-1, keepdim=True)
         return torch.where(total == 0, torch.zeros_like(x), x / total)
 
-    terms = [share(x) for x in (attention, relevance) if x is not None]
+    given = zip((attention, relevance), criteria_weights, strict=False)
+    terms = [weight * share(x) for x, weight in given if x is not None]
     score = sum(terms[1:], terms[0]) if terms else torch.ones_like(first)
     if value_norm is not None:
-        score = score * value_norm
+        score = score * (value_norm if criteria_weights[2] == 1 else _power(value_norm, criteria_weights[2]))
     if history is not None:
         score = history_weight * history + (1 - history_weight) * score
     # Adding 0 turns -0.0 into +0.0, so that the two tie.
@@ -71,7 +77,8 @@ def score_select(
     else:
         assert entropy is not None
         finite = finite & entropy.isfinite()
-        count = ((n - budget) / divisor * (1 - entropy.square())).round().clamp_min(0).to(torch.int64)
+        surprise = entropy.square() if entropy_exponent == 2 else _power(entropy.clamp_min(0), entropy_exponent)
+        count = ((n - budget) / divisor * (1 - surprise)).round().clamp_min(0).to(torch.int64)
         if mode == Select.ADAPTIVE_BATCH:
             count = count.max().expand_as(count)
         keep = torch.maximum(n - count, floor)
@@ -86,3 +93,8 @@ def score_select(
     index = order.masked_fill(order == tokens, -1)
     new_lengths = torch.where(finite, chosen.sum(-1), -1).to(torch.int32)
     return score, index, new_lengths
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent, the exponent being of x's precision too, computed in float64 and rounded once."""
+    return x.double().pow(torch.full_like(x, exponent)).to(x.dtype)

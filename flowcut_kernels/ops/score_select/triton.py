@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..._ops import any_tensor, select_outputs
-from .._triton_common import Launch, select_image
+from .._triton_common import Launch, powers, select_image
 
 
 @triton.jit(do_not_specialize=["tokens", "width", "budget"])
 def _score_select(
     attention, relevance, value_norm, history, entropy, lengths, score, index, new_lengths,
-    batch, tokens, width, history_weight, score_weight, protect, budget, divisor,
+    batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor, entropy_exponent,
     MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     select_image(
         tl.program_id(0).to(tl.int64), attention, relevance, value_norm, history, entropy, lengths, score, index,
-        new_lengths, batch, tokens, width, history_weight, score_weight, protect, budget, divisor,
-        MODE, TILE, TILES, BATCH,
+        new_lengths, batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor,
+        entropy_exponent, MODE, TILE, TILES, BATCH,
     )  # fmt: skip
 
 
@@ -36,28 +38,32 @@ def prepare(
     mode: int,
     budget: int,
     divisor: float,
+    criteria_weights: Sequence[float] = (1.0, 1.0, 1.0),
+    entropy_exponent: float = 2.0,
 ) -> Launch:
     """The launch of :func:`score_select`.
 
     Latency decides, not bandwidth (at most 16 bytes per token in, 12 out): up to 4,096 keys stay in registers, 8 per
     thread; longer rows are read again from L1 in tiles of 4,096. Two tile sizes only, so that pruning compiles little.
+    Powers of the norm take float64, which leaves registers for 4 keys per thread of a long row.
     """
     given = (attention, relevance, value_norm, history, entropy, lengths)
     criteria = [None if x is None else x.contiguous() for x in given]
     first = any_tensor(*criteria)
     batch, tokens = first.shape
-    tile = 1024 if tokens <= 1024 else 4096
     score, index, new_lengths = select_outputs(first, batch, tokens, mode, protect, budget)
+    weights, entropy_exponent = powers(criteria_weights, entropy_exponent)
+    tile = 1024 if tokens <= 1024 else 4096 if weights[2] is None else 2048
     if divisor == 0:
         criteria[4] = None  # the count is n - budget whatever the entropy
     return Launch(
         _score_select,
         (batch,),
         (*criteria, score, index, new_lengths, batch, tokens, index.shape[1],
-         history_weight, 1 - history_weight, protect, budget, divisor),
+         weights, history_weight, 1 - history_weight, protect, budget, divisor, entropy_exponent),
         dict(
             MODE=mode, TILE=tile, TILES=triton.cdiv(tokens, tile) or 1, BATCH=triton.next_power_of_2(batch),
-            num_warps=tile // 256, enable_fp_fusion=False,
+            num_warps=4 if tile == 1024 else 16, enable_fp_fusion=False,
         ),
         first.device,
         [score, index, new_lengths],
