@@ -246,7 +246,7 @@ def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Sc
         looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
         if step.prunes:
             adapts |= _adapts(step)
-            live = _kept(step, live, entropy)
+            live = _kept(step, live, entropy ** getattr(policy, "entropy_exponent", 2.0))
             cuts[layer] = protect + live
     return Schedule.cut(runs, protect + patches, cuts), looks, adapts
 
@@ -255,11 +255,11 @@ def _adapts(step: EncoderStep) -> bool:
     return step.mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH) and step.divisor > 0
 
 
-def _kept(step: EncoderStep, live: int, entropy: float) -> int:
-    """Patches that a cut leaves of `live`, by the rule of `score_select`."""
+def _kept(step: EncoderStep, live: int, power: float) -> int:
+    """Patches that a cut leaves of `live`, by the rule of `score_select`; `power` of the entropy ratio."""
     if not _adapts(step):
         return min(step.budget, live)
-    return max(live - round((live - step.budget) / step.divisor * (1 - entropy**2)), step.budget)
+    return max(live - round((live - step.budget) / step.divisor * (1 - power)), step.budget)
 
 
 def _encoded(encoder: PrunedEncoder, tiles: int, rows: Schedule, looks: int) -> Side:

@@ -22,6 +22,7 @@ from transformers import (
 
 import flowcut_kernels as fk
 from flowcut_kernels.cost import Schedule, decoder_flops, encoder_flops, projector_flops
+from flowcut_kernels.ops import score_select
 
 
 def attention_flops(query, key, *args, out_shape=None, **kwargs) -> int:
@@ -38,6 +39,9 @@ POLICIES = dict(
     mean=fk.FlowCut(8, adaptive=False, anchor="mean"),
     llm=fk.FlowCut(8, adaptive=False, llm_layer=1),
     llm_only=fk.FlowCut(8, adaptive=False, llm_layer=0, encoder_surplus=8),
+    weights=fk.FlowCut(8, adaptive=False, criteria_weights=(1.0, 0.0, 0.5)),
+    recycling=fk.FlowCut(8, adaptive=False, recycle_cell=2.5, llm_stages=((1, 0.5),)),
+    features=fk.FlowCut(8, recycle_cell=2.5, encoder_surplus=8),
     random=fk.RandomTokens(8),
     # Without hubs: on a CPU only those that are found cost something.
     vflowopt=fk.VFlowOpt(8, hub_threshold=1e9, entropy_weight=0.5, llm_stages=((1, 0.5), (2, 0.4))),
@@ -252,6 +256,22 @@ def llava_7b() -> LlavaForConditionalGeneration:
 def pope() -> dict:
     ids = torch.tensor([[1] * BEFORE + [32000] * 576 + [2] * AFTER])
     return dict(input_ids=ids, pixel_values=torch.empty(1, 3, 336, 336, device="meta"))
+
+
+@pytest.mark.parametrize("exponent", [2.0, 0.7, 3.5])
+def test_assumed_entropy_follows_the_rule_of_the_operator(exponent):
+    policy, live = fk.FlowCut(64, entropy_exponent=exponent), 576
+    rows = fk.cost(llava_7b(), policy, pope(), entropy=0.8).pruned.encoder
+    assert len(rows.leaving) == 23
+    for layer, left in enumerate(rows.leaving):
+        step = policy.encoder_step(layer, 22, 576)
+        if step is not None and step.prunes:
+            *_, lengths = score_select(
+                torch.rand(1, live), entropy=torch.tensor([0.8]), entropy_exponent=exponent, mode=step.mode,
+                budget=step.budget, divisor=step.divisor,
+            )  # fmt: skip
+            live = int(lengths)
+        assert left == 1 + live
 
 
 def test_flowcut_on_llava_1_5():
