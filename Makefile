@@ -17,7 +17,7 @@ test-newest: .venv/built
 
 # The oldest supported transformers, in front of the environment's own.
 test-floor: .venv/built .venv/floor/ready
-	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies tests/test_cache.py
+	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies tests/test_cache.py tests/test_cost.py
 
 lint: .venv/built
 	$(PY) -m ruff check .

@@ -1,8 +1,8 @@
 """What a forward pass costs with and without pruning: tokens by layer, FLOPs, bytes of KV cache, all by formula.
 
 FLOPs are those of matrix products, two per multiply-add, of padding too. Attention counts every query by every key, as
-``torch.utils.flop_counter`` does; a causal kernel does about half of that. Norms, softmax, rotary tables and
-element-wise work are left out.
+``torch.utils.flop_counter`` does; a causal kernel does about half of that. What a kernel computes twice rather than
+keep (`received_attention`) counts once. Norms, softmax, rotary tables and element-wise work are left out.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def cost(
             policy has a schedule: ``cost(model, calibrate(model, policy, inputs), inputs)`` is exact for one image.
 
     Returns:
-        :class:`Cost`. The KV cache is a ``DynamicCache`` in the model's dtype.
+        :class:`Cost`. The KV cache is a ``DynamicCache`` in the language model's dtype.
 
     Raises:
         TypeError: an unsupported model class, something that is no policy, or inputs of another type.
@@ -353,8 +353,8 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
 
 def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_to_keep: int, compact: bool) -> Side:
     """`side` with the projector, the language model and its cache."""
-    model = prompt.model
-    vision, text = model.config.vision_config, _config(model.model.language_model)
+    language = prompt.model.model.language_model
+    vision, text = prompt.model.config.vision_config, _config(language)
     window = getattr(text, "sliding_window", None)
     if window is not None and window < rows.entering[0]:
         raise ValueError(
@@ -369,5 +369,5 @@ def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_t
         projector_flops=projector_flops(vision, text, read),
         prefill_flops=prompt.samples * decoder_flops(text, rows, logits) + looks,
         scoring_flops=side.scoring_flops + looks,
-        kv_bytes=prompt.samples * kv_bytes(text, held, model.dtype),
+        kv_bytes=prompt.samples * kv_bytes(text, held, language.dtype),
     )
