@@ -120,13 +120,14 @@ struct Worker {
 template <class T, class Words>
 void run_all(const ReceivedAttention& p, ParallelFor run) {
   const int64_t group = p.heads / p.kv_heads;
-  // Rows of a part, and parts, of a sample with `live` tokens.
+  // Of a sample with `live` tokens: blocks of rows that share a head, rows of a part, and parts.
+  auto blocks = [&](int64_t live) { return (group * live + kBlock - 1) / kBlock; };
   auto part_rows = [&](int64_t live) {
-    const int64_t blocks = (group * live + kBlock - 1) / kBlock;
-    return max((blocks + kParts - 1) / kParts, kPartBlocks) * kBlock;
+    return max((blocks(live) + kParts - 1) / kParts, kPartBlocks) * kBlock;
   };
   auto parts = [&](int64_t live) { return (group * live + part_rows(live) - 1) / part_rows(live); };
-  const int64_t most = parts(p.tokens);
+  // Fewer tokens may make more parts, but never more than this.
+  const int64_t most = min(kParts, (blocks(p.tokens) + kPartBlocks - 1) / kPartBlocks);
   // [batch][head][part][token], and what the last vector of tokens has too many.
   const Buffer sums(p.batch * p.kv_heads * most * p.tokens + kLanes);
 
