@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ..ops import (
     compact_kv,
     compact_kv_paged,
     gather_tokens,
+    received_attention,
     score_select,
 )
 from . import plain
@@ -76,11 +78,11 @@ KINDS = {
 }
 
 
-def projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+def projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int, dim: int = DIM) -> Tensor:
     """A projection's output [B, N, H * d] seen as heads [B, H, N, d]: strided, as transformers passes it."""
     generator = torch.Generator(device).manual_seed(seed)
-    flat = torch.randn(batch, tokens, HEADS * DIM, generator=generator, device=device).to(dtype)
-    return flat.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+    flat = torch.randn(batch, tokens, HEADS * dim, generator=generator, device=device).to(dtype)
+    return flat.unflatten(-1, (HEADS, dim)).transpose(1, 2)
 
 
 class Anchor:
@@ -381,6 +383,72 @@ class AttentionWithStats:
         return budgeted([output[:1]], [self.plain()[:1].transpose(1, 2)], [exact])
 
 
+class Received:
+    """`received_attention`; and with the rows of the tokens that receive most (hubs, by `anchor_stats`) against SDPA.
+
+    received: bytes = 2 B N H d size (Q and K once) + 4 B N, FLOPs = 2 B H N N d (exponentials not counted)
+    with R hubs: bytes + B (N + R) H d size + 4 B N R, FLOPs + 2 B H N R d
+    """
+
+    def __init__(
+        self, batch: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        self.backend, self.hubs = backend, min(25, tokens)
+        self.query, self.key, self.value = (projected(batch, tokens, dtype, device, seed, dim) for seed in (1, 2, 3))
+        name, elements = f"B={batch} N={tokens} d={dim}", batch * tokens * HEADS * dim
+        moved, flops = 2 * elements * dtype.itemsize + 4 * batch * tokens, 2 * elements * tokens
+        hub_elements = batch * self.hubs * HEADS * dim
+        forms = {
+            f"{rows} rows" + ", by image" * by_image: partial(
+                plain.received_by_image if by_image else plain.received, self.query, self.key, rows
+            )
+            for rows in (64, 256)
+            for by_image in ([False, True] if batch > 1 else [False])
+        }
+        chosen = choose_backend("received_attention", backend, self.key)
+        self.cases = [
+            Case(
+                "received_attention", name, dtype, chosen, self.run, forms, self.check_received, moved, flops,
+                wants_speedup=2.0,
+            ),
+            Case(
+                "received+hubs", name, dtype, chosen, self.both, {"sdpa": self.sdpa}, self.check_both,
+                moved + (elements + hub_elements) * dtype.itemsize + 4 * batch * tokens * self.hubs,
+                flops + 2 * elements * self.hubs,
+                wants_speedup=1.0 if device.type == "cuda" else 1 / 1.5,
+            ),
+        ]  # fmt: skip
+
+    def run(self) -> Tensor:
+        return received_attention(self.query, self.key, backend=self.backend)
+
+    def both(self) -> tuple[Tensor, Tensor, Tensor]:
+        received = self.run()
+        index = received.topk(self.hubs).indices
+        rows = self.query.gather(2, index[:, None, :, None].expand(-1, HEADS, -1, self.query.shape[3]))
+        options: dict[str, Any] = dict(relevance=Relevance.NONE, value_norm=ValueNorm.NONE, backend=self.backend)
+        return received, index, anchor_stats(rows, self.key, self.value, **options)[0]
+
+    def sdpa(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
+
+    def check_received(self) -> Check:
+        query, key = self.query[-1:], self.key[-1:]
+        return budgeted([self.run()[-1:]], [plain.received(query, key, 64)], [self._exact(query, key)])
+
+    def check_both(self) -> Check:
+        received, index, hubs = (x[-1:] for x in self.both())
+        query, key = self.query[-1:], self.key[-1:]
+        rows = query[:, :, index[0]]
+        theirs = (rows @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)
+        wide, rows = key.double(), rows.double()
+        exact = (rows @ wide.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+        return budgeted([received, hubs], [plain.received(query, key, 64), theirs], [self._exact(query, key), exact])
+
+    def _exact(self, query: Tensor, key: Tensor) -> Tensor:
+        return received_attention(query.double(), key.double(), backend="reference")
+
+
 class Compaction:
     """`compact_kv`: rows of the keys and values of all layers dropped.
 
@@ -512,6 +580,9 @@ def cases(
     if cuda or toy:  # its fused form is a GPU kernel
         for tokens, dim in itertools.product((577, 1025, 2305, 4096) if cuda else (37,), (64, 128)):
             yield AttentionWithStats(8 if cuda else 2, tokens, dim, dtypes[-1], device, backend).case
+    for batch, tokens, dim in [(2, 37, 64)] if toy else [(10, 729, 72), (1, 577, 64)]:
+        for dtype in dtypes:
+            yield from Received(batch, tokens, dim, dtype, device, backend).cases
     if backend != "triton":  # it has none
         for batch in (1, 4):
             shape = (2, 3, 16, 37, 9) if toy else (8, 32, 128, 608, 96)

@@ -74,6 +74,19 @@ def stats_forms(query: Tensor, key: Tensor, value: Tensor, relevance: Relevance)
     return forms
 
 
+def received(query: Tensor, key: Tensor, rows: int) -> Tensor:
+    """Column mean [B, N] of the attention map, which is formed `rows` rows at a time."""
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    for block in (query * query.shape[-1] ** -0.5).split(rows, 2):
+        total += (block @ key.transpose(-1, -2)).float().softmax(-1).sum((1, 2))
+    return total / (query.shape[1] * query.shape[2])
+
+
+def received_by_image(query: Tensor, key: Tensor, rows: int) -> Tensor:
+    """The same image by image."""
+    return torch.cat([received(q, k, rows) for q, k in zip(query.split(1), key.split(1), strict=True)])
+
+
 def fuse(attention: Tensor, relevance: Tensor, norm: Tensor, history: Tensor | None) -> Tensor:
     """The cumulative score [B, N] from criteria [B, N]; the class token's column is 0."""
     share = attention / attention[:, 1:].sum(-1, keepdim=True) + relevance / relevance[:, 1:].sum(-1, keepdim=True)
