@@ -39,7 +39,7 @@ build: .venv/built
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
-	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis ruff mypy \
+	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis scikit-image ruff mypy \
 		rich typer matplotlib scikit-learn pillow jinja2
 	touch $@
 
