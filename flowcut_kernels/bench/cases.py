@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import choose_backend
+from .._library import NATIVE_DTYPES, choose_backend
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import (
     anchor_stats,
@@ -21,7 +21,10 @@ from ..ops import (
     compact_kv,
     compact_kv_paged,
     gather_tokens,
+    grid_cells,
+    patch_entropy,
     received_attention,
+    recycle_tokens,
     score_select,
 )
 from . import plain
@@ -551,6 +554,95 @@ class PagedCompaction:
         return Check(same, detail="" if same else "rows differ")
 
 
+class Entropy:
+    """`patch_entropy`: square images in patches of 14, uint8 or normalised.
+
+    bytes = 3 B P^2 size (pixels of whole patches, once) + 4 B (P / 14)^2
+    FLOPs = 3 B P^2 (3 of bytes: sum and division; 18 of floats: multiply, add, clamp and round each channel besides)
+    """
+
+    def __init__(self, batch: int, edge: int, dtype: torch.dtype, device: torch.device, backend: str | None) -> None:
+        generator = torch.Generator(device).manual_seed(10)
+        # As smooth as a photograph: neighbours are alike.
+        coarse = torch.rand(batch, 3, edge // 8, edge // 8, generator=generator, device=device)
+        image = torch.nn.functional.interpolate(coarse, (edge, edge), mode="bilinear").mul(255).round()
+        self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in ((0.48, 0.46, 0.41), (0.27,) * 3))
+        self.normalised = dtype != torch.uint8
+        self.pixels = ((image / 255 - self.mean) / self.std if self.normalised else image).to(dtype)
+        self.backend = backend
+        whole, pixels = edge // 14, batch * (edge // 14 * 14) ** 2
+        self.case = Case(
+            "patch_entropy",
+            f"B={batch} {edge}x{edge} p=14",
+            dtype,
+            choose_backend("patch_entropy", backend, self.pixels, dtypes=(torch.uint8, *NATIVE_DTYPES)),
+            self.run,
+            {
+                name: partial(plain.patch_entropy, self.pixels, 14, self.mean, self.std, count)
+                for name, count in plain.COUNTS.items()
+            },
+            self.check,
+            bytes=3 * pixels * dtype.itemsize + 4 * batch * whole**2,
+            flops=pixels * (18 if self.normalised else 3),
+            wants_speedup=5.0,
+        )
+
+    def run(self, backend: str | None = None) -> Tensor:
+        shift: dict[str, Any] = {}
+        if self.normalised:
+            shift = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
+        return patch_entropy(self.pixels, 14, backend=backend or self.backend, **shift)
+
+    def check(self) -> Check:
+        error = (self.run() - self.run("reference")).abs().max().item()
+        return Check(error <= 2e-6, error, 2e-6, f"error of {error:.1e} bits exceeds 2e-6")
+
+
+class Recycling:
+    """`recycle_tokens`: three quarters of the tokens of square grids merged in cells of 10 x 10.
+
+    One row for scatter forms, one for `embedding_bag`, which reads rows as sparingly once members are sorted.
+
+    bytes = M D size (members' rows, once) + C (D size + 8) (outputs) + 12 T + 8 M (cell and importance; members)
+    FLOPs = 2 M D, of T tokens, M members and C cells
+    """
+
+    def __init__(
+        self, grids: int, edge: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(11)
+        new = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
+        cell, self.cells = grid_cells([(edge, edge)] * grids, 10.0, device)
+        tokens = len(cell)
+        kept = new(tokens) < 0.25
+        self.inputs = (new(tokens, dim).sub_(0.5).to(dtype), new(tokens), torch.where(kept, -1, cell))
+        self.backend = backend
+        members = int((~kept).sum())
+        moved = (members + self.cells) * dim * dtype.itemsize + 8 * (self.cells + members) + 12 * tokens
+        name = f"{grids} x {edge}x{edge} D={dim}"
+        self.cases = [
+            Case(
+                "recycle_tokens", f"{name}{suffix}", dtype, choose_backend("recycle_tokens", backend, self.inputs[0]),
+                self.run, {form: partial(plain.recycle, *self.inputs, self.cells, add) for form, add in forms.items()},
+                self.check, moved, 2 * members * dim, wants_speedup=wanted, reads_back=True,
+            )
+            for suffix, forms, wanted in (("", plain.SUMS, 5.0), (" (bag)", plain.BAG, None))
+        ]  # fmt: skip
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        return recycle_tokens(*self.inputs, cells=self.cells, backend=self.backend)
+
+    def check(self) -> Check:
+        tokens, importance, cell = self.inputs
+        tokens = tokens[:, ::16]  # columns are independent: some of them do
+        merged, position = self.run()
+        exact, expected = recycle_tokens(tokens.double(), importance, cell, cells=self.cells, backend="reference")
+        if not torch.equal(position, expected):
+            return Check(False, detail="positions differ from the reference")
+        theirs, _ = plain.recycle(tokens, importance, cell, self.cells, plain.SUMS["index_add"])
+        return budgeted([merged[:, ::16]], [theirs], [exact])
+
+
 def cases(
     device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None, toy: bool = False
 ) -> Iterator[Case]:
@@ -583,6 +675,11 @@ def cases(
     for batch, tokens, dim in [(2, 37, 64)] if toy else [(10, 729, 72), (1, 577, 64)]:
         for dtype in dtypes:
             yield from Received(batch, tokens, dim, dtype, device, backend).cases
+    for dtype in (torch.uint8, *dtypes):
+        yield Entropy(*((2, 40) if toy else (10, 384)), dtype, device, backend).case
+    for grids, edge, dim in [(2, 13, 40)] if toy else [(8, 80, 1024), (2, 80, 3584)]:
+        for dtype in dtypes:
+            yield from Recycling(grids, edge, dim, dtype, device, backend).cases
     if backend != "triton":  # it has none
         for batch in (1, 4):
             shape = (2, 3, 16, 37, 9) if toy else (8, 32, 128, 608, 96)
