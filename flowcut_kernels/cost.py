@@ -143,8 +143,6 @@ def cost(
     arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(arguments, Mapping):
         raise TypeError(f"cost: inputs is {type(inputs).__name__}; give processor output")
-    if arguments.get("pixel_values") is None:
-        raise ValueError("cost: inputs holds no pixel_values; give images")
     if not 0 <= entropy <= 1:
         raise ValueError(f"cost: entropy={entropy} must lie in 0..1")
     if not is_whole(logits_to_keep) or logits_to_keep < 0:
@@ -155,16 +153,16 @@ def cost(
     )
     runs = sum(isinstance(new, PrunedEncoderLayer) for _, _, new in replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
-    images, vision = arguments["pixel_values"].shape[0], _config(encoder.encoder)
-    schedule, scoring, adapts = _walk_encoder(encoder, runs, entropy)
-    stock = Schedule.stock(len(encoder.layers), schedule.entering[0])
-    full = Side(stock, Schedule(), images * encoder_flops(vision, stock), 0, 0, 0, 0)
-    looks = images * scoring
-    pruned = Side(schedule, Schedule(), images * encoder_flops(vision, schedule) + looks, 0, 0, looks, 0)
-    if forward is not None:
-        full, pruned = _with_language_model(
-            full, pruned, policy, forward, dict(arguments), compact=compact_cache, logits_to_keep=logits_to_keep
-        )
+    prompt = None if forward is None else _Prompt.read(forward, encoder, arguments)
+    tiles = _bare_images(arguments) if prompt is None else prompt.tiles
+
+    rows, looks, adapts = _walk_encoder(encoder, runs, entropy)
+    full = _encoded(encoder, tiles, Schedule.stock(len(encoder.layers), rows.entering[0]), 0)
+    pruned = _encoded(encoder, tiles, rows, looks)
+    if prompt is not None:
+        rows, looks = _walk_decoder(policy, prompt)
+        full = _prefilled(full, prompt, Schedule.stock(len(rows.entering), prompt.columns), 0, logits_to_keep, False)
+        pruned = _prefilled(pruned, prompt, rows, looks, logits_to_keep, compact_cache)
     return Cost(full, pruned, entropy if adapts else None)
 
 
@@ -236,107 +234,140 @@ def _saved(full: int, pruned: int) -> float:
 
 
 def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Schedule, int, bool]:
-    """Rows of one image by layer, FLOPs of choosing them, and whether `entropy` mattered."""
+    """Rows of an image by layer, FLOPs of choosing them, and whether `entropy` mattered."""
     policy, config, protect = encoder.policy, _config(encoder.encoder), encoder.protect
     patches = live = _patches(config)
     cuts: dict[int, int] = {}
-    scoring, adapts = 0, False
+    looks, adapts = 0, False
     for layer in range(runs):
         step = policy.encoder_step(layer, encoder.feature_layer, patches)
         if step is None or (cuts and live <= policy.encoder_budget(patches)):
             continue
-        scoring += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
+        looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
         if step.prunes:
             adapts |= _adapts(step)
-            live = _kept(step, live, entropy)
+            live = _kept(step, live, entropy ** getattr(policy, "entropy_exponent", 2.0))
             cuts[layer] = protect + live
-    return Schedule.cut(runs, protect + patches, cuts), scoring, adapts
+    return Schedule.cut(runs, protect + patches, cuts), looks, adapts
 
 
 def _adapts(step: EncoderStep) -> bool:
     return step.mode in (Select.ADAPTIVE, Select.ADAPTIVE_BATCH) and step.divisor > 0
 
 
-def _kept(step: EncoderStep, live: int, entropy: float) -> int:
-    """Patches that a cut leaves of `live`, by the rule of `score_select`."""
+def _kept(step: EncoderStep, live: int, power: float) -> int:
+    """Patches that a cut leaves of `live`, by the rule of `score_select`; `power` of the entropy ratio."""
     if not _adapts(step):
         return min(step.budget, live)
-    return max(live - round((live - step.budget) / step.divisor * (1 - entropy**2)), step.budget)
+    return max(live - round((live - step.budget) / step.divisor * (1 - power)), step.budget)
 
 
-def _with_language_model(
-    full: Side,
-    pruned: Side,
-    policy: Policy,
-    forward: PrunedForward,
-    arguments: dict[str, Any],
-    *,
-    compact: bool,
-    logits_to_keep: int,
-) -> tuple[Side, Side]:
-    """Both sides with projector, language model and cache; `forward` is what a patched model would run."""
-    ids = arguments.get("input_ids")
-    if ids is None:
-        raise ValueError("cost: inputs holds no input_ids; give processor output")
-    model, language = forward.model, forward.model.model.language_model
-    vision, text, layers = model.config.vision_config, _config(language), len(language.layers)
-    (samples, columns), images, patches = ids.shape, len(arguments["pixel_values"]), _patches(vision)
-    window = getattr(text, "sliding_window", None)
-    if window is not None and window < columns:
-        raise ValueError(f"cost: {columns} columns do not fit text_config.sliding_window={window}: set it None")
-    if policy.feature_budget(patches) is None:  # to ask further would run the encoder
-        raise ValueError(f"cost: how many tokens {policy} keeps is known only once they are chosen")
-    given = forward.shrinker.visuals(arguments)
-    for visuals in given:
-        counts = (ids == visuals.token_id).sum(1).tolist()
-        if sum(counts) != sum(visuals.full):
+def _encoded(encoder: PrunedEncoder, tiles: int, rows: Schedule, looks: int) -> Side:
+    """The vision tower's part, for all images."""
+    flops = tiles * (encoder_flops(_config(encoder.encoder), rows) + looks)
+    return Side(rows, Schedule(), flops, 0, 0, tiles * looks, 0)
+
+
+def _bare_images(arguments: Mapping[str, Any]) -> int:
+    if arguments.get("pixel_values") is None:
+        raise ValueError("cost: inputs holds no pixel_values; give images")
+    return len(arguments["pixel_values"])
+
+
+@dataclass
+class _Prompt:
+    """A batch of prompts, and what is left of it when it enters the language model."""
+
+    model: Any
+    tiles: int  # images that the encoder is given
+    unread: int  # rows of each that never reach the projector: a class token
+    samples: int
+    columns: int
+    left: int  # columns
+    visual: VisualTokens
+
+    @classmethod
+    def read(cls, forward: PrunedForward, encoder: PrunedEncoder, arguments: Mapping[str, Any]) -> _Prompt:
+        """As a patched model's `forward` reads it.
+
+        Raises:
+            ValueError: a prompt without images, that is none of the unpruned model's, or that cannot be predicted.
+        """
+        ids, left = arguments.get("input_ids"), dict(arguments)
+        if ids is None:
+            raise ValueError("cost: inputs holds no input_ids; give processor output")
+        if encoder.policy.feature_budget(_patches(encoder.encoder.config)) is None:  # looking would run the encoder
             raise ValueError(
-                f"cost: input_ids hold {counts} image placeholders per row for {len(visuals.full)} image(s) of "
-                f"{sum(visuals.full)} together; give the processor's output for the unpruned model"
+                f"cost: how many tokens {encoder.policy} keeps is known only once they are chosen; with counts='exact' "
+                "it is known before"
             )
-    forward.shrink(arguments)
-    visual, left = forward.visual_tokens(arguments), arguments["input_ids"].shape[1]
-    assert visual is not None
-    cuts, looks = _walk_decoder(policy, text, layers, left, visual)
-
-    def extended(side: Side, rows: Schedule, patches: int, looks: int, compact: bool) -> Side:
-        logits = min(logits_to_keep or columns, rows.leaving[-1])
-        held = (rows.leaving[-1],) * layers if compact else rows.entering
-        return replace(
-            side,
-            decoder=rows,
-            projector_flops=projector_flops(vision, text, images * (patches + given[0].leading)),
-            prefill_flops=samples * decoder_flops(text, rows, logits) + looks,
-            scoring_flops=side.scoring_flops + looks,
-            kv_bytes=samples * kv_bytes(text, held, model.dtype),
+        given = forward.shrinker.visuals(left)
+        if not given:
+            raise ValueError("cost: inputs holds no pixel_values; give images")
+        for visuals in given:
+            counts = (ids == visuals.token_id).sum(1).tolist()
+            if sum(counts) != sum(visuals.full):
+                raise ValueError(
+                    f"cost: input_ids hold {counts} image placeholders per row for {len(visuals.full)} image(s) of "
+                    f"{sum(visuals.full)} together; give the processor's output for the unpruned model"
+                )
+        forward.shrink(left)
+        visual = forward.visual_tokens(left)
+        assert visual is not None
+        return cls(
+            model=forward.model,
+            tiles=sum(visuals.tiles() for visuals in given),
+            unread=encoder.protect - given[0].leading,
+            samples=len(ids),
+            columns=ids.shape[1],
+            left=left["input_ids"].shape[1],
+            visual=visual,
         )
 
-    full = extended(full, Schedule.stock(layers, columns), patches, 0, False)
-    return full, extended(pruned, Schedule.cut(layers, left, cuts), policy.encoder_budget(patches), looks, compact)
 
-
-def _walk_decoder(
-    policy: Policy, text: Any, layers: int, columns: int, visual: VisualTokens
-) -> tuple[dict[int, int], int]:
-    """Rows of a sample after each cut, and FLOPs of choosing them for all samples. As `DecoderState.make_cut`."""
-    width, key_width = _widths(text)
-    rows, left, live, gaps = columns, visual.lengths, visual.live.sum(1).tolist(), False
-    owners = visual.samples.tolist()
+def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
+    """Rows of a sample by layer, and FLOPs of choosing them for all samples."""
+    language, visual = prompt.model.model.language_model, prompt.visual
+    text, layers = _config(language), len(language.layers)
+    widths = _widths(text)
+    rows, left, live, gaps = prompt.left, visual.lengths, visual.live.sum(1).tolist(), False
     cuts: dict[int, int] = {}
-    scoring = 0
+    looks = 0
     for layer in range(layers):
         steps = [policy.decoder_step(layer, layers, full, now) for full, now in zip(visual.full, left, strict=True)]
         kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
         if kept == left:
             continue
-        looks = len(left) * policy.decoder_scoring_flops(max(left), width, key_width)
-        if looks:  # and the query of each sample's last instruction token
-            scoring += looks + len(live) * 2 * text.hidden_size * width
-        lost = [0] * len(live)
-        for sample, now, then in zip(owners, left, kept, strict=True):
+        chosen = len(left) * policy.decoder_scoring_flops(max(left), *widths)
+        if chosen:  # with the query of each sample's last instruction token
+            looks += chosen + 2 * prompt.samples * text.hidden_size * widths[0]
+        lost = [0] * prompt.samples
+        for sample, now, then in zip(visual.samples.tolist(), left, kept, strict=True):
             lost[sample] += now - then
-        live = [rows - gone for rows, gone in zip(live, lost, strict=True)]
+        live = [now - gone for now, gone in zip(live, lost, strict=True)]
         gaps = gaps or len(set(lost)) > 1  # samples of different length are padded anew
         cuts[layer] = rows = max(live) if gaps else rows - lost[0]
         left = kept
-    return cuts, scoring
+    return Schedule.cut(layers, prompt.left, cuts), looks
+
+
+def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_to_keep: int, compact: bool) -> Side:
+    """`side` with the projector, the language model and its cache."""
+    model = prompt.model
+    vision, text = model.config.vision_config, _config(model.model.language_model)
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < rows.entering[0]:
+        raise ValueError(
+            f"cost: {rows.entering[0]} columns do not fit text_config.sliding_window={window}: set it None"
+        )
+    read = prompt.tiles * (side.encoder.leaving[-1] - prompt.unread)
+    logits = min(logits_to_keep or prompt.columns, rows.leaving[-1])
+    held = (rows.leaving[-1],) * len(rows.leaving) if compact else rows.entering
+    return replace(
+        side,
+        decoder=rows,
+        projector_flops=projector_flops(vision, text, read),
+        prefill_flops=prompt.samples * decoder_flops(text, rows, logits) + looks,
+        scoring_flops=side.scoring_flops + looks,
+        kv_bytes=prompt.samples * kv_bytes(text, held, model.dtype),
+    )

@@ -241,7 +241,7 @@ class FlowCut(Policy):
         # The mean token's query and value are rows of their own, the class token's query where a layer prunes.
         mean = self.anchor == "mean" or (self.anchor == "auto" and not protect)
         own = 2 if mean else int(step.prunes)
-        return 2 * own * width**2 + self.decoder_scoring_flops(protect + tokens, width, width)
+        return 2 * own * width**2 + self._statistics_flops(protect + tokens, width, width)
 
     @property
     def prunes_features(self) -> bool:
@@ -289,4 +289,8 @@ class FlowCut(Policy):
         return Selection(index, lengths, score, entropy)
 
     def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
-        return 2 * tokens * (width + key_width * ("relevance" in self.criteria))
+        return 0 if self.llm_stages else self._statistics_flops(tokens, width, key_width)
+
+    def _statistics_flops(self, rows: int, width: int, key_width: int) -> int:
+        related = "relevance" in self.criteria and self.criteria_weights[1] > 0
+        return 2 * rows * (width + key_width * related)

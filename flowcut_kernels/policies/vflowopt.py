@@ -146,8 +146,7 @@ class VFlowOpt(Policy):
         received = received_attention(view.query, view.key, backend=view.backend)[:, first:]
         patches = received.shape[1]
         floor = self.hub_threshold * received.mean(1, keepdim=True)
-        # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
-        most = patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
+        most = self._most_hubs(patches)
         if received.device.type == "cpu" and not torch.compiler.is_compiling() and received.numel():
             most = min(most, int((received > floor).sum(1).max()))
         amount, hub = received.topk(most, dim=1)
@@ -172,6 +171,15 @@ class VFlowOpt(Policy):
             total += (attention[..., first:] * share[..., None]).sum(1)
         hubs = weight.sum(1, keepdim=True)
         return torch.where(hubs > 0, total / hubs.clamp_min(1), received)
+
+    def _most_hubs(self, patches: int) -> int:
+        # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
+        return patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
+
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        # All queries by all keys, which the kernels do twice, and those of the hubs: as many as there can be.
+        rows = protect + tokens
+        return 2 * width * rows * (2 * rows + protect + self._most_hubs(tokens))
 
     def feature_select(self, view: FeatureView) -> FeatureSelection:
         if self.counts == "exact":
