@@ -389,8 +389,8 @@ Tensor patch_entropy(Tensor pixels, int64_t patch_size, std::vector<double> mean
 }
 
 std::tuple<Tensor, Tensor> recycle_tokens(Tensor tokens, Tensor importance, Tensor cell, int64_t cells) {
-  check(tokens.dim() == 2 && tokens.is_cpu(), "recycle_tokens: tokens must be a CPU tensor [tokens, dim], got ",
-        tokens.sizes());
+  check(tokens.dim() == 2 && tokens.is_cpu(),
+        "recycle_tokens: tokens must be a CPU tensor [tokens, dim], got ", tokens.sizes());
   check(cells >= 0, "recycle_tokens: cells=", cells, " must not be negative");
   RecycleTokens p{};
   p.dtype = dtype_of("recycle_tokens: tokens", tokens);
@@ -424,7 +424,8 @@ std::tuple<Tensor, Tensor> recycle_tokens(Tensor tokens, Tensor importance, Tens
   const std::array<int64_t, 2> sizes{cells, p.dim};
   Tensor merged = empty(Sizes(sizes.data(), 2), dtype_code(tokens));
   Tensor position = empty(Sizes(sizes.data(), 1), aoti_torch_dtype_int64());
-  p.merged_out = merged.mutable_data_ptr(), p.position_out = static_cast<int64_t*>(position.mutable_data_ptr());
+  p.merged_out = merged.mutable_data_ptr();
+  p.position_out = static_cast<int64_t*>(position.mutable_data_ptr());
   kernels().recycle_tokens(p, run_parallel);
   return {merged, position};
 }

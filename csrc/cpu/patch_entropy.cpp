@@ -1,4 +1,4 @@
-// patch_entropy: the grey levels of a strip of patches, then for each patch a histogram and a table of n log2 n.
+// patch_entropy: the grey levels of a strip of patches, then each patch's histogram and a table of n log2 n.
 #include "simd.h"
 
 namespace flowcut::FLOWCUT_ISA {
@@ -10,7 +10,9 @@ constexpr int64_t kTable = 4096;       // counts that a table is made for
 
 // n log2 n in units that make sums of integers of it: exact whatever the order, and 0 bits of a single level.
 constexpr double kUnit = 0x1p24;
-int64_t n_log_n(int64_t n) { return n > 1 ? (int64_t)__builtin_rint(n * __builtin_log2((double)n) * kUnit) : 0; }
+int64_t n_log_n(int64_t n) {
+  return n > 1 ? (int64_t)__builtin_rint(n * __builtin_log2((double)n) * kUnit) : 0;
+}
 
 // The rounded mean of three bytes from their sum: (n + 1) / 3 for n <= 765.
 constexpr int kThird = 21846;
@@ -29,7 +31,7 @@ void line_levels(const PatchEntropy& p, const uint8_t* x, int64_t width, uint16_
 
 template <class T>
 void line_levels(const PatchEntropy& p, const T* x, int64_t width, uint16_t* level) {
-  const auto three = p.channels == 3;
+  const bool three = p.channels == 3;
   auto byte = [&](const T* in, int c) {
     F32 y = widen(in) * p.scale[c] + p.offset[c];
     y = select(y < 0.0f, F32{}, y);  // NaN stays
@@ -39,9 +41,10 @@ void line_levels(const PatchEntropy& p, const T* x, int64_t width, uint16_t* lev
   auto levels = [&](const T* in, int64_t channel_stride) {
     F32 total = byte(in, 0);
     if (three) total = total + byte(in + channel_stride, 1) + byte(in + 2 * channel_stride, 2);
-    I32 n = (I32)(total + 0x1p23f) - 0x4b000000;
+    const I32 whole = total == total;
+    I32 n = (I32)(select(whole, total, F32{}) + 0x1p23f) - 0x4b000000;
     if (three) n = (n + 1) * kThird >> 16;
-    return __builtin_convertvector(total == total ? n : I32{} + (int32_t)kLevels, U16);
+    return __builtin_convertvector(whole ? n : I32{} + (int32_t)kLevels, U16);
   };
   const int64_t stride = p.channel_stride / (int64_t)sizeof(T);
   int64_t i = 0;
@@ -51,7 +54,8 @@ void line_levels(const PatchEntropy& p, const T* x, int64_t width, uint16_t* lev
   }
   if (i < width) {
     T rest[3 * kLanes] = {};
-    for (int64_t c = 0; c < p.channels; ++c) memcpy(rest + c * kLanes, x + c * stride + i, (width - i) * sizeof(T));
+    for (int64_t c = 0; c < p.channels; ++c)
+      memcpy(rest + c * kLanes, x + c * stride + i, (width - i) * sizeof(T));
     const U16 found = levels(rest, kLanes);
     memcpy(level + i, &found, (width - i) * sizeof(uint16_t));
   }
@@ -87,7 +91,8 @@ void patch_entropy(const PatchEntropy& p, ParallelFor run) {
   int64_t* table = (int64_t*)(float*)table_memory;
   for (int64_t n = 0; n < counts; ++n) table[n] = n_log_n(n);
 
-  parallel_for(run, p.batch * p.rows, max(1, kGrain / max(size * width, 1)), [&](int64_t first, int64_t last) {
+  const int64_t grain = max(1, kGrain / max(size * width, 1));
+  parallel_for(run, p.batch * p.rows, grain, [&](int64_t first, int64_t last) {
     const Buffer strip((size * width + 1) / 2);
     uint16_t* level = (uint16_t*)(float*)strip;
     for (int64_t i = first; i < last; ++i) {

@@ -28,6 +28,7 @@ from ..ops.anchor_stats.triton import prepare as prepare_stats
 from ..ops.attention_with_stats.triton import prepare as prepare_attention
 from ..ops.gather_tokens.triton import prepare as prepare_gather
 from ..ops.patch_entropy.triton import prepare as prepare_entropy
+from ..ops.received_attention.triton import prepare as prepare_received
 from ..ops.recycle_tokens.triton import prepare as prepare_recycling
 from ..ops.score_select.triton import prepare as prepare_select
 
@@ -158,6 +159,20 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             relevance=Relevance.COSINE if anchored else Relevance.NONE,
             value_norm=ValueNorm.FULL if anchored else ValueNorm.NONE, arch=arch,
         )  # fmt: skip
+    for dim, dtype, batch, tokens, heads_per_key, ragged in (
+        (64, bf16, 1, 577, 1, False), (72, bf16, 10, 729, 1, True), (80, bf16, 1, 16384, 1, False),
+        (88, half, 8, 577, 1, False), (96, bf16, 8, 577, 1, False), (128, bf16, 8, 4096, 4, True),
+        (64, single, 8, 577, 1, False), (128, single, 8, 577, 1, True),
+    ):  # fmt: skip
+        heads = 16
+        query, key = (
+            torch.empty(batch, tokens, n * dim, dtype=dtype, device="meta").view(batch, tokens, n, dim).transpose(1, 2)
+            for n in (heads, heads // heads_per_key)
+        )
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta") if ragged else None
+        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}" + " ragged" * ragged
+        for launch in prepare_received(query, key, None, lengths, scale=dim**-0.5, arch=arch):
+            yield name, launch
     for tokens, mode, powers in (
         (577, Select.ADAPTIVE_BATCH, False), (2305, Select.FIXED, False), (16384, Select.ADAPTIVE, False),
         (577, Select.ADAPTIVE_BATCH, True), (16384, Select.ADAPTIVE, True),

@@ -133,7 +133,8 @@ def importance_of(model, pixels: Tensor, policy: fk.VFlowOpt) -> Tensor:
     for view, a in zip(pixels, maps, strict=True):
         received = a.mean(0)[first:]
         hubs = [j for j, x in enumerate(received) if x > policy.hub_threshold * received.mean()]
-        c = a[[first + j for j in hubs], first:].mean(0) if hubs else received
+        hubs = [*range(first), *(first + j for j in hubs)]  # a class token is one
+        c = a[hubs, first:].mean(0) if hubs else received
         if policy.entropy_weight:
             c = c + policy.entropy_weight * entropy_of(view, model).softmax(0)
         found.append(c)

@@ -36,7 +36,9 @@ def test_no_kernel_spills_or_overruns():
         "score_select",
         "gather_tokens",
         "patch_entropy",
+        "received_attention",
         "recycle_tokens",
+        "row_lse",
     }
     if _library.cuda_error() is None:
         kernels |= {"compact_kv", "compact_kv_paged"}

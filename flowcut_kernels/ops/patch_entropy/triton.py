@@ -43,13 +43,14 @@ def _patch_entropy(
         pixel = pixels + (top + i // SIZE) * line_step + (left + i % SIZE) * pixel_step
         if len(scale) == 0:
             level = tl.load(pixel, mask=inside, other=0).to(tl.int32)
-            for c in tl.static_range(1, CHANNELS):
-                level += tl.load(pixel + c * channel_step, mask=inside, other=0).to(tl.int32)
+            for _ in tl.static_range(1, CHANNELS):
+                pixel += channel_step
+                level += tl.load(pixel, mask=inside, other=0).to(tl.int32)
         else:
             total = _byte(tl.load(pixel, mask=inside, other=0.0), scale[0], offset[0])
             for c in tl.static_range(1, CHANNELS):
-                x = tl.load(pixel + c * channel_step, mask=inside, other=0.0)
-                total += _byte(x, scale[c], offset[c])
+                pixel += channel_step
+                total += _byte(tl.load(pixel, mask=inside, other=0.0), scale[c], offset[c])
             broken |= (total != total).to(tl.int32)
             level = tl.where(total == total, total, 0.0).to(tl.int32)
         if CHANNELS == 3:
