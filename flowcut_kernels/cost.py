@@ -2,7 +2,7 @@
 
 FLOPs are those of matrix products, two per multiply-add, of padding too. Attention counts every query by every key, as
 ``torch.utils.flop_counter`` does; a causal kernel does about half of that. What a kernel computes twice rather than
-keep (`received_attention`) counts once. Norms, softmax, rotary tables and element-wise work are left out.
+keep (`received_attention`) counts twice. Norms, softmax, rotary tables and element-wise work are left out.
 """
 
 from __future__ import annotations
