@@ -112,6 +112,7 @@ class Item:
     importance: Tensor
     grids: list[tuple[int, int]]
     trailing: int = 0
+    places: list[int] | None = None  # of the features in the grids, where some are gone
     kept: list[int] | None = None  # importance order is settled, tokens of the item that enter the language model
 
 
@@ -231,6 +232,7 @@ def pruned_by_hand(item: Item, budget: int, edge: float | None) -> Item:
     weight = item.importance[:count].tolist()
     up = sorted(range(count), key=lambda i: (weight[i], -i))
     cells = cells_of(item.grids, edge or 1e-9)
+    cells = cells if item.places is None else [cells[i] for i in item.places]
     for gone in range(count + 1):
         members: dict[tuple, list[int]] = {}
         for i in up[:gone] if edge else []:
@@ -458,3 +460,51 @@ def test_bad_models():
         fk.patch(tiny.onevision(), fk.FlowCut(target_tokens=9))
     with pytest.raises(ValueError, match="patch the whole model"):
         fk.patch(tiny.siglip_tower(), fk.VFlowOpt(target_tokens=9))
+
+
+HYBRIDS = {
+    "recycling": dict(recycle_cell=2.5, encoder_surplus=3),
+    "all in the encoder, stages": dict(llm_stages=((1, 0.6), (3, 0.5))),
+    "both": dict(recycle_cell=3.0, adaptive=False, llm_stages=((2, 0.5),)),
+    "the encoder drops nothing": dict(recycle_cell=2.5, encoder_surplus=20, llm_stages=((2, 0.5),)),
+}
+
+
+@pytest.mark.parametrize("setting", HYBRIDS)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@torch.no_grad()
+def test_hybrid(tower, setting):
+    """FlowCut's score inside the encoder, then recycling and stages by it."""
+    model = tiny.llava(tower, text=dict(num_hidden_layers=4)).double()
+    policy = fk.FlowCut(10, **HYBRIDS[setting])
+    rows = [[1, Picture(), 5, Picture(), 7], [1, 9, Picture(), 8]]
+    inputs, oracle = llava_inputs(rows), Oracle(model, policy)
+    with fk.patched(model, policy, record=True):
+        out = model(**inputs)
+        stages = fk.trace(model).stages
+    # The encoder by itself, with as many tokens as it leaves; its score is what the oracle goes on with.
+    left = policy.encoder_budget(SIDE * SIDE)
+    if left < SIDE * SIDE:
+        alone = fk.FlowCut(left, adaptive=policy.adaptive)
+        with fk.patched(model, alone, record=True):
+            features = model.get_image_features(inputs["pixel_values"]).pooler_output
+            (*_, last) = fk.trace(model).stages
+        places, scores = last.indices, last.scores.gather(1, last.indices)
+    else:
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+        scores = stages[0].scores
+        places = torch.arange(SIDE * SIDE).expand(len(features), -1)
+    items = [
+        pruned_by_hand(Item(x, s, [(SIDE, SIDE)], places=at.tolist()), 10, policy.recycle_cell)
+        for x, s, at in zip(features, scores, places, strict=True)
+    ]
+    oracle.items = lambda *_: [items[:2], items[2:]]
+    for got, sample in zip(out.logits, oracle.samples(rows, inputs), strict=True):
+        want, _ = oracle.decoder(*sample)
+        assert_close(got[-len(want) :], want, **oracle.decoder.close)
+    if policy.recycle_cell:
+        (stage,) = [stage for stage in stages if stage.name == "features"]
+        assert stage.indices.tolist() == [
+            [at[i] for i in item.kept] for item, at in zip(items, places.tolist(), strict=True)
+        ]
+        assert stage.recycled.any()
