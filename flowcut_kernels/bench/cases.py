@@ -558,7 +558,7 @@ class Entropy:
     """`patch_entropy`: square images in patches of 14, uint8 or normalised.
 
     bytes = 3 B P^2 size (pixels of whole patches, once) + 4 B (P / 14)^2
-    FLOPs = 3 B P^2 (3 of bytes: sum and division; 18 of floats: multiply, add, clamp and round each channel besides)
+    FLOPs = B P^2 times 3 (bytes: sum and division) or 18 (floats: multiply, add, clamp and round each channel besides)
     """
 
     def __init__(self, batch: int, edge: int, dtype: torch.dtype, device: torch.device, backend: str | None) -> None:

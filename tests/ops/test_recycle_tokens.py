@@ -143,14 +143,8 @@ def test_mass_is_conserved(data):
 def test_gradients_flow():
     features, importance, cell = draw(30, 4, 5)
     wide = features.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: recycle_tokens(x, importance, cell, cells=5)[0], (wide,))
-    # The mean moves towards a token that gains importance: (t_n - merged) / sum I.
-    importance = importance.abs().requires_grad_()
-    merged, _ = recycle_tokens(features, importance, cell, cells=5)
-    (found,) = torch.autograd.grad(merged.sum(), importance)
-    mass = torch.zeros(5).index_add(0, cell[cell >= 0], importance.detach()[cell >= 0])
-    expected = (features - merged.detach()[cell]).sum(1) / mass[cell]
-    torch.testing.assert_close(found, torch.where(cell >= 0, expected, 0), rtol=1e-4, atol=1e-5)
+    weights = importance.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: recycle_tokens(*x, cell, cells=5)[0], (wide, weights))
 
 
 def test_opcheck():
@@ -175,6 +169,7 @@ def test_compiles_without_graph_break_or_recompile():
         (dict(tokens=torch.zeros(5, 2, dtype=torch.int32)), "got torch.int32"),
         (dict(importance=torch.zeros(4)), r"importance must be torch.float32 \[5\] on cpu, got torch.float32 \(4,\)"),
         (dict(importance=torch.zeros(5).half()), "importance must be torch.float32"),
+        (dict(importance=torch.zeros(5).double()), "importance must be torch.float32"),
         (dict(cell=torch.zeros(5, dtype=torch.int32)), "cell must be torch.int64"),
         (dict(cell=torch.tensor([0, -2, 0, 0, 0])), r"cell has values -2..0, which must lie in -1..2"),
         (dict(cell=torch.tensor([0, 3, 0, 0, 0])), r"cell has values 0..3, which must lie in -1..2"),
