@@ -24,7 +24,7 @@ lint: .venv/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The C++ forms that move rows in place, and the page planner, under the address and undefined-behaviour sanitizers.
+# received_attention, the C++ forms that move rows in place and the page planner, under the sanitizers.
 sanitize:
 	tests/sanitize/run.sh $(CXX)
 
