@@ -49,7 +49,7 @@ def calibrate(
             if arguments.get("pixel_values") is None:
                 raise ValueError(f"calibrate: inputs[{number}] holds no pixel_values; give images")
             run(**{name: value for name, value in arguments.items() if name in accepted})
-            stages = trace(model).stages
+            stages = [stage for stage in trace(model).stages if stage.name == "encoder"]
             images = len(stages[0].kept) if stages else 0
             if stages and stages[0].scores is not None:
                 patches = stages[0].scores.shape[1]

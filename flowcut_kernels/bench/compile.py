@@ -120,6 +120,7 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         (96, bf16, 577, 8, 1, cosine, full, Select.FIXED, False, False),
         (128, bf16, 16384, 1, 1, cosine, full, None, False, False),
         (64, bf16, 577, 8, 8, cosine, full, None, False, False),
+        (72, bf16, 729, 10, 25, Relevance.NONE, ValueNorm.NONE, None, False, False),
         (64, single, 577, 64, 1, cosine, full, None, False, False),
         (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, False),
         (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, True),

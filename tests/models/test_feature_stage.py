@@ -370,6 +370,8 @@ def test_resized_tiles(aspect):
 @torch.no_grad()
 def test_every_step_of_generate(prompt, beams):
     model, rows, policy = tiny.onevision().double(), PROMPTS[prompt], POLICIES["stages"]
+    if beams > 1 and prompt == "several images" and not takes_features(model):
+        pytest.skip("transformers 5.17 hands the images of a prompt to its beams in another order")
     inputs, oracle = inputs_for(model, rows), Oracle(model, policy)
     options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     with fk.patched(model, policy):
@@ -440,12 +442,16 @@ def test_released_counts():
         assert (recycled > 0) == (len(item.grids) > 1)
 
 
+def takes_features(model) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
 @torch.no_grad()
 def test_features_of_another_model_have_no_importance():
     model, rows = tiny.llava(text=dict(num_hidden_layers=4)), [[1, Picture(), 5]]
     inputs = {k: x.float() if "pixel" in k else x for k, x in llava_inputs(rows).items()}
     features = model.get_image_features(inputs["pixel_values"])
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if not takes_features(model):
         pytest.skip("transformers 5.17 has no mm_encoder_outputs")
     del inputs["pixel_values"]
     policy = fk.VFlowOpt(retain_ratio=1.0, llm_stages=((1, 0.5),))
