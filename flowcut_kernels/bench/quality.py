@@ -27,6 +27,8 @@ TIMED = 5  # batches whose encoder is timed by itself
 POLICIES: dict[str, Callable[[int, int, int], Policy]] = {
     "FlowCut": lambda t, layers, i: FlowCut(target_tokens=t),
     "FlowCut release": lambda t, layers, i: FlowCut.release(target_tokens=t),
+    "VFlowOpt": lambda t, layers, i: VFlowOpt(target_tokens=t),
+    "hybrid": lambda t, layers, i: FlowCut(target_tokens=t, recycle_cell=4),
     "CLS attention": lambda t, layers, i: FlowCut(t, criteria=("attention",), cumulative=False, interval=layers),
     "CLS staged": lambda t, layers, i: FlowCut(t, criteria=("attention",)),
     "random": lambda t, layers, i: RandomTokens(target_tokens=t, seed=i),
@@ -203,6 +205,7 @@ def measure(
             f"{exam.answer.numel():,} questions about {len(exam.pixels):,} scenes of held-out digits ({split} split)",
             "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, percentage points",
             "CLS attention: one cut by that alone, at FlowCut's last; CLS staged: the same in FlowCut's steps",
+            "hybrid: FlowCut leaves twice as many in the encoder, and its surplus is recycled by cells of 4 x 4",
             "CLS entropy / ln N by layer: " + ("" if failed else " ".join(f"{x:.2f}" for x in entropy)),
             *verdict(rows),
         ],
