@@ -190,13 +190,15 @@ class PrunedFeatures(Bound):
             choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
         else:
             choice = self.policy.feature_select(view)
-        rows, positions, weights = [], [], []
-        for item, part in zip(items, _parts(choice.lengths), strict=True):
-            chosen = choice.index[part]
-            rows.append(_surrounded(item, choice.features[part]))
-            last = torch.arange(item.full - item.behind, item.full, device=chosen.device)
-            positions.append(torch.cat([places[chosen], last]))
-            weights.append(torch.cat([view.importance[chosen], view.importance.new_ones(item.behind)]))
+        # Pieces of an image are views, where nothing stands around them.
+        rows = [_surrounded(*pair) for pair in zip(items, choice.features.split(choice.lengths), strict=True)]
+        positions = list(places[choice.index].split(choice.lengths))
+        weights = list(view.importance[choice.index].split(choice.lengths))
+        for i, item in enumerate(items):
+            if item.behind:
+                last = torch.arange(item.full - item.behind, item.full, device=places.device)
+                positions[i] = torch.cat([positions[i], last])
+                weights[i] = torch.cat([weights[i], weights[i].new_ones(item.behind)])
         whole = isinstance(output.pooler_output, Tensor)
         output.pooler_output = torch.stack(rows) if whole else rows
         self.encoded = Encoded(
