@@ -322,6 +322,46 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> k
   return out;
 }
 
+Tensor received_attention(Tensor query, Tensor key, std::optional<Tensor> lse, std::optional<Tensor> lengths,
+                          double scale) {
+  check(query.dim() == 4 && key.dim() == 4,
+        "received_attention: query and key must be [batch, heads, tokens, dim]");
+  ReceivedAttention p{};
+  p.dtype = dtype_of("received_attention: key", key);
+  p.batch = key.size(0), p.kv_heads = key.size(1), p.tokens = key.size(2), p.dim = key.size(3);
+  p.heads = query.size(1);
+  check(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "received_attention: query has ", p.heads,
+        " heads, which must be a multiple of key's ", p.kv_heads);
+  check_shape("received_attention: query", query, {p.batch, p.heads, p.tokens, p.dim});
+  for (const Tensor* x : {&query, &key}) {
+    check(x->is_cpu() && x->scalar_type() == key.scalar_type(),
+          "received_attention: query and key must be CPU tensors of one dtype");
+    check(x->stride(3) == 1 || p.dim <= 1,
+          "received_attention: query and key need a contiguous last dimension");
+  }
+  p.query = heads(query), p.key = heads(key);
+  p.scale = static_cast<float>(scale);
+  if (lse) {
+    check_shape("received_attention: lse", *lse, {p.batch, p.heads, p.tokens});
+    check(lse->is_cpu() && lse->scalar_type() == ScalarType::Float,
+          "received_attention: lse must be a float32 CPU tensor");
+    lse = torch::stable::contiguous(*lse);
+    p.lse = static_cast<const float*>(lse->const_data_ptr());
+  }
+  std::vector<int64_t> live(p.batch, p.tokens);
+  if (lengths) {
+    check_shape("received_attention: lengths", *lengths, {p.batch});
+    live = integers("received_attention: lengths", *lengths);
+    for (int64_t& n : live) n = std::clamp<int64_t>(n, 0, p.tokens);
+  }
+  p.lengths = live.data();
+
+  Tensor out = empty_floats({p.batch, p.tokens});
+  p.out = floats(out);
+  kernels().received_attention(p, run_parallel);
+  return out;
+}
+
 #ifdef FLOWCUT_WITH_CUDA
 // The stream that torch works on. The symbol is looked up when it is needed: a CPU build of torch lacks it.
 void* current_stream(int32_t device) {
@@ -515,6 +555,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
   m.impl("score_select", TORCH_BOX(&score_select));
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("received_attention", TORCH_BOX(&received_attention));
   m.impl("compact_kv", TORCH_BOX(&compact_kv));
   m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place));
   m.impl("compact_kv_paged_", TORCH_BOX(&compact_kv_paged));

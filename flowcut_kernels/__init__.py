@@ -10,7 +10,7 @@ fk.unpatch(model)
 from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .models import patch, patched, supported_models, trace, unpatch
-from .policies import FlowCut, RandomTokens, UniformTokens
+from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt
 from .trace import Stage, Trace
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "Stage",
     "Trace",
     "UniformTokens",
+    "VFlowOpt",
     "calibrate",
     "compact_kv_cache",
     "patch",

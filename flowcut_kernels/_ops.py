@@ -65,7 +65,10 @@ LIB.define(
     "gather_tokens(Tensor[] inputs, Tensor index, Tensor? norm_weight=None, Tensor? norm_bias=None, *, "
     "float eps=1e-05, bool rms=False) -> Tensor[]"
 )
+LIB.define("patch_entropy(Tensor pixels, *, int patch_size, float[] mean, float[] std) -> Tensor")
+LIB.define("recycle_tokens(Tensor tokens, Tensor importance, Tensor cell, *, SymInt cells) -> (Tensor, Tensor)")
 LIB.define("attention(Tensor query, Tensor key, Tensor value, Tensor? key_span, *, float scale) -> Tensor")
+LIB.define("received_attention(Tensor query, Tensor key, Tensor? lse, Tensor? lengths, *, float scale) -> Tensor")
 LIB.define(
     "compact_kv(Tensor[] keys, Tensor[] values, Tensor keep, Tensor? cos=None, Tensor? sin=None) "
     "-> (Tensor[], Tensor[])"
@@ -143,10 +146,26 @@ def _(inputs, index, norm_weight=None, norm_bias=None, *, eps=1e-5, rms=False):
     return rows if norm_weight is None else [*rows, torch.empty_like(rows[0])]
 
 
+@torch.library.register_fake("flowcut_kernels::patch_entropy", lib=LIB)
+def _(pixels, *, patch_size, mean, std):
+    batch, _, height, width = pixels.shape
+    return pixels.new_empty((batch, (height // patch_size) * (width // patch_size)), dtype=torch.float32)
+
+
+@torch.library.register_fake("flowcut_kernels::recycle_tokens", lib=LIB)
+def _(tokens, importance, cell, *, cells):
+    return tokens.new_empty((cells, tokens.shape[1])), cell.new_empty((cells,))
+
+
 @torch.library.register_fake("flowcut_kernels::attention", lib=LIB)
 def _(query, key, value, key_span, *, scale):
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, value.shape[3]))
+
+
+@torch.library.register_fake("flowcut_kernels::received_attention", lib=LIB)
+def _(query, key, lse, lengths, *, scale):
+    return key.new_empty((key.shape[0], key.shape[2]), dtype=accumulate_dtype(key.dtype))
 
 
 @torch.library.register_fake("flowcut_kernels::compact_kv", lib=LIB)

@@ -7,18 +7,19 @@
 
 namespace flowcut {
 
-#define FLOWCUT_DECLARE(isa)                                 \
-  namespace isa {                                            \
-  void anchor_stats(const AnchorStats&, ParallelFor);        \
-  void score_select(const ScoreSelect&, ParallelFor);        \
-  void gather_tokens(const GatherTokens&, ParallelFor);      \
-  void attention(const Attention&, ParallelFor);             \
-  void compact_kv(const CompactKV&, ParallelFor);            \
-  void compact_kv_paged(const CompactKVPaged&, ParallelFor); \
+#define FLOWCUT_DECLARE(isa)                                      \
+  namespace isa {                                                 \
+  void anchor_stats(const AnchorStats&, ParallelFor);             \
+  void score_select(const ScoreSelect&, ParallelFor);             \
+  void gather_tokens(const GatherTokens&, ParallelFor);           \
+  void attention(const Attention&, ParallelFor);                  \
+  void received_attention(const ReceivedAttention&, ParallelFor); \
+  void compact_kv(const CompactKV&, ParallelFor);                 \
+  void compact_kv_paged(const CompactKVPaged&, ParallelFor);      \
   }
-#define FLOWCUT_TABLE(isa)                                                      \
-  {#isa,           isa::anchor_stats, isa::score_select,    isa::gather_tokens, \
-   isa::attention, isa::compact_kv,   isa::compact_kv_paged}
+#define FLOWCUT_TABLE(isa)                                                         \
+  {#isa,           isa::anchor_stats,       isa::score_select, isa::gather_tokens, \
+   isa::attention, isa::received_attention, isa::compact_kv,   isa::compact_kv_paged}
 
 FLOWCUT_DECLARE(scalar)
 #ifdef FLOWCUT_X86

@@ -54,6 +54,16 @@ struct Attention {
   void* out;  // [batch, queries, heads, value_dim]
 };
 
+struct ReceivedAttention {
+  DType dtype;
+  int64_t batch, heads, kv_heads, tokens, dim;
+  Heads query, key;
+  const float* lse;        // [batch, heads, tokens] or null
+  const int64_t* lengths;  // [batch], within 0..tokens
+  float scale;
+  float* out;  // [batch, tokens]
+};
+
 // [batch, tokens] of floats, contiguous along tokens; null: not given.
 struct Criterion {
   const float* data;
@@ -144,6 +154,7 @@ struct Kernels {
   void (*score_select)(const ScoreSelect&, ParallelFor);
   void (*gather_tokens)(const GatherTokens&, ParallelFor);
   void (*attention)(const Attention&, ParallelFor);
+  void (*received_attention)(const ReceivedAttention&, ParallelFor);
   void (*compact_kv)(const CompactKV&, ParallelFor);
   void (*compact_kv_paged)(const CompactKVPaged&, ParallelFor);
 };

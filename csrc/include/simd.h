@@ -299,6 +299,15 @@ inline F32 exp(F32 x) {
   return y * (F32)((k0 + 127) << 23) * (F32)((k1 + 127) << 23);
 }
 
+// 2^x for x <= 0 (NaN stays NaN), 0 below 2^-126; about 1 ulp. The minimax polynomial of 2^r on |r| <= 1/2.
+inline F32 exp2(F32 x) {
+  const F32 shifted = x + 0x1.8p23f, r = x - (shifted - 0x1.8p23f);
+  const F32 y = polynomial(r, 1.53458124e-4f, 1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 0.240226462f,
+                           0.693147182f, 1.0f);
+  const F32 power = select(x < -126.0f, F32{}, (F32)((I32)y + ((I32)shifted << 23)));
+  return select(x != x, x, power);  // the sum of bits would make a number of some NaNs
+}
+
 // ln x for normal x > 0 (NaN stays NaN), about 2 ulp: x = 2^n m with m in [2/3, 4/3), ln m = 2
 // atanh((m-1)/(m+1)).
 inline F32 log(F32 x) {

@@ -13,13 +13,14 @@ from .._library import choose_backend, resolve_backend
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ..trace import Trace
-from ._prompt import Replacement
+from ._bound import Replacement
 from .clip import CLIP, SIGLIP
 from .llava import Llava
+from .llava_onevision import LlavaOnevision
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTERS = (CLIP, SIGLIP, Llava())
+ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision())
 _HANDLE = "_flowcut_patch"
 
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from ..modules.decoder import PrunedDecoder, VisualTokens
+from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
+from ._bound import Bound, named
+from ._features import Visuals
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -62,42 +65,45 @@ class Shrunk(NamedTuple):
 class PromptShrinker:
     """Drops the placeholders that pruned features no longer fill."""
 
-    image_token_id: int
-    full: int  # placeholders per image as the processor writes them
-    kept: int  # features per image after the encoder
-    leading: int = 0  # features of an image that are no patches (a class token) and are never dropped
+    token_ids: tuple[int, ...]  # placeholders, by kind of visual
+    visuals: Callable[[dict[str, Any]], list[Visuals]]  # those that come with a prompt, from its arguments
 
-    def shrink(self, is_image: Tensor, attention_mask: Tensor | None, images: int) -> Shrunk | None:
+    def shrink(self, masks: list[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
         Args:
-            is_image: bool [B, L], placeholders.
+            masks: bool [B, L] by kind: its placeholders.
             attention_mask: [B, L] or None.
-            images: images given with the prompt.
+            given: the images or videos that come with the prompt.
 
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        if self.kept == self.full:
+        dropped, counts, drops = torch.zeros_like(masks[0]), [0] * len(masks[0]), False
+        for visuals in given:
+            is_image = masks[self.token_ids.index(visuals.token_id)]
+            rows = is_image.sum(1).tolist()
+            counts = [a + b for a, b in zip(counts, rows, strict=True)]
+            if visuals.kept == visuals.full:
+                continue
+            if _images_of_rows(rows, visuals.full) is None:
+                if _images_of_rows(rows, visuals.kept) is not None:
+                    continue
+                raise ValueError(
+                    f"input_ids hold {rows} image placeholders per row for {len(visuals.full)} image(s); each image "
+                    f"needs {_said(visuals.full)} (the processor's output) or {_said(visuals.kept)} (already pruned), "
+                    f"id {visuals.token_id}"
+                )
+            drops = True
+            dropped = dropped | (is_image & _behind(is_image, visuals.full, visuals.kept))
+            if attention_mask is not None and attention_mask.shape != is_image.shape:
+                raise ValueError(
+                    f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
+                )
+        if not drops:
             return None
-        counts = is_image.sum(1).tolist()
-
-        def fits(per_image: int) -> bool:
-            return sum(counts) == images * per_image and all(count % per_image == 0 for count in counts)
-
-        if not fits(self.full):
-            if fits(self.kept):
-                return None
-            raise ValueError(
-                f"input_ids hold {counts} image placeholders per row for {images} image(s); each image needs "
-                f"{self.full} (the processor's output) or {self.kept} (already pruned), id {self.image_token_id}"
-            )
-        if attention_mask is not None and attention_mask.shape != is_image.shape:
-            raise ValueError(
-                f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
-            )
-        dropped = is_image & ((is_image.cumsum(1) - 1) % self.full >= self.kept)
-        if attention_mask is None and len(set(counts)) > 1:
+        gone = dropped.sum(1)
+        if attention_mask is None and bool((gone != gone[0]).any()):
             raise ValueError(
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
@@ -112,37 +118,56 @@ class PromptShrinker:
         return Shrunk(columns, dropped)
 
 
-class _Bound:
-    """A replaced method of one model instance, with the signature of the class's own."""
+def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
+    """Images of each row of a prompt that has so many placeholders; None where the images' `sizes` do not fit them."""
+    images, counts = iter(sizes), []
+    for placeholders in rows:
+        count = 0
+        while placeholders > 0:
+            size = next(images, None)
+            if size is None:
+                return None
+            placeholders -= size
+            count += 1
+        if placeholders < 0:
+            return None
+        counts.append(count)
+    return counts if next(images, None) is None else None
 
-    method: str
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+def _behind(is_image: Tensor, full: list[int], kept: list[int]) -> Tensor:
+    """bool [B, L]: placeholders behind the first `kept` of their image's `full`."""
+    number = is_image.flatten().cumsum(0) - 1
+    if len({*full}) == len({*kept}) == 1:
+        behind = number % full[0] >= kept[0]
+    else:
+        device = number.device
+        ends, left = torch.tensor(full, device=device).cumsum(0), torch.tensor(kept, device=device)
+        image = torch.searchsorted(ends, number.clamp_min(0), right=True).clamp_max(len(full) - 1)
+        behind = number - (ends - torch.tensor(full, device=device))[image] >= left[image]
+    return behind.view_as(is_image)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.model), self.method).__get__(self.model))
 
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+def _said(sizes: list[int]) -> str:
+    return str(sizes[0] if len({*sizes}) == 1 else sizes)
 
 
-class _PromptMethod(_Bound):
+class _PromptMethod(Bound):
     may_repeat_cache = False  # generate takes the cached conversation again, in front of the new tokens
 
     def __init__(self, model: Any, shrinker: PromptShrinker) -> None:
         super().__init__(model)
         self.shrinker = shrinker
 
-    def _placeholders(self, arguments: dict[str, Any]) -> Tensor | None:
+    def _placeholders(self, arguments: dict[str, Any]) -> list[Tensor] | None:
+        """bool [B, L] for each kind of visual."""
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is not None:
-            return ids == self.shrinker.image_token_id
+            return [ids == token_id for token_id in self.shrinker.token_ids]
         if embeds is None:
             return None
-        token = torch.tensor(self.shrinker.image_token_id, device=embeds.device)
-        return (embeds == self.model.get_input_embeddings()(token)).all(-1)
+        tokens = torch.tensor(self.shrinker.token_ids, device=embeds.device)
+        return [(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]
 
     @staticmethod
     def _is_one_token(arguments: dict[str, Any]) -> bool:
@@ -158,14 +183,15 @@ class _PromptMethod(_Bound):
             The prompt, and the whole conversation it ends (with what is in the cache before it); None where nothing
             has to go.
         """
-        images, cache, mask = _images(arguments), arguments.get("past_key_values"), _mask(arguments)
-        if images is None and getattr(cache, _PROMPT, None) is None:
+        given, cache, mask = self.shrinker.visuals(arguments), arguments.get("past_key_values"), _mask(arguments)
+        if not given and getattr(cache, _PROMPT, None) is None:
             return None
-        if images is None and mask is None and self._is_one_token(arguments):
+        if not given and mask is None and self._is_one_token(arguments):
             return None  # a decoding step, with nothing in it that counts the prompt's columns
-        is_image = self._placeholders(arguments)
-        if is_image is None:
+        masks = self._placeholders(arguments)
+        if masks is None:
             return None
+        is_image = torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
         (batch, length), device = is_image.shape, is_image.device
         seen = 0 if cache is None else int(cache.get_seq_length())
         cached, past = Shrunk.whole(batch, seen, device), _cached_prompt(cache, seen, batch, device)
@@ -177,12 +203,12 @@ class _PromptMethod(_Bound):
             old = past or cached
             if past is not None and not (length > past.length and is_image[:, : past.length][past.dropped].all()):
                 old, past = cached, None  # the pruned conversation is repeated, not the original one
-            new = is_image[:, old.length :]
+            new, masks = is_image[:, old.length :], [x[:, old.length :] for x in masks]
         new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
-        piece = None if images is None else self.shrinker.shrink(new, new_mask, images)
+        piece = self.shrinker.shrink(masks, new_mask, given) if given else None
         if piece is None and past is None:
             return None
-        if images is None and past is not None and bool((new[:, 1:] & new[:, :-1]).any()):
+        if not given and past is not None and bool((new[:, 1:] & new[:, :-1]).any()):
             raise ValueError(
                 f"the new part of input_ids ({new.shape[1]} of {length} columns) holds image placeholders but no image "
                 f"came with it; the cache holds {past.length} columns of the prompt as it was given, pruned to {seen}: "
@@ -207,9 +233,9 @@ class _PromptMethod(_Bound):
                 original = mask.shape[1] == talk.length
             removed = (talk if original else short).removed()[:, -prompt.kept :]
             arguments["position_ids"] = (prompt.take(positions.expand(batch, -1), 0) - removed).clamp_min(0)
-        pad_id, image_id = self.model.config.get_text_config().pad_token_id, self.shrinker.image_token_id
+        pad_id, taken = self.model.config.get_text_config().pad_token_id, self.shrinker.token_ids
         pads = dict(
-            input_ids=pad_id if pad_id not in (None, image_id) else int(image_id == 0),
+            input_ids=pad_id if pad_id not in (None, *taken) else next(i for i in range(3) if i not in taken),
             inputs_embeds=0,
             labels=-100,
             token_type_ids=0,
@@ -224,14 +250,6 @@ def _mask(arguments: dict[str, Any]) -> Tensor | None:
     """The attention mask, 2-D or prepared; for static caches generate prepares one by kind of layer."""
     mask = arguments.get("attention_mask")
     return mask["full_attention"] if isinstance(mask, dict) else mask
-
-
-def _images(arguments: dict[str, Any]) -> int | None:
-    """Images that come with a prompt: raw pixels or features encoded beforehand."""
-    if arguments.get("pixel_values") is not None:
-        return arguments["pixel_values"].shape[0]
-    encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else len(encoded.pooler_output)
 
 
 def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> Shrunk | None:
@@ -264,7 +282,7 @@ class PrunedForward(_PromptMethod):
         self.decoder = decoder  # where the language model prunes too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self, args, kwargs)
+        arguments = named(self, args, kwargs)
         shrunk = self._shrink(arguments)
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
@@ -285,21 +303,27 @@ class PrunedForward(_PromptMethod):
 
     def _visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
         """The images of this pass, in a prompt that fits what the encoder leaves of them."""
-        images = _images(arguments)
-        is_image = None if images is None else self._placeholders(arguments)
-        if images is None or is_image is None:
+        given = self.shrinker.visuals(arguments)
+        masks = self._placeholders(arguments) if given else None
+        if masks is None:
             return None
-        length, per_image = is_image.shape[1], self.shrinker.kept
-        counts = is_image.sum(1).tolist()
-        if sum(counts) != images * per_image:
-            return None  # the model itself has an error for that
+        is_image = torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
+        length = is_image.shape[1]
+        found = []
+        for visuals in given:
+            is_kind = masks[self.shrinker.token_ids.index(visuals.token_id)]
+            rows = is_kind.sum(1).tolist()
+            if sum(rows) != sum(visuals.kept):
+                return None  # the model itself has an error for that
+            counts = _images_of_rows(rows, visuals.kept)
+            if counts is None:
+                raise ValueError(
+                    f"input_ids hold {rows} image placeholders per row, id {visuals.token_id}; each image needs "
+                    f"{_said(visuals.kept)} in one row"
+                )
+            found.append((visuals, is_kind, counts))
         mask, labels, cache = _mask(arguments), arguments.get("labels"), arguments.get("past_key_values")
         check_cache(cache)
-        if any(count % per_image for count in counts):
-            raise ValueError(
-                f"input_ids hold {counts} image placeholders per row, id {self.shrinker.image_token_id}; each image "
-                f"needs {per_image} in one row"
-            )
         seen = 0 if cache is None else int(cache.get_seq_length())
         live = torch.ones_like(is_image)
         if mask is not None and mask.dim() == 2:
@@ -328,11 +352,8 @@ class PrunedForward(_PromptMethod):
         # The last instruction token: the last of the text, or where there is none the last of the images.
         asks = torch.where(before & ~is_image, column, -1).amax(1)
         asks = torch.where(asks < 0, torch.where(before, column, -1).amax(1), asks).clamp_min(0)
-        samples, columns = (x.view(-1, per_image) for x in is_image.nonzero(as_tuple=True))
         return VisualTokens(
-            columns=columns[:, self.shrinker.leading :],
-            samples=samples[:, 0],
-            counts=[count // per_image for count in counts],
+            **_located(found),
             asks=asks,
             live=live,
             right=bool((~live[:, -1]).any() and live[:, 0].all()),
@@ -358,6 +379,57 @@ class PrunedForward(_PromptMethod):
         return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
 
+def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
+    """Fields of VisualTokens: the images and videos found in a prompt, by sample.
+
+    Args:
+        found: for each kind the visuals, their placeholders [B, L] and their number in each row.
+    """
+    lengths, full, samples, sources, columns, known = [], [], [], [], [], []
+    for visuals, is_kind, counts in found:
+        lead = visuals.leading
+        lengths += [n - lead for n in visuals.kept]
+        source = _sources(counts, len(visuals.full))
+        full += [visuals.full[i] - lead for i in source]
+        sources += source
+        samples += [row for row, count in enumerate(counts) for _ in range(count)]
+        column = is_kind.nonzero(as_tuple=True)[1]
+        columns += [part[lead:] for part in column.split(visuals.kept)]
+        known.append((visuals.encoded, source))
+    order = sorted(range(len(samples)), key=samples.__getitem__)
+    device = found[0][1].device
+
+    def encoded() -> EncodedTokens:
+        pieces: list[list[Tensor]] = [[], []]
+        for get, source in known:
+            info = get()
+            for piece, x in zip(
+                pieces, (None, None) if info is None else (info.importance, info.position), strict=True
+            ):
+                piece += [] if x is None else x[source].unbind()
+        made = [pad_sequence(piece, batch_first=True)[order] if len(piece) == len(order) else None for piece in pieces]
+        return EncodedTokens(*made)
+
+    return dict(
+        columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1),
+        lengths=[lengths[i] for i in order],
+        full=[full[i] for i in order],
+        sources=[sources[i] for i in order],
+        samples=torch.tensor([samples[i] for i in order], device=device),
+        counts=[samples.count(row) for row in range(len(found[0][1]))],
+        encoded=encoded,
+    )
+
+
+def _sources(counts: list[int], encoded: int) -> list[int]:
+    """Which of the encoded images each of a prompt's is: for beams generate repeats the images of a row, row by row."""
+    copies = max(sum(counts) // max(encoded, 1), 1)
+    first = [0]
+    for count in counts[::copies]:
+        first.append(first[-1] + count)
+    return [first[row // copies] + i for row, count in enumerate(counts) for i in range(count)]
+
+
 class PrunedGenerate(_PromptMethod):
     """Replacement ``generate`` of a VLM: returned sequences start with the prompt as it was given."""
 
@@ -365,7 +437,7 @@ class PrunedGenerate(_PromptMethod):
     may_repeat_cache = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self, args, kwargs)
+        arguments = named(self, args, kwargs)
         prompt = arguments.pop("inputs", None)
         if prompt is not None:
             if arguments.get("input_ids") is not None:
@@ -478,38 +550,3 @@ class _PromptStreamer:
 
     def end(self) -> None:
         self.streamer.end()
-
-
-class FixedFeatureLayer(_Bound):
-    """Replacement ``get_image_features`` that refuses another feature layer than the one pruning ends before."""
-
-    method = "get_image_features"
-
-    def __init__(self, model: Any, **fixed: Any) -> None:
-        super().__init__(model)
-        self.fixed = fixed
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _named(self, args, kwargs)
-        for name, value in self.fixed.items():
-            given = arguments.get(name)
-            given = getattr(self.model.config, name) if given is None else given
-            if given != value:
-                raise ValueError(
-                    f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
-                    "patch again"
-                )
-        return self.original(**arguments)
-
-
-def _named(method: _Bound, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, those of ** included, without defaults."""
-    if not args:  # every decoding step
-        return kwargs
-    signature = method.__signature__
-    bound = signature.bind(*args, **kwargs).arguments
-    variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    return bound | (bound.pop(variable[0], {}) if variable else {})
-
-
-Replacement = tuple[nn.Module, str, Callable]

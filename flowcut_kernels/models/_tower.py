@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..modules.encoder import LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
-from ..policies.base import Policy
-from ._prompt import Replacement
+from ..policies.base import Pixels, Policy
+from ._bound import Bound, Replacement, named
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,19 @@ class Tower:
     protect: int  # leading tokens that are not patches
     feature_layer: int  # hidden_states index that is read by default
     parts: Callable[[nn.Module], LayerParts]
+    pixel_mean: Sequence[float]  # of the usual image processor, on a scale of 0..1
+    pixel_std: Sequence[float]
 
     def replacements(
         self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """A bare tower: all layers run, hidden states after the cuts hold fewer tokens."""
-        if compact_cache or policy.encoder_budget(self.patches(model)) != policy.budget(self.patches(model)):
+        patches = self.patches(model)
+        elsewhere = policy.prunes_features or policy.encoder_budget(patches) != policy.budget(patches)
+        if compact_cache or elsewhere:
             raise ValueError(
-                f"compact_cache={compact_cache} with {policy}: {type(model).__name__} has no language model; patch the "
-                "whole model, or prune in the encoder alone (llm_layer=None) without compact_cache"
+                f"compact_cache={compact_cache} with {policy}: {type(model).__name__} has no projector and no language "
+                "model; patch the whole model, or prune in the encoder alone without compact_cache"
             )
         index = getattr(policy, "feature_layer", None)
         index = self.feature_layer if index is None else index
@@ -54,6 +58,8 @@ class Tower:
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
         )
         replacements: list[Replacement] = [(model.encoder, "forward", encoder)]
+        if policy.wants_pixels:
+            replacements.append((model, "forward", _WatchedTower(model, self, encoder)))
         for i, layer in enumerate(layers):
             skip = i > feature_layer and not runs_rest
             forward = SkippedEncoderLayer() if skip else PrunedEncoderLayer(layer, self.parts, i)
@@ -63,3 +69,22 @@ class Tower:
     def patches(self, model: Any) -> int:
         """Patches per image at the configured size."""
         return (model.config.image_size // model.config.patch_size) ** 2
+
+
+class _WatchedTower(Bound):
+    """Replacement ``forward`` of a tower whose encoder wants to see the pixels."""
+
+    method = "forward"
+
+    def __init__(self, model: Any, tower: Tower, encoder: PrunedEncoder) -> None:
+        super().__init__(model)
+        self.tower, self.encoder = tower, encoder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments, tower = named(self, args, kwargs), self.tower
+        size = self.model.config.patch_size
+        self.encoder.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)
+        try:
+            return self.original(**arguments)
+        finally:
+            self.encoder.pixels = None

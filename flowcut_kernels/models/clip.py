@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
-from ..modules.encoder import LayerParts
+from ..modules.encoder import LayerParts, PrunedEncoder
+from ..policies.base import Policy
+from ._bound import Replacement
 from ._tower import Tower
 
 
@@ -33,10 +36,44 @@ CLIP = Tower(
     protect=1,
     feature_layer=-2,  # what LLaVA reads
     parts=partial(_parts, eager=modeling_clip.eager_attention_forward),
+    pixel_mean=OPENAI_CLIP_MEAN,
+    pixel_std=OPENAI_CLIP_STD,
 )
 SIGLIP = Tower(
     model_class=modeling_siglip.SiglipVisionModel,
     protect=0,
     feature_layer=-1,
     parts=partial(_parts, eager=modeling_siglip.eager_attention_forward),
+    pixel_mean=IMAGENET_STANDARD_MEAN,
+    pixel_std=IMAGENET_STANDARD_STD,
 )
+
+
+def replace_tower(
+    model: Any, policy: Policy, *, record: bool, backend: str | None
+) -> tuple[Tower, PrunedEncoder, list[Replacement], dict[str, Any]]:
+    """The tower of a LLaVA-like model whose layers after the feature layer never run.
+
+    Returns:
+        The tower's facts, its encoder, what replaces its parts, and the settings that must not change afterwards.
+    """
+    tower_model, config = model.model.vision_tower, model.config
+    tower = next((t for t in (CLIP, SIGLIP) if type(tower_model) is t.model_class), None)
+    if tower is None:
+        raise ValueError(
+            f"vision tower {type(tower_model).__name__} of {type(model).__name__} is not supported: use a model "
+            f"with {CLIP.model_class.__name__} or {SIGLIP.model_class.__name__}"
+        )
+    index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if not isinstance(index, int):
+        raise ValueError(f"vision_feature_layer={index!r}: several feature layers at once are not supported; use one")
+    if strategy == "default" and tower.protect != 1:
+        raise ValueError(
+            f"vision_feature_select_strategy={strategy!r} drops the first token, but {type(tower_model).__name__} has "
+            "no class token: set 'full'"
+        )
+    wanted = getattr(policy, "feature_layer", None)
+    if wanted not in (None, index):
+        raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
+    encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
+    return tower, encoder, replacements, dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
-from ._prompt import FixedFeatureLayer, PromptShrinker, PrunedForward, PrunedGenerate, Replacement
-from .clip import CLIP, SIGLIP
+from ._bound import Replacement
+from ._features import Item, Kind, PrunedFeatures
+from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from .clip import replace_tower
 from .llm import decoder_replacements
 
 
@@ -22,37 +25,36 @@ class Llava:
         self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         inner, config = model.model, model.config
-        tower_model = inner.vision_tower
-        tower = next((t for t in (CLIP, SIGLIP) if type(tower_model) is t.model_class), None)
-        if tower is None:
-            raise ValueError(
-                f"vision tower {type(tower_model).__name__} of {type(model).__name__} is not supported: use a model "
-                f"with {CLIP.model_class.__name__} or {SIGLIP.model_class.__name__}"
-            )
-        index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        if not isinstance(index, int):
-            raise ValueError(
-                f"vision_feature_layer={index!r}: several feature layers at once are not supported; use one"
-            )
-        if strategy == "default" and tower.protect != 1:
-            raise ValueError(
-                f"vision_feature_select_strategy={strategy!r} drops the first token, but "
-                f"{type(tower_model).__name__} has no class token: set 'full'"
-            )
-        wanted = getattr(policy, "feature_layer", None)
-        if wanted not in (None, index):
-            raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
-        encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
-        patches = tower.patches(tower_model)
-        extra = tower.protect if strategy == "full" else 0
-        left = policy.encoder_budget(patches)
-        shrinker = PromptShrinker(config.image_token_id, patches + extra, left + extra, leading=extra)
+        tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
+        patches = tower.patches(inner.vision_tower)
+        leading = tower.protect if fixed["vision_feature_select_strategy"] == "full" else 0
+        side = encoder.grid(patches)
+
+        def items(features: Any, arguments: dict[str, Any], importance: Tensor, position: Tensor | None) -> list[Item]:
+            return [
+                Item(x[leading:], weight, (side,), None if position is None else position[i], x[:leading])
+                for i, (x, weight) in enumerate(zip(features, importance, strict=True))
+            ]
+
+        def full(arguments: dict[str, Any]) -> list[int]:
+            return [patches] * len(arguments["pixel_values"])
+
+        features = PrunedFeatures(inner, "get_image_features", policy, encoder, full, items, fixed, backend)
+        images = Kind(
+            config.image_token_id,
+            "image",
+            "pixel_values",
+            policy,
+            features,
+            usual=patches,
+            leading=leading,
+        )
+        shrinker = PromptShrinker((config.image_token_id,), images.visuals)
         decoder, more = decoder_replacements(
             inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
         )
-        fixed = dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)
         replacements += [
-            (inner, "get_image_features", FixedFeatureLayer(inner, **fixed)),
+            (inner, "get_image_features", features),
             (model, "forward", PrunedForward(model, shrinker, decoder)),
             (model, "generate", PrunedGenerate(model, shrinker)),
             *more,

@@ -9,7 +9,7 @@ from typing import Any
 from ..modules.decoder import DecoderParts, PrunedDecoder, PrunedDecoderLayer
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
-from ._prompt import Replacement
+from ._bound import Replacement
 
 FAMILIES = ("Llama", "Qwen2", "Mistral")
 
@@ -47,8 +47,9 @@ def decoder_replacements(
     """
     count = len(model.layers)
     policy.check_decoder(count)
-    steps = [policy.decoder_step(i, count, tokens) for i in range(count)]
-    if all(step is None or step >= policy.encoder_budget(tokens) for step in steps):
+    left = policy.feature_budget(tokens) or tokens
+    steps = [policy.decoder_step(i, count, tokens, left) for i in range(count)]
+    if all(step is None or step >= left for step in steps):
         return None, []
     # By name: the modules of families that nobody loaded stay unloaded.
     family, module = type(model).__name__.removesuffix("Model"), type(model).__module__
@@ -66,7 +67,7 @@ def decoder_replacements(
         )
     if model.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")
-    decoder = PrunedDecoder(model, policy, tokens, encoder, backend, compact_cache)
+    decoder = PrunedDecoder(model, policy, encoder, backend, compact_cache)
     layers: list[Replacement] = [
         (layer, "forward", PrunedDecoderLayer(layer, parts, i)) for i, layer in enumerate(model.layers)
     ]

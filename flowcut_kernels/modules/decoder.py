@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.score_select import raise_if_not_finite
-from ..policies.base import DecoderView, Policy, Selection
+from ..policies.base import DecoderView, Policy, Selection, VisualHeads
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts, PrunedEncoder
@@ -40,13 +40,24 @@ class DecoderParts(LayerParts):
 class VisualTokens:
     """Where a prompt of B samples and L columns has its I images, and afterwards what is left of it."""
 
-    columns: Tensor  # int64 [I, n] columns of each image's tokens
+    columns: Tensor  # int64 [I, n] columns of each image's tokens, -1 after the last of an image that has fewer
+    lengths: list[int]  # tokens of each image
+    full: list[int]  # tokens of each image before anything was pruned
+    sources: list[int]  # which of the encoded images each one is: generate repeats them for beams
     samples: Tensor  # int64 [I] the sample each image belongs to
     counts: list[int]  # images of each sample
     asks: Tensor  # int64 [B] column of the last instruction token
     live: Tensor  # bool [B, L] columns that are no padding
     right: bool  # padding is on the right
+    encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
     kept: Tensor | None = None  # int64 [B, M] columns that reach the last layer, -1 for padding
+
+
+class EncodedTokens(NamedTuple):
+    """What a policy found out about I images' tokens that enter the language model. Rows of n, filled up with 0."""
+
+    importance: Tensor | None  # float32 [I, n]
+    position: Tensor | None  # int64 [I, n] their places among all tokens of the image, ascending
 
 
 @dataclass
@@ -57,7 +68,9 @@ class Cut:
     index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
     columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
     gaps: bool  # whether there is padding of this kind
-    visual: Tensor  # int64 [I, K] rows of each image's tokens after the cut
+    visual: Tensor  # int64 [I, K] rows of each image's tokens after the cut, -1 after the last
+    lengths: list[int]  # tokens of each image after the cut
+    tokens: Tensor  # int64 [I, K] which of the tokens that entered the language model they are, -1 after the last
     asks: Tensor  # int64 [B] row of the last instruction token after the cut
     dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
@@ -85,14 +98,18 @@ class DecoderState:
         made = [cut for cut in self.cuts if cut < layer]
         return self.cuts[max(made)] if made else None
 
-    def budget(self, layer: int) -> int | None:
-        """Tokens per image that go on from `layer`; None where it drops nothing."""
+    def budgets(self, layer: int) -> list[int] | None:
+        """Tokens of each image that go on from `layer`; None where it drops nothing."""
         if self.visual is None:
             return None
-        kept = self.decoder.policy.decoder_step(layer, len(self.decoder.layers), self.decoder.tokens)
         cut = self.before(layer)
-        now = (self.visual.columns if cut is None else cut.visual).shape[1]
-        return None if kept is None or kept >= now else kept
+        now = self.visual.lengths if cut is None else cut.lengths
+        policy, layers = self.decoder.policy, len(self.decoder.layers)
+        kept = []
+        for full, left in zip(self.visual.full, now, strict=True):
+            step = policy.decoder_step(layer, layers, full, left)
+            kept.append(left if step is None else min(step, left))
+        return None if kept == now else kept
 
     def advance_cache(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
         """The cache of `layer`, told of the rows it is about to be given; None where it holds every column.
@@ -204,28 +221,48 @@ class DecoderState:
         lowest = torch.finfo(self.embeds.dtype).min
         return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)
 
-    def make_cut(self, layer: int, choose: Callable[[Tensor, Tensor], Selection]) -> Cut:
-        """Ask which visual tokens go on from `layer`, and put their rows together with all others'.
+    def make_cut(
+        self, layer: int, budgets: list[int], choose: Callable[[Tensor, list[int], Tensor, Tensor | None], Selection]
+    ) -> Cut:
+        """Ask which visual tokens go on from `layer`, `budgets` of the images, and put their rows with all others'.
 
-        `choose` gets the rows of each image's tokens [I, n] and of the last instruction tokens [B].
+        `choose` gets the rows of each image's tokens [I, n] and their numbers, the rows of the last instruction tokens
+        [B], and the importance of the tokens [I, n].
         """
         assert self.visual is not None
         before, visual = self.before(layer), self.visual
-        at, asks = (visual.columns, visual.asks) if before is None else (before.visual, before.asks)
+        if before is None:
+            at, lengths, asks, tokens = visual.columns, visual.lengths, visual.asks, None
+        else:
+            at, lengths, asks, tokens = before.visual, before.lengths, before.asks, before.tokens
+        known = EncodedTokens(None, None) if visual.encoded is None else visual.encoded()
+        importance = known.importance
+        if importance is not None and tokens is not None:
+            importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
-            choice = choose(at, asks)
+            choice = choose(at, lengths, asks, importance)
         if choice.lengths.device.type == "cpu":
             raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {layer}")
         assert choice.index is not None
         all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
         columns = all_columns if before is None else before.columns
         # Scores that are not finite choose nothing (-1); on a GPU nobody looks, and attention carries them on.
-        chosen = torch.where(choice.index < 0, torch.arange(choice.index.shape[1], device=at.device), choice.index)
-        samples, kept = visual.samples[:, None], at.gather(1, chosen)
-        drop = torch.zeros_like(columns, dtype=torch.bool)
-        drop[samples, at] = True
-        drop[samples, kept] = False
-        gaps = len(set(visual.counts)) > 1 or (before is not None and before.gaps)
+        place = torch.arange(choice.index.shape[1], device=at.device)
+        chosen = torch.where(choice.index < 0, place, choice.index)
+        if min(budgets) < max(budgets):
+            chosen = chosen.masked_fill(place >= torch.tensor(budgets, device=at.device)[:, None], -1)
+        samples, kept = visual.samples[:, None], _taken(at, chosen)
+        # One more column, for the places that have no token.
+        spare = columns.shape[1]
+        drop = torch.zeros((len(columns), spare + 1), dtype=torch.bool, device=at.device)
+        drop[samples, torch.where(at < 0, spare, at)] = True
+        drop[samples, torch.where(kept < 0, spare, kept)] = False
+        drop = drop[:, :spare]
+        lost, first = [], 0  # tokens that each sample loses
+        for count in visual.counts:
+            images = slice(first, first := first + count)
+            lost.append(sum(lengths[images]) - sum(budgets[images]))
+        gaps = len(set(lost)) > 1 or (before is not None and before.gaps)
         if gaps:
             live = ~drop & visual.live.gather(1, columns.clamp_min(0)) & (columns >= 0)
             counts = live.sum(1, keepdim=True)
@@ -235,7 +272,7 @@ class DecoderState:
             order = order[:, :left] if visual.right else order[:, -left:]
             index = order.masked_fill(~live.gather(1, order), -1)
         else:  # every sample loses as many: nothing has to be read back
-            left = columns.shape[1] - visual.counts[0] * (at.shape[1] - kept.shape[1])
+            left = columns.shape[1] - lost[0]
             index = drop.long().argsort(dim=1, stable=True)[:, :left]
             place = (~drop).cumsum(1) - 1
         dropped = torch.zeros_like(all_columns).scatter_add(1, columns.clamp_min(0), drop.long())
@@ -244,30 +281,42 @@ class DecoderState:
             index=index,
             columns=columns.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1),
             gaps=gaps,
-            visual=place[samples, kept],
+            visual=place[samples, kept.clamp_min(0)].masked_fill(kept < 0, -1),
+            lengths=budgets,
+            tokens=chosen if tokens is None else _taken(tokens, chosen),
             asks=place.gather(1, asks[:, None])[:, 0].clamp_min(0),  # a dropped one: the row before it
             dropped=dropped if before is None else dropped + before.dropped,
         )
         visual.kept = cut.columns
         if self.trace is not None:
-            self._record(layer, choice)
+            self._record(cut, choice, known.position, tokens)
         return cut
 
-    def _record(self, layer: int, choice: Selection) -> None:
-        """The cut in patches of the original grid: a layer's visual tokens are those that the last stage kept."""
-        assert self.trace is not None and choice.index is not None
-        tokens, stages = self.decoder.tokens, self.trace.stages
-        images, count = choice.index.shape
-        patches = torch.arange(tokens, device=choice.index.device).expand(images, -1)
-        if stages:
-            if images % len(stages[-1].indices):
+    def _record(self, cut: Cut, choice: Selection, position: Tensor | None, tokens: Tensor | None) -> None:
+        """The cut in tokens of the original image. Of `tokens` [I, n] the policy chose (None: of all that entered)."""
+        assert self.trace is not None and self.visual is not None
+        images, full = len(cut.tokens), max(self.visual.full)
+        if position is None:  # what the encoder left
+            left = [stage.indices for stage in self.trace.stages if stage.name != "llm"]
+            if not left:
+                position = torch.arange(full, device=cut.tokens.device).expand(images, -1)
+            elif max(self.visual.sources) >= len(left[-1]):
                 return  # features of other images than those encoded last
-            patches = stages[-1].indices.repeat_interleave(images // len(stages[-1].indices), 0)  # beams
+            else:
+                position = left[-1][self.visual.sources]
         scores = None
         if choice.score is not None:
-            scores = choice.score.new_full((images, tokens), float("nan")).scatter(1, patches, choice.score)
-        kept = patches.gather(1, choice.index)
-        stages.append(Stage("llm", layer, [count] * images, kept, choice.lengths, scores, choice.entropy))
+            patch = position if tokens is None else _taken(position, tokens)
+            scores = choice.score.new_full((images, full + 1), float("nan"))
+            scores = scores.scatter(1, torch.where(patch < 0, full, patch), choice.score)[:, :full]
+        kept = _taken(position, cut.tokens)
+        lengths = torch.tensor(cut.lengths, dtype=torch.int32, device=kept.device)
+        self.trace.stages.append(Stage("llm", cut.layer, cut.lengths, kept, lengths, scores, choice.entropy))
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """x [I, n] at index [I, K], -1 where the index is."""
+    return x.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1)
 
 
 class PrunedDecoderLayer:
@@ -288,16 +337,16 @@ class PrunedDecoderLayer:
         pruning: DecoderState | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        state, budget = pruning, None
+        state, budgets = pruning, None
         if state is not None:
-            before, budget = state.before(self.number), state.budget(self.number)
+            before, budgets = state.before(self.number), state.budgets(self.number)
             held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
-            if budget is None:
+            if budgets is None:
                 new = hidden_states.shape[1]
                 count = new if held is None else held.keys_with(new)
                 attention_mask = state.mask(attention_mask, before, before, held, count)
-        if state is None or budget is None:
+        if state is None or budgets is None:
             # Positions with gaps look like packed sequences to flash attention; nothing else reads them here.
             return type(self.layer).forward(
                 self.layer,
@@ -310,7 +359,7 @@ class PrunedDecoderLayer:
                 **kwargs,
             )
         hidden_states = self._attention_half(
-            hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, state, budget, held,
+            hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, state, budgets, held,
             **kwargs,
         )  # fmt: skip
         parts = self.parts_of(self.layer)
@@ -324,7 +373,7 @@ class PrunedDecoderLayer:
         cache: Any,
         rotary: Any,
         state: DecoderState,
-        budget: int,
+        budgets: list[int],
         held: PrunedRows | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -333,7 +382,7 @@ class PrunedDecoderLayer:
         normed = parts.norm1(hidden_states)
         key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
         key = _rotated(parts, key, rotary)
-        cut = state.cuts.get(self.number) or self._cut(parts, state, budget, normed, key, value, rotary)
+        cut = state.cuts.get(self.number) or self._cut(parts, state, budgets, normed, key, value, rotary)
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
             parts.norm1, hidden_states, normed, tables, cut.index,
@@ -350,7 +399,7 @@ class PrunedDecoderLayer:
         self,
         parts: DecoderParts,
         state: DecoderState,
-        budget: int,
+        budgets: list[int],
         normed: Tensor,
         key: Tensor,
         value: Tensor,
@@ -360,22 +409,23 @@ class PrunedDecoderLayer:
         assert state.visual is not None
         samples = state.visual.samples
 
-        def choose(at: Tensor, asks: Tensor) -> Selection:
-            every = torch.arange(len(asks), device=asks.device)
-            cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
-            query = _rotated(parts, _heads(parts, parts.q_proj(normed[every, asks][:, None])), (cos, sin))
-            image = samples[:, None], at
-            view = DecoderView(
-                budget=budget,
-                query=query[samples].to(value.dtype),  # autocast leaves what was rotated in float32
-                key=key.transpose(1, 2)[image].transpose(1, 2).to(value.dtype),
-                value=value.transpose(1, 2)[image].transpose(1, 2),
-                value_anchor=value[every, :, asks][:, :, None][samples],
-                backend=state.decoder.backend,
-            )
+        def choose(at: Tensor, lengths: list[int], asks: Tensor, importance: Tensor | None) -> Selection:
+            def heads() -> VisualHeads:
+                every = torch.arange(len(asks), device=asks.device)
+                cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
+                query = _rotated(parts, _heads(parts, parts.q_proj(normed[every, asks][:, None])), (cos, sin))
+                image = samples[:, None], at.clamp_min(0)
+                return VisualHeads(
+                    query[samples].to(value.dtype),  # autocast leaves what was rotated in float32
+                    key.transpose(1, 2)[image].transpose(1, 2).to(value.dtype),
+                    value.transpose(1, 2)[image].transpose(1, 2),
+                    value[every, :, asks][:, :, None][samples],
+                )
+
+            view = DecoderView(budgets, lengths, importance, heads, state.decoder.backend)
             return state.decoder.policy.decoder_select(view)
 
-        return state.make_cut(self.number, choose)
+        return state.make_cut(self.number, budgets, choose)
 
 
 def _heads(parts: DecoderParts, x: Tensor) -> Tensor:
@@ -404,7 +454,6 @@ class PrunedDecoder:
 
     model: Any  # with layers, rotary_emb, config
     policy: Policy
-    tokens: int  # patches of an unpruned image
     encoder: PrunedEncoder  # whose trace goes on here
     backend: str | None = None
     compact_cache: bool = False  # after a prompt, no layer keeps rows of tokens that did not reach the last one
@@ -437,7 +486,7 @@ class PrunedDecoder:
                 trace=self.encoder.trace if visual_tokens is not None else None,
             )
             if state.trace is not None:  # of this pass alone
-                state.trace.stages = [stage for stage in state.trace.stages if stage.name == "encoder"]
+                state.trace.stages = [stage for stage in state.trace.stages if stage.name != "llm"]
         rewind = Rewind(cache) if visual_tokens is not None and cache is not None else None
         try:
             output = type(self.model).forward(self.model, **arguments)

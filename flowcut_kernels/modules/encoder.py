@@ -23,7 +23,7 @@ from .._library import choose_backend, resolve_backend
 from .._ops import accumulate_dtype
 from ..ops import attention
 from ..ops.score_select import raise_if_not_finite
-from ..policies.base import EncoderStep, EncoderView, Policy, Selection
+from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 
@@ -52,6 +52,7 @@ class EncoderState:
     grid: tuple[int, int]
     protect: int
     backend: str | None
+    pixels: Pixels | None = None
     patches: Tensor | None = None  # [B, M] original patch of each row (protected rows count up from -protect)
     lengths: Tensor | None = None  # int32 [B] live rows, None while all images have all rows
     mask: Tensor | None = None  # bool [B, M] live rows, None unless the batch is ragged
@@ -116,11 +117,16 @@ class EncoderState:
             setattr(self, name, x)
         return hidden, normed
 
+    def number_patches(self, batch: int, rows: int, device: torch.device) -> None:
+        """From now on it is known which patch a row is."""
+        self.patches = torch.arange(-self.protect, rows - self.protect, device=device).repeat(batch, 1)
+
     def _record(self, layer: int, view: EncoderView, choice: Selection) -> None:
         assert self.trace is not None
         batch, rows = view.key.shape[0], view.key.shape[2]
         if self.patches is None:
-            self.patches = torch.arange(-self.protect, rows - self.protect, device=view.key.device).repeat(batch, 1)
+            self.number_patches(batch, rows, view.key.device)
+        assert self.patches is not None
         if choice.entropy is not None:
             self.trace.entropy[layer] = choice.entropy
         if choice.index is None:
@@ -180,11 +186,13 @@ class PrunedEncoderLayer:
             view = EncoderView(
                 key=key,
                 value=value,
+                query=query,
                 anchor=lambda kind: self._anchor(kind, normed, query, value, key_mask),
                 protect=pruning.protect,
                 lengths=pruning.lengths,
                 history=pruning.history,
                 grid=pruning.grid,
+                pixels=pruning.pixels,
                 backend=pruning.backend,
             )
             choice = pruning.select(self.number, step, view)
@@ -265,6 +273,10 @@ class PrunedEncoder:
     record: bool = False
     backend: str | None = None
     trace: Trace | None = field(default=None, repr=False)
+    pixels: Pixels | None = field(default=None, repr=False)  # of the pass that is running
+    # Of the last pass, where the policy goes on to prune features:
+    importance: Tensor | None = field(default=None, repr=False)  # [B, M] score of the patches that are left
+    position: Tensor | None = field(default=None, repr=False)  # int64 [B, M] those patches; None: all
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -283,9 +295,10 @@ class PrunedEncoder:
         state = EncoderState(
             policy=self.policy,
             feature_layer=self.feature_layer,
-            grid=self._grid(inputs_embeds.shape[1] - self.protect),
+            grid=self.grid(inputs_embeds.shape[1] - self.protect),
             protect=self.protect,
             backend=self.backend,
+            pixels=self.pixels,
             trace=Trace() if self.record else None,
             entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
         )
@@ -293,12 +306,20 @@ class PrunedEncoder:
         # nothing is pruned it stays: other layouts round differently.
         rows = inputs_embeds.shape[1] - self.protect
         hidden_states = inputs_embeds.contiguous() if self.policy.encoder_budget(rows) < rows else inputs_embeds
+        follow = self.policy.prunes_features and self.policy.encoder_budget(rows) < rows
+        if follow:
+            state.number_patches(len(inputs_embeds), inputs_embeds.shape[1], inputs_embeds.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
         self.trace = state.trace
+        if self.policy.prunes_features:
+            live = slice(self.protect, None)
+            self.importance = None if state.history is None else state.history[:, live]
+            self.position = None if not follow or state.patches is None else state.patches[:, live]
         return BaseModelOutput(last_hidden_state=hidden_states)
 
     @staticmethod
-    def _grid(patches: int) -> tuple[int, int]:
+    def grid(patches: int) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else (1, patches)

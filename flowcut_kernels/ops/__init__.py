@@ -9,6 +9,9 @@ from .attention_with_stats import attention_with_stats
 from .compact_kv import compact_kv, compact_kv_
 from .compact_kv_paged import PagedPlan, compact_kv_paged, plan_paged
 from .gather_tokens import gather_tokens
+from .patch_entropy import patch_entropy
+from .received_attention import received_attention
+from .recycle_tokens import grid_cells, recycle_tokens
 from .score_select import score_select
 
 # A failure is remembered for `flowcut_kernels.info`.
@@ -25,6 +28,10 @@ __all__ = [
     "compact_kv_",
     "compact_kv_paged",
     "gather_tokens",
+    "grid_cells",
+    "patch_entropy",
     "plan_paged",
+    "received_attention",
+    "recycle_tokens",
     "score_select",
 ]

@@ -3,5 +3,6 @@
 from .base import Policy
 from .floors import RandomTokens, UniformTokens
 from .flowcut import FlowCut
+from .vflowopt import VFlowOpt
 
-__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens"]
+__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt"]

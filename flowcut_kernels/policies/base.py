@@ -1,9 +1,9 @@
-"""What every policy is: a validated budget, and decisions inside a vision encoder and a language model."""
+"""What every policy is: a validated budget, and decisions in a vision encoder, behind it and in a language model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Policy:
         return min(max(1, round(self.retain_ratio * tokens)), tokens)
 
     def encoder_budget(self, tokens: int) -> int:
-        """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where the LLM prunes."""
+        """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where others follow."""
         return self.budget(tokens)
 
     def check_encoder(self, feature_layer: int, tokens: int) -> None:
@@ -71,6 +71,24 @@ class Policy:
         raise NotImplementedError
 
     @property
+    def wants_pixels(self) -> bool:
+        """Whether `encoder_select` looks at the pixels."""
+        return False
+
+    @property
+    def prunes_features(self) -> bool:
+        """Whether `feature_select` chooses among the projected features, before the language model."""
+        return False
+
+    def feature_budget(self, tokens: int) -> int | None:
+        """Tokens that enter the language model of an image that has `tokens`; None: known once they are chosen."""
+        return self.encoder_budget(tokens)
+
+    def feature_select(self, view: FeatureView) -> FeatureSelection:
+        """Choose which projected features go on, `feature_budget` of every image."""
+        raise NotImplementedError
+
+    @property
     def renumbers(self) -> bool:
         """Whether tokens after a cut in the language model get new positions without gaps."""
         return False
@@ -78,12 +96,17 @@ class Policy:
     def check_decoder(self, layers: int) -> None:
         """ValueError where this policy does not fit a language model of `layers` layers."""
 
-    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
-        """Visual tokens per image of `tokens` that go on from decoder layer `layer` of `layers`; None: all it has."""
+    def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
+        """Visual tokens that go on from decoder layer `layer` of `layers`; None: all of them.
+
+        Args:
+            tokens: of the unpruned image.
+            left: of the image at this layer.
+        """
         return None
 
     def decoder_select(self, view: DecoderView) -> Selection:
-        """Choose which visual tokens go on from a decoder layer, `view.budget` of every image."""
+        """Choose which visual tokens go on from a decoder layer, `view.budgets` of the images."""
         raise NotImplementedError
 
 
@@ -124,24 +147,66 @@ class EncoderView:
 
     key: Tensor  # [B, H, N, d] strided view
     value: Tensor  # [B, H, N, d] strided view
+    query: Tensor | None  # [B, H, N, d] where the step does not prune
     anchor: Callable[[str], tuple[Tensor, Tensor]]  # "cls" | "mean" -> query and value [B, H, 1, d]
     protect: int  # leading tokens that are not patches (1 for CLS)
     lengths: Tensor | None  # live tokens per image [B] where the batch is ragged, else None
     history: Tensor | None  # cumulative score [B, N] of the layer before
     grid: tuple[int, int]  # patches of the unpruned image: rows, columns
+    pixels: Pixels | None  # where the policy wants them
+    backend: str | None
+
+
+class Pixels(NamedTuple):
+    """Images as the vision tower is given them."""
+
+    values: Tensor  # [B, C, H, W], normalised
+    mean: Sequence[float]  # [C] of the normalisation that is usual for the tower, on a scale of 0..1
+    std: Sequence[float]
+    patch_size: int
+
+
+@dataclass
+class FeatureView:
+    """The projected features of I images (or videos), one after another: T tokens."""
+
+    features: Tensor  # [T, D]
+    importance: Tensor  # float32 [T]
+    lengths: list[int]  # tokens of each image, T together
+    grids: list[tuple[tuple[int, int], ...]]  # of each image: (rows, columns) of its grids before any pruning
+    position: Tensor | None  # int64 [T] token of its image's grids; None: all are there
+    budgets: list[int] | None  # tokens to leave of each image; None: the policy says
     backend: str | None
 
 
 @dataclass
-class DecoderView:
-    """What a policy may see of one decoder layer's I images, before its attention is applied. G key heads."""
+class FeatureSelection:
+    """K features that go on, image after image."""
 
-    budget: int  # tokens to keep of each image
-    query: Tensor  # [I, H, 1, d] of the last instruction token, rotated
-    key: Tensor  # [I, G, n, d] of the image's tokens, rotated
+    features: Tensor  # [K, D]
+    index: Tensor  # int64 [K] their places among the T, ascending
+    recycled: Tensor  # bool [K] those that stand for several
+    lengths: list[int]  # of each image, K together
+
+
+@dataclass
+class DecoderView:
+    """What a policy may see of one decoder layer's I images, before its attention is applied."""
+
+    budgets: list[int]  # tokens to keep of each image
+    lengths: list[int]  # tokens of each image; n is the largest
+    importance: Tensor | None  # float32 [I, n] of the tokens, for policies that prune features
+    heads: Callable[[], VisualHeads]  # made when asked for
+    backend: str | None
+
+
+class VisualHeads(NamedTuple):
+    """Rotated queries and keys, and values: of each image's n tokens, and of its last instruction token."""
+
+    query: Tensor  # [I, H, 1, d] of the last instruction token
+    key: Tensor  # [I, G, n, d] of the image's tokens
     value: Tensor  # [I, G, n, d]
     value_anchor: Tensor  # [I, G, 1, d] of the last instruction token
-    backend: str | None
 
 
 @dataclass

@@ -214,24 +214,25 @@ class FlowCut(Policy):
         if self.llm_layer is not None and self.llm_layer >= layers:
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer} but the language model has {layers} layers")
 
-    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
+    def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
         return self.budget(tokens) if layer == self.llm_layer else None
 
     def decoder_select(self, view: DecoderView) -> Selection:
         relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
+        query, key, value, value_anchor = view.heads()
         score, index, lengths, entropy = anchor_stats_select(
-            view.query,
-            view.key,
-            view.value,
-            view.value_anchor if relevance else None,
+            query,
+            key,
+            value,
+            value_anchor if relevance else None,
             attention="attention" in self.criteria,
             relevance=relevance,
             value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
             criteria_weights=self.criteria_weights,
             mode=Select.FIXED,
-            budget=view.budget,
+            budget=view.budgets[0],
             backend=view.backend,
         )
         return Selection(index, lengths, score, entropy)

@@ -63,7 +63,7 @@ class Stages(fk.FlowCut):
     def encoder_budget(self, tokens: int) -> int:
         return LEFT
 
-    def decoder_step(self, layer: int, layers: int, tokens: int) -> int | None:
+    def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
         return dict(self.stages).get(layer)
 
 
@@ -72,9 +72,9 @@ class First(Stages):
     """Keeps the first tokens: for what does not depend on the choice."""
 
     def decoder_select(self, view: DecoderView) -> Selection:
-        images = len(view.key)
-        index = torch.arange(view.budget).expand(images, -1)
-        return Selection(index, torch.full((images,), view.budget, dtype=torch.int32))
+        images, kept = len(view.budgets), view.budgets[0]
+        index = torch.arange(kept).expand(images, -1)
+        return Selection(index, torch.full((images,), kept, dtype=torch.int32))
 
 
 def model_of(decoder: str = "llama gqa", attention: str = "sdpa", dtype=torch.float64):

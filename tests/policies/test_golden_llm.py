@@ -14,7 +14,7 @@ import flowcut_kernels as fk
 from flowcut_kernels import _library
 from flowcut_kernels.models.llm import decoder_replacements
 from flowcut_kernels.modules.decoder import VisualTokens
-from flowcut_kernels.policies.base import DecoderView
+from flowcut_kernels.policies.base import DecoderView, VisualHeads
 from flowcut_kernels.trace import Trace
 
 CASES = golden_manifest()
@@ -38,11 +38,15 @@ def test_choice(name, backend):
     visual, ask = slice(case["visual_start"], case["visual_start"] + case["visual_num"]), case["last_instruct_pos"] - 1
     choice = fk.FlowCut.release(case["target"], llm_layer=1).decoder_select(
         DecoderView(
-            budget=case["target"],
-            query=query[:, :, ask : ask + 1],
-            key=key[:, :, visual],
-            value=value[:, :, visual],
-            value_anchor=value[:, :, ask : ask + 1],
+            budgets=[case["target"]] * len(query),
+            lengths=[case["visual_num"]] * len(query),
+            importance=None,
+            heads=lambda: VisualHeads(
+                query=query[:, :, ask : ask + 1],
+                key=key[:, :, visual],
+                value=value[:, :, visual],
+                value_anchor=value[:, :, ask : ask + 1],
+            ),
             backend=backend,
         )
     )
@@ -69,6 +73,9 @@ def test_model(name, attention):
         setattr(module, attribute, replacement)
     visual = VisualTokens(
         columns=torch.arange(start, start + count)[None],
+        lengths=[count],
+        full=[count],
+        sources=[0],
         samples=torch.tensor([0]),
         counts=[1],
         asks=torch.tensor([length - 1]),

@@ -1,0 +1,37 @@
+"""Replaced methods of one model instance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Replacement = tuple[nn.Module, str, Callable]
+
+
+class Bound:
+    """A replaced method of one model instance, with the signature of the class's own."""
+
+    method: str
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.model), self.method).__get__(self.model))
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+
+
+def named(method: Bound, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those of ** included, without defaults."""
+    if not args:  # every decoding step
+        return kwargs
+    signature = method.__signature__
+    bound = signature.bind(*args, **kwargs).arguments
+    variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    return bound | (bound.pop(variable[0], {}) if variable else {})

@@ -1,0 +1,158 @@
+"""LLaVA-OneVision: an image is a base view and tiles, stitched, unpadded and resized; videos are pooled frames.
+
+Importance takes the way of the features: it goes through the model's own methods as a feature of one channel, with
+newline tokens of importance 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+from ..modules.encoder import PrunedEncoder
+from ..policies.base import Policy
+from ._bound import Replacement
+from ._features import Item, Kind, PrunedFeatures
+from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from .clip import replace_tower
+from .llm import decoder_replacements
+
+Grids = tuple[tuple[int, int], ...]
+
+
+class LlavaOnevision:
+    """Adapter of ``LlavaOnevisionForConditionalGeneration`` for policies that leave the encoder's tiles whole."""
+
+    model_class = LlavaOnevisionForConditionalGeneration
+
+    def replacements(
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
+    ) -> tuple[PrunedEncoder, list[Replacement]]:
+        inner, config = model.model, model.config
+        tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
+        patches = tower.patches(inner.vision_tower)
+        if policy.encoder_budget(patches) < patches:
+            raise ValueError(
+                f"{type(policy).__name__} prunes inside the vision encoder, but {type(model).__name__} stitches whole "
+                "tiles: use VFlowOpt"
+            )
+        images = PrunedFeatures(
+            inner, "get_image_features", policy, encoder, partial(_image_tokens, inner), partial(_images, inner),
+            fixed, backend,
+        )  # fmt: skip
+        videos = PrunedFeatures(
+            inner, "get_video_features", policy, encoder, partial(_video_tokens, inner), partial(_videos, inner),
+            fixed, backend,
+        )  # fmt: skip
+        kinds = (
+            Kind(config.image_token_id, "image", "pixel_values", policy, images),
+            Kind(config.video_token_id, "video", "pixel_values_videos", policy, videos),
+        )
+        shrinker = PromptShrinker(
+            (config.image_token_id, config.video_token_id),
+            lambda arguments: [visuals for kind in kinds for visuals in kind.visuals(arguments)],
+        )
+        decoder, more = decoder_replacements(
+            inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
+        )
+        replacements += [
+            (inner, "get_image_features", images),
+            (inner, "get_video_features", videos),
+            (model, "forward", PrunedForward(model, shrinker, decoder)),
+            (model, "generate", PrunedGenerate(model, shrinker)),
+            *more,
+        ]
+        return encoder, replacements
+
+
+def pack(model: Any, tiles: Tensor, size: tuple[int, int], newline: Tensor, aspect: str) -> Tensor:
+    """One image's tokens [n, D] from those of its views [V, N, D], the way the model packs them.
+
+    Args:
+        size: height and width of the image.
+        newline: [D] put behind every row of tiles.
+        aspect: "anyres_max_9" and the like.
+    """
+    packed, _ = type(model).pack_image_features(
+        model, [tiles], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=aspect
+    )
+    return packed[0]
+
+
+def layout(model: Any, size: tuple[int, int], views: int, aspect: str) -> Grids:
+    """Rows and columns of the grids of a packed image: the base view, and with tiles their rows, newlines included."""
+    side = _side(model)
+    if views == 1:
+        return ((side, side),)
+    newlines = pack(model, torch.zeros(views, side * side, 1), size, torch.ones(1), aspect)[side * side :, 0]
+    columns = int(newlines.argmax()) + 1
+    return (side, side), (len(newlines) // columns, columns)
+
+
+def _side(model: Any) -> int:
+    return model.config.vision_config.image_size // model.config.vision_config.patch_size
+
+
+def _sizes_and_views(model: Any, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Height and width of every image, and its number of views: one of several images in a prompt has a single one."""
+    sizes, per_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
+    sizes = [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
+    alone = [True] * len(sizes) if per_prompt is None else [n == 1 for n in per_prompt for _ in range(int(n))]
+    config = model.config
+    views = [
+        image_size_to_num_patches(list(size), config.image_grid_pinpoints, config.vision_config.image_size)
+        if one
+        else 1
+        for size, one in zip(sizes, alone, strict=True)
+    ]
+    return sizes, views
+
+
+def _aspect(model: Any, arguments: dict[str, Any]) -> str:
+    return arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
+
+
+def _image_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
+    sizes, views = _sizes_and_views(model, arguments)
+    grids = [layout(model, size, n, _aspect(model, arguments)) for size, n in zip(sizes, views, strict=True)]
+    return [_area(grid) + (n == 1) for grid, n in zip(grids, views, strict=True)]
+
+
+def _area(grids: Grids) -> int:
+    return sum(rows * columns for rows, columns in grids)
+
+
+def _images(
+    model: Any, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, _: Any
+) -> list[Item]:
+    sizes, views = _sizes_and_views(model, arguments)
+    aspect, items = _aspect(model, arguments), []
+    one = importance.new_ones(1)
+    for x, tiles, size, n in zip(features, importance.split(views), sizes, views, strict=True):
+        weight, end = pack(model, tiles[..., None], size, one, aspect)[:, 0], len(x) - (n == 1)
+        items.append(Item(x[:end], weight[:end], layout(model, size, n, aspect), trailing=x[end:] if n == 1 else None))
+    return items
+
+
+def _video_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
+    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    pooled = -(-_side(model) // 2)
+    return [frames * pooled * pooled + 1] * videos
+
+
+def _videos(model: Any, features: Tensor, arguments: dict[str, Any], importance: Tensor, _: Any) -> list[Item]:
+    videos = len(features)
+    pooled = type(model).apply_pooling(model, importance[..., None])[..., 0]
+    grids = ((-(-_side(model) // 2),) * 2,) * (len(pooled) // videos)
+    area = _area(grids)
+    return [
+        # transformers 5.17 puts the newline behind a video's features later on.
+        Item(x[:area], weight.flatten(), grids, trailing=x[area:], appended=area + 1 - len(x))
+        for x, weight in zip(features, pooled.unflatten(0, (videos, -1)), strict=True)
+    ]

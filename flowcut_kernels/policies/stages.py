@@ -1,0 +1,73 @@
+"""Stages in the language model on an importance that is known beforehand (VFlowOpt, arXiv 2508.05211)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .base import DecoderView, Selection, is_number, is_whole
+
+
+def check_stages(policy: Any, layers: int | None = None) -> None:
+    """ValueError unless ``policy.recycle_cell`` and ``policy.llm_stages`` make sense, for a model of `layers` if given.
+
+    Stages are kept as tuples.
+    """
+    name, cell = type(policy).__name__, policy.recycle_cell
+    if cell is not None and (not is_number(cell) or cell < 1):
+        raise ValueError(f"{name}: recycle_cell={cell!r} must be None or a number of tokens, at least 1")
+    try:
+        stages = tuple((layer, ratio) for layer, ratio in policy.llm_stages)
+    except (TypeError, ValueError):
+        stages = ((None, None),)
+    for layer, ratio in stages:
+        if not is_whole(layer) or layer < 1 or not is_number(ratio) or not 0 < ratio <= 1:
+            raise ValueError(
+                f"{name}: llm_stages={policy.llm_stages!r} must be (layer, ratio) pairs: a decoder layer, at least 1, "
+                "and a share in (0, 1]"
+            )
+    if any(later[0] <= earlier[0] for earlier, later in pairwise(stages)):
+        raise ValueError(f"{name}: llm_stages={policy.llm_stages!r} must name rising layers")
+    object.__setattr__(policy, "llm_stages", stages)
+    if layers is not None and stages and stages[-1][0] >= layers:
+        raise ValueError(
+            f"{name}: llm_stages={stages} names layer {stages[-1][0]}, but the language model has {layers} layers"
+        )
+
+
+def stage_step(policy: Any, layer: int, left: int) -> int | None:
+    """What a stage before the layer after `layer` keeps of an image's tokens; None: there is no such stage."""
+    ratio = dict(policy.llm_stages).get(layer + 1)
+    return None if ratio is None else max(left - round(left * (1 - ratio)), min(left, 1))
+
+
+def average_retention(first: float, stages: tuple[tuple[int, float], ...], layers: int) -> float:
+    """Mean share of an image's tokens over `layers` decoder layers that `first` of them enter."""
+    total, share, since = 0.0, first, 0
+    for layer, ratio in stages:
+        total += share * (layer - since)
+        share, since = share * ratio, layer
+    return (total + share * (layers - since)) / layers
+
+
+def keep_most_important(view: DecoderView) -> Selection:
+    """The `view.budgets` tokens of highest importance of every image, ties to the earlier."""
+    if view.importance is None:
+        raise ValueError(
+            "llm_stages keep tokens by the importance that their encoding gave them, which is not known of these "
+            "features: give pixel_values, or features that the patched model encoded"
+        )
+    importance, device = view.importance, view.importance.device
+    most = importance.shape[1]
+    place = torch.arange(most, device=device)
+    if min(view.lengths) < most:
+        importance = importance.masked_fill(place >= torch.tensor(view.lengths, device=device)[:, None], float("-inf"))
+    width = max(view.budgets)
+    index = importance.argsort(dim=1, descending=True, stable=True)[:, :width]
+    lengths = torch.tensor(view.budgets, dtype=torch.int32, device=device)
+    if min(view.budgets) < width:
+        index = index.masked_fill(place[:width] >= lengths[:, None], most)
+    index = index.sort(dim=1).values
+    return Selection(index.masked_fill(index == most, -1), lengths, importance)

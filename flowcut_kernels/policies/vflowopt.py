@@ -1,0 +1,203 @@
+"""VFlowOpt (ICCV 2025, arXiv 2508.05211): importance from attention hubs, recycling, stages in the language model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._ops import Relevance, Select, ValueNorm
+from ..ops import anchor_stats, patch_entropy, received_attention
+from .base import (
+    DecoderView,
+    EncoderStep,
+    EncoderView,
+    FeatureSelection,
+    FeatureView,
+    Policy,
+    Selection,
+    check_feature_layer,
+    is_number,
+)
+from .recycling import merge, select_features
+from .stages import check_stages, keep_most_important, stage_step
+
+# Published settings for LLaVA-OneVision-7B by average retention: hub_threshold, recycle_cell, R1, R2, R3.
+PRESETS = {
+    0.5: (28.683048, 11.756787, 0.723320, 0.748748, 0.487),
+    0.25: (34.759553, 15.580797, 0.265103, 0.983343, 0.877326),
+    0.1: (39.264928, 17.386982, 0.116615, 1.0, 0.6011),
+}
+_STAGE_LAYERS = (9, 18)  # of the 28 layers of Qwen2-7B
+_ROWS = 32  # hub rows that are scored together
+
+
+@dataclass(frozen=True, kw_only=True)
+class VFlowOpt(Policy):
+    """Prune projected features by their importance to the encoder's hubs, recycle what goes, prune on in the LLM.
+
+    With A the head-mean attention of the last encoder layer that runs: a token is a hub if it receives more than
+    hub_threshold times what tokens receive on average, importance is the attention of the hubs' mean row, or where
+    there is no hub what a token receives, plus entropy_weight * softmax(entropy of its patch). The least important
+    tokens go before the language model, and those of a grid cell become one, weighted by importance. Later stages
+    keep a share of the tokens by the same importance.
+
+    Args:
+        target_tokens, retain_ratio: tokens of an image that enter the language model, recycled ones included; exactly
+            one of them (see :class:`Policy`).
+        hub_threshold: t, at least 0.
+        entropy_weight: alpha; 0 skips the entropy.
+        recycle_cell: a, edge of a cell in tokens, at least 1; None: pruned tokens are dropped.
+        llm_stages: (layer, ratio) pairs: before that decoder layer, counted from 0 and at least 1, the share `ratio`
+            of an image's remaining tokens stays.
+        feature_layer: hidden_states index that is read; None: what the model's configuration says.
+        pixel_mean, pixel_std: of the image processor, on a scale of 0..1, for the entropy; None: those that are usual
+            for the tower.
+        counts: "exact" leaves the budget. "release" counts as the released code: what remains besides the recycled
+            tokens is rounded, images without tiles are not recycled, and how many tokens are left is known only
+            afterwards, so that a prompt's features are made before it is shortened.
+    """
+
+    hub_threshold: float = 30.0
+    entropy_weight: float = 0.0
+    recycle_cell: float | None = 16.0
+    llm_stages: tuple[tuple[int, float], ...] = ()
+    feature_layer: int | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    counts: Literal["exact", "release"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.hub_threshold) or self.hub_threshold < 0:
+            raise ValueError(f"VFlowOpt: hub_threshold={self.hub_threshold!r} must be a number, at least 0")
+        if not is_number(self.entropy_weight):
+            raise ValueError(f"VFlowOpt: entropy_weight={self.entropy_weight!r} must be a number")
+        check_stages(self)
+        check_feature_layer(self)
+        if self.counts not in ("exact", "release"):
+            raise ValueError(f"VFlowOpt: counts={self.counts!r} must be 'exact' or 'release'")
+        if self.counts == "release" and self.target_tokens is not None:
+            raise ValueError("VFlowOpt: counts='release' rounds a share: give retain_ratio instead of target_tokens")
+        if (self.pixel_mean is None) != (self.pixel_std is None):
+            raise ValueError("VFlowOpt: give pixel_mean and pixel_std together, or neither")
+        for name in ("pixel_mean", "pixel_std"):
+            values = getattr(self, name)
+            if values is not None:
+                if not isinstance(values, (tuple, list)) or not all(is_number(x) for x in values):
+                    raise ValueError(f"VFlowOpt: {name}={values!r} must be a tuple of numbers, one for each channel")
+                object.__setattr__(self, name, tuple(values))
+
+    @classmethod
+    def release(cls, retain_ratio: float, **changes: Any) -> VFlowOpt:
+        """The published settings for an average of 0.5, 0.25 or 0.1 of the tokens, counted as the released code does.
+
+        They were found for LLaVA-OneVision-7B and its 28 decoder layers; :func:`~flowcut_kernels.tune` finds others.
+        """
+        if retain_ratio not in PRESETS:
+            raise ValueError(f"VFlowOpt.release: retain_ratio={retain_ratio!r} must be one of {sorted(PRESETS)}")
+        threshold, cell, first, *rest = PRESETS[retain_ratio]
+        settings: dict[str, Any] = dict(
+            retain_ratio=first,
+            hub_threshold=threshold,
+            recycle_cell=cell,
+            llm_stages=tuple(zip(_STAGE_LAYERS, rest, strict=True)),
+            counts="release",
+        )
+        return cls(**(settings | changes))
+
+    def encoder_budget(self, tokens: int) -> int:
+        return tokens
+
+    @property
+    def wants_pixels(self) -> bool:
+        return self.entropy_weight != 0
+
+    @property
+    def prunes_features(self) -> bool:
+        return True
+
+    def feature_budget(self, tokens: int) -> int | None:
+        return None if self.counts == "release" else self.budget(tokens)
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+        needed = layer == feature_layer and (self.budget(tokens) < tokens or self.llm_stages)
+        return EncoderStep(Select.SCORE_ONLY, static=True) if needed else None
+
+    def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
+        score = self._context(view)
+        if self.entropy_weight:
+            assert view.pixels is not None
+            values, mean, std, size = view.pixels
+            bits = patch_entropy(
+                values, size, mean=self.pixel_mean or mean, std=self.pixel_std or std, backend=view.backend
+            )
+            score = score + self.entropy_weight * bits.to(score.dtype).softmax(-1)
+        lengths = torch.where(score.isfinite().all(1), view.key.shape[2], -1).int()
+        return Selection(None, lengths, torch.nn.functional.pad(score, (view.protect, 0)))
+
+    def _context(self, view: EncoderView) -> Tensor:
+        """Attention of the hubs' mean row to every patch [B, N], or what a patch receives where there is no hub."""
+        assert view.query is not None
+        received = received_attention(view.query, view.key, lengths=view.lengths, backend=view.backend)
+        received = received[:, view.protect :]
+        patches = received.shape[1]
+        floor = self.hub_threshold * received.mean(1, keepdim=True)
+        # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
+        most = patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
+        if received.device.type == "cpu" and not torch.compiler.is_compiling():
+            most = min(most, int((received > floor).sum(1).max())) if received.numel() else 0
+        if most == 0:
+            return received
+        amount, hub = received.topk(most, dim=1)
+        is_hub = (amount > floor).to(received.dtype)
+        row = (hub + view.protect)[:, None, :, None].expand(-1, view.query.shape[1], -1, view.query.shape[3])
+        query = view.query.gather(2, row)
+        total = torch.zeros_like(received)
+        for part in torch.arange(most).split(_ROWS):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            attention, *_ = anchor_stats(
+                query[:, :, rows],
+                view.key,
+                view.value,
+                None,
+                protect=view.protect,
+                relevance=Relevance.NONE,
+                value_norm=ValueNorm.NONE,
+                backend=view.backend,
+            )
+            total += (attention[..., view.protect :] * is_hub[:, rows, None]).sum(1)
+        hubs = is_hub.sum(1, keepdim=True)
+        return torch.where(hubs > 0, total / hubs.clamp_min(1), received)
+
+    def feature_select(self, view: FeatureView) -> FeatureSelection:
+        if self.counts == "exact":
+            assert view.budgets is not None
+            return select_features(view, view.budgets, self.recycle_cell)
+        return self._released_selection(view)
+
+    def _released_selection(self, view: FeatureView) -> FeatureSelection:
+        """round(N (1 - R1)) tokens go, and of images made of tiles floor(N / a^2) more, before cells come back."""
+        assert self.retain_ratio is not None and view.position is None
+        pruned, recycled = [], []
+        for weight, grids in zip(view.importance.split(view.lengths), view.grids, strict=True):
+            count = round(len(weight) * (1 - self.retain_ratio))
+            recycles = self.recycle_cell is not None and len(grids) > 1
+            if self.recycle_cell is not None and recycles:
+                count += int(len(weight) / self.recycle_cell**2)
+            lowest = weight.argsort(stable=True)[:count]
+            pruned.append(torch.zeros_like(weight, dtype=torch.bool).index_fill(0, lowest, True))
+            recycled.append(torch.full_like(pruned[-1], recycles))
+        return merge(view, torch.cat(pruned), self.recycle_cell or 1.0, None, torch.cat(recycled))
+
+    def check_decoder(self, layers: int) -> None:
+        check_stages(self, layers)
+
+    def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
+        return stage_step(self, layer, left)
+
+    def decoder_select(self, view: DecoderView) -> Selection:
+        return keep_most_important(view)
