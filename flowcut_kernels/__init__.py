@@ -12,6 +12,7 @@ from .calibrate import calibrate
 from .models import patch, patched, supported_models, trace, unpatch
 from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt
 from .trace import Stage, Trace
+from .tune import tune
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "patched",
     "supported_models",
     "trace",
+    "tune",
     "unpatch",
 ]

@@ -9,7 +9,17 @@ from typing import Any, Literal
 
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats_select
-from .base import DecoderView, EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_number, is_whole
+from .base import (
+    DecoderView,
+    EncoderStep,
+    EncoderView,
+    Policy,
+    Range,
+    Selection,
+    check_feature_layer,
+    is_number,
+    is_whole,
+)
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -152,6 +162,19 @@ class FlowCut(Policy):
         """The same kept tokens as the authors' released code."""
         settings = dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber") | changes
         return cls(target_tokens, retain_ratio, **settings)
+
+    def search_space(self, budget: float) -> dict[str, Range]:
+        """Weights relative to the attention's, exponents, history and interval, as far as they have an effect."""
+        space: dict[str, Range] = {"interval": (1, 6, "int")}
+        if {"attention", "relevance"} <= set(self.criteria):
+            space["criteria_weights.1"] = (0.1, 10.0, "log")
+        if "value_norm" in self.criteria:
+            space["criteria_weights.2"] = (0.1, 3.0)
+        if self.cumulative:
+            space["history_weight"] = (0.0, 0.95)
+        if self.adaptive:
+            space["entropy_exponent"] = (0.5, 8.0, "log")
+        return space
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
