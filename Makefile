@@ -17,14 +17,14 @@ test-newest: .venv/built
 
 # The oldest supported transformers, in front of the environment's own.
 test-floor: .venv/built .venv/floor/ready
-	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies tests/test_cache.py
+	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies tests/test_cache.py tests/test_cost.py
 
 lint: .venv/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The C++ forms that move rows in place, and the page planner, under the address and undefined-behaviour sanitizers.
+# C++ forms that go by index, and the page planner, under the address and undefined-behaviour sanitizers.
 sanitize:
 	tests/sanitize/run.sh $(CXX)
 
@@ -39,7 +39,7 @@ build: .venv/built
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
-	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis ruff mypy \
+	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis scikit-image ruff mypy \
 		rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet
 	touch $@
 

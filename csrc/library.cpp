@@ -362,6 +362,74 @@ Tensor received_attention(Tensor query, Tensor key, std::optional<Tensor> lse, s
   return out;
 }
 
+Tensor patch_entropy(Tensor pixels, int64_t patch_size, std::vector<double> mean, std::vector<double> std) {
+  check(pixels.dim() == 4 && pixels.is_cpu() && (pixels.size(1) == 1 || pixels.size(1) == 3),
+        "patch_entropy: pixels must be a CPU tensor [batch, 1 or 3, height, width], got ", pixels.sizes());
+  check(patch_size >= 1, "patch_entropy: patch_size=", patch_size, " must be at least 1");
+  PatchEntropy p{};
+  p.bytes = pixels.scalar_type() == ScalarType::Byte;
+  p.batch = pixels.size(0), p.channels = pixels.size(1), p.patch_size = patch_size;
+  p.rows = pixels.size(2) / patch_size, p.columns = pixels.size(3) / patch_size;
+  if (!p.bytes) {
+    p.dtype = dtype_of("patch_entropy: pixels", pixels);
+    check(int64_t(mean.size()) == p.channels && int64_t(std.size()) == p.channels,
+          "patch_entropy: mean and std must be of ", p.channels, " values");
+    for (int64_t c = 0; c < p.channels; ++c)
+      p.scale[c] = static_cast<float>(255 * std[c]), p.offset[c] = static_cast<float>(255 * mean[c]);
+  }
+  pixels = unit_stride(pixels);
+  const int64_t bytes = pixels.element_size();
+  p.pixels = static_cast<const char*>(pixels.const_data_ptr());
+  p.batch_stride = pixels.stride(0) * bytes, p.channel_stride = pixels.stride(1) * bytes;
+  p.line_stride = pixels.stride(2) * bytes;
+  Tensor out = empty_floats({p.batch, p.rows * p.columns});
+  p.out = floats(out);
+  kernels().patch_entropy(p, run_parallel);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> recycle_tokens(Tensor tokens, Tensor importance, Tensor cell, int64_t cells) {
+  check(tokens.dim() == 2 && tokens.is_cpu(),
+        "recycle_tokens: tokens must be a CPU tensor [tokens, dim], got ", tokens.sizes());
+  check(cells >= 0, "recycle_tokens: cells=", cells, " must not be negative");
+  RecycleTokens p{};
+  p.dtype = dtype_of("recycle_tokens: tokens", tokens);
+  p.tokens = tokens.size(0), p.dim = tokens.size(1), p.cells = cells;
+  check_shape("recycle_tokens: importance", importance, {p.tokens});
+  check_shape("recycle_tokens: cell", cell, {p.tokens});
+  check(importance.is_cpu() && importance.scalar_type() == ScalarType::Float,
+        "recycle_tokens: importance must be a float32 CPU tensor");
+  check(cell.is_cpu() && cell.scalar_type() == ScalarType::Long,
+        "recycle_tokens: cell must be an int64 CPU tensor");
+  tokens = unit_stride(tokens), importance = unit_stride(importance), cell = unit_stride(cell);
+  p.data = tokens.const_data_ptr(), p.token_stride = tokens.stride(0);
+  p.importance = static_cast<const float*>(importance.const_data_ptr());
+
+  // Members by cell: a counting sort keeps their order.
+  const auto* cell_of = static_cast<const int64_t*>(cell.const_data_ptr());
+  std::vector<int64_t> starts(cells + 1);
+  for (int64_t n = 0; n < p.tokens; ++n) {
+    check(-1 <= cell_of[n] && cell_of[n] < cells, "recycle_tokens: cell[", n, "] = ", cell_of[n],
+          " must lie in -1..", cells - 1);
+    ++starts[cell_of[n] + 1];  // those of no cell at the front
+  }
+  const int64_t kept = starts[0];
+  starts[0] = 0;
+  for (int64_t c = 0; c < cells; ++c) starts[c + 1] += starts[c];
+  std::vector<int64_t> members(p.tokens - kept), next(starts);
+  for (int64_t n = 0; n < p.tokens; ++n)
+    if (cell_of[n] >= 0) members[next[cell_of[n]]++] = n;
+  p.starts = starts.data(), p.members = members.data();
+
+  const std::array<int64_t, 2> sizes{cells, p.dim};
+  Tensor merged = empty(Sizes(sizes.data(), 2), dtype_code(tokens));
+  Tensor position = empty(Sizes(sizes.data(), 1), aoti_torch_dtype_int64());
+  p.merged_out = merged.mutable_data_ptr();
+  p.position_out = static_cast<int64_t*>(position.mutable_data_ptr());
+  kernels().recycle_tokens(p, run_parallel);
+  return {merged, position};
+}
+
 #ifdef FLOWCUT_WITH_CUDA
 // The stream that torch works on. The symbol is looked up when it is needed: a CPU build of torch lacks it.
 void* current_stream(int32_t device) {
@@ -554,6 +622,8 @@ STABLE_TORCH_LIBRARY_IMPL(flowcut_kernels, CPU, m) {
   m.impl("anchor_stats", TORCH_BOX(&anchor_stats));
   m.impl("score_select", TORCH_BOX(&score_select));
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+  m.impl("patch_entropy", TORCH_BOX(&patch_entropy));
+  m.impl("recycle_tokens", TORCH_BOX(&recycle_tokens));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("received_attention", TORCH_BOX(&received_attention));
   m.impl("compact_kv", TORCH_BOX(&compact_kv));

@@ -9,6 +9,7 @@ fk.unpatch(model)
 
 from .cache import compact_kv_cache
 from .calibrate import calibrate
+from .cost import Cost, cost
 from .models import patch, patched, supported_models, trace, unpatch
 from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt
 from .trace import Stage, Trace
@@ -17,6 +18,7 @@ from .tune import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "FlowCut",
     "RandomTokens",
     "Stage",
@@ -25,6 +27,7 @@ __all__ = [
     "VFlowOpt",
     "calibrate",
     "compact_kv_cache",
+    "cost",
     "patch",
     "patched",
     "supported_models",

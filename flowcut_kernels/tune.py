@@ -397,18 +397,17 @@ def _sampler(kind: str, seed: int) -> BaseSampler:
 
 def _study(storage: Any, name: str, sampler: BaseSampler) -> Study:
     import optuna
+    from sqlalchemy.exc import DBAPIError
 
     for attempt in range(5):
         try:
             return optuna.create_study(
                 storage=_storage(storage), study_name=name, sampler=sampler, direction="maximize", load_if_exists=True
             )
-        except optuna.exceptions.DuplicatedStudyError:
-            raise
-        except Exception:  # another worker is making the same tables at this moment
-            if storage is None or attempt == 4:
+        except (DBAPIError, optuna.exceptions.StorageInternalError):
+            if attempt == 4:
                 raise
-            time.sleep(0.2 * 2**attempt)
+            time.sleep(0.2 * 2**attempt)  # another worker is making the same tables
     raise AssertionError("unreachable")
 
 

@@ -12,13 +12,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 LAYERS, SIDE, PATCH = 8, 8, 7
 PATCHES = SIDE * SIDE
-IMAGE, PAD, VOCAB = 90, 0, 96  # token ids
+IMAGE, VIDEO, PAD, VOCAB = 90, 91, 0, 96  # token ids
 GAINS = dict(qk=(1.5, 2.6), v=0.7, out=0.5, mlp=0.6, pos=0.6, cls=0.7, patch=1.0)
 # The mean of all queries is short, so an encoder without a class token needs more for the same entropy.
 GAINS_MEAN = GAINS | dict(qk=(4.0, 6.0))
@@ -31,13 +34,14 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
     gains = GAINS if any("class_embedding" in name for name, _ in model.named_parameters()) else GAINS_MEAN
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        if "language_model" in name or "lm_head" in name or "projector" in name or "head." in name:
+        parts = ("language_model", "lm_head", "projector", "head.", "newline")
+        if any(part in name for part in parts):
             if parameter.dim() == 1 and name.endswith("weight"):
                 value = drawn(name, seed, shape, 0.1, 1.0)
+            elif "embed_tokens" in name or "newline" in name:
+                value = drawn(name, seed, shape, SQRT3)
             elif parameter.dim() == 1:
                 value = drawn(name, seed, shape, 0.05)
-            elif "embed_tokens" in name:
-                value = drawn(name, seed, shape, SQRT3)
             else:
                 gain = 2.0 if "lm_head" in name or "q_proj" in name or "k_proj" in name else 1.0
                 value = drawn(name, seed, shape, gain * SQRT3 / np.sqrt(shape[-1]))
@@ -99,6 +103,26 @@ def llava(
     model = LlavaForConditionalGeneration(config)
     model.set_attn_implementation(attention)
     model.generation_config.suppress_tokens = [IMAGE]  # trained models do not write placeholders
+    return fill(model, seed)
+
+
+def onevision(attention: str = "sdpa", seed: int = 4, **changes) -> LlavaOnevisionForConditionalGeneration:
+    """LLaVA-OneVision with SigLIP and a GQA Qwen2 of four layers; up to 2 x 3 tiles."""
+    size = SIDE * PATCH
+    settings = dict(
+        vision_config=SiglipVisionConfig(**VISION, image_size=size),
+        text_config=Qwen2Config(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[size * h, size * w] for h in (1, 2) for w in (1, 2, 3) if h * w > 1],
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**(settings | changes)))
+    model.set_attn_implementation(attention)
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return fill(model, seed)
 
 

@@ -16,10 +16,13 @@ namespace flowcut {
   void received_attention(const ReceivedAttention&, ParallelFor); \
   void compact_kv(const CompactKV&, ParallelFor);                 \
   void compact_kv_paged(const CompactKVPaged&, ParallelFor);      \
+  void patch_entropy(const PatchEntropy&, ParallelFor);           \
+  void recycle_tokens(const RecycleTokens&, ParallelFor);         \
   }
-#define FLOWCUT_TABLE(isa)                                                         \
-  {#isa,           isa::anchor_stats,       isa::score_select, isa::gather_tokens, \
-   isa::attention, isa::received_attention, isa::compact_kv,   isa::compact_kv_paged}
+#define FLOWCUT_TABLE(isa)                                                             \
+  {#isa,           isa::anchor_stats,       isa::score_select, isa::gather_tokens,     \
+   isa::attention, isa::received_attention, isa::compact_kv,   isa::compact_kv_paged,  \
+   isa::patch_entropy, isa::recycle_tokens}
 
 FLOWCUT_DECLARE(scalar)
 #ifdef FLOWCUT_X86

@@ -120,14 +120,16 @@ struct Worker {
 template <class T, class Words>
 void run_all(const ReceivedAttention& p, ParallelFor run) {
   const int64_t group = p.heads / p.kv_heads;
-  // Rows of a part, and parts, of a sample with `live` tokens.
+  // Of a sample with `live` tokens: blocks of rows that share a head, rows of a part, and parts.
+  auto blocks = [&](int64_t live) { return (group * live + kBlock - 1) / kBlock; };
   auto part_rows = [&](int64_t live) {
-    const int64_t blocks = (group * live + kBlock - 1) / kBlock;
-    return max((blocks + kParts - 1) / kParts, kPartBlocks) * kBlock;
+    return max((blocks(live) + kParts - 1) / kParts, kPartBlocks) * kBlock;
   };
   auto parts = [&](int64_t live) { return (group * live + part_rows(live) - 1) / part_rows(live); };
-  const int64_t most = parts(p.tokens);
-  const Buffer sums(p.batch * p.kv_heads * most * p.tokens);  // [batch][head][part][token]
+  // Fewer tokens may make more parts, but never more than this.
+  const int64_t most = min(kParts, (blocks(p.tokens) + kPartBlocks - 1) / kPartBlocks);
+  // [batch][head][part][token], and what the last vector of tokens has too many.
+  const Buffer sums(p.batch * p.kv_heads * most * p.tokens + kLanes);
 
   const int64_t products = min(group * p.tokens, part_rows(p.tokens)) * p.tokens * p.dim;
   // A thread packs a head once for all its parts; threads that share a head pack it each.
@@ -142,20 +144,19 @@ void run_all(const ReceivedAttention& p, ParallelFor run) {
           worker.add_part(sums + i * p.tokens, batch, head, first, min(first + rows, group * live), live);
         }
       });
-  parallel_for(run, p.batch, max(1, kGrain / max(p.kv_heads * most * p.tokens, 1)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t batch = begin; batch < end; ++batch) {
-                   const int64_t live = p.lengths[batch];
-                   float* out = p.out + batch * p.tokens;
-                   memset(out, 0, p.tokens * sizeof(float));
-                   for (int64_t head = 0; head < p.kv_heads; ++head)
-                     for (int64_t part = 0; part < parts(live); ++part) {
-                       const float* sum = sums + ((batch * p.kv_heads + head) * most + part) * p.tokens;
-                       for (int64_t t = 0; t < live; ++t) out[t] += sum[t];
-                     }
-                   for (int64_t t = 0; t < live; ++t) out[t] /= (float)(p.heads * live);
-                 }
-               });
+  const int64_t chunks = (p.tokens + kLanes - 1) / kLanes, terms = p.kv_heads * most * kLanes;
+  parallel_for(run, p.batch * chunks, max(1, kGrain / max(terms, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / chunks, t = i % chunks * kLanes, live = p.lengths[batch];
+      F64 total{};
+      for (int64_t head = 0; head < p.kv_heads && t < live; ++head)
+        for (int64_t part = 0; part < parts(live); ++part)
+          total += widen(load(sums + ((batch * p.kv_heads + head) * most + part) * p.tokens + t));
+      F32 mean = __builtin_convertvector(total / (double)(p.heads * max(live, 1)), F32);
+      for (int64_t lane = max(live - t, 0); lane < kLanes; ++lane) mean[lane] = 0;
+      store(p.out + batch * p.tokens + t, mean, min(kLanes, p.tokens - t));
+    }
+  });
 }
 
 }  // namespace

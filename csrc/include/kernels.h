@@ -147,6 +147,29 @@ struct CompactKVPaged {
   const float *cos, *sin;
 };
 
+// Images [batch, channels, height, width] in patches of patch_size: strides in bytes, rows contiguous.
+struct PatchEntropy {
+  bool bytes;   // pixels are uint8, else normalised numbers of `dtype`
+  DType dtype;  // byte = clamp(round(x * scale + offset), 0, 255)
+  float scale[3], offset[3];
+  int64_t batch, channels, rows, columns, patch_size;  // 1 or 3 channels; rows and columns of whole patches
+  const char* pixels;
+  int64_t batch_stride, channel_stride, line_stride;
+  float* out;  // [batch, rows * columns]
+};
+
+struct RecycleTokens {
+  DType dtype;
+  int64_t tokens, dim, cells;
+  const void* data;  // [tokens, dim], rows contiguous
+  int64_t token_stride;
+  const float* importance;  // [tokens]
+  // The members of cell c, ascending: members[starts[c]], ..., members[starts[c + 1] - 1].
+  const int64_t *starts, *members;
+  void* merged_out;       // [cells, dim]
+  int64_t* position_out;  // [cells]
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -157,6 +180,8 @@ struct Kernels {
   void (*received_attention)(const ReceivedAttention&, ParallelFor);
   void (*compact_kv)(const CompactKV&, ParallelFor);
   void (*compact_kv_paged)(const CompactKVPaged&, ParallelFor);
+  void (*patch_entropy)(const PatchEntropy&, ParallelFor);
+  void (*recycle_tokens)(const RecycleTokens&, ParallelFor);
 };
 
 // The best set this machine runs, or the one FLOWCUT_CPU_ISA names; std::runtime_error if it cannot be had.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._library import choose_backend
+from .._library import NATIVE_DTYPES, choose_backend
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import (
     anchor_stats,
@@ -20,6 +21,10 @@ from ..ops import (
     compact_kv,
     compact_kv_paged,
     gather_tokens,
+    grid_cells,
+    patch_entropy,
+    received_attention,
+    recycle_tokens,
     score_select,
 )
 from . import plain
@@ -76,11 +81,11 @@ KINDS = {
 }
 
 
-def projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+def projected(batch: int, tokens: int, dtype: torch.dtype, device: torch.device, seed: int, dim: int = DIM) -> Tensor:
     """A projection's output [B, N, H * d] seen as heads [B, H, N, d]: strided, as transformers passes it."""
     generator = torch.Generator(device).manual_seed(seed)
-    flat = torch.randn(batch, tokens, HEADS * DIM, generator=generator, device=device).to(dtype)
-    return flat.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+    flat = torch.randn(batch, tokens, HEADS * dim, generator=generator, device=device).to(dtype)
+    return flat.unflatten(-1, (HEADS, dim)).transpose(1, 2)
 
 
 class Anchor:
@@ -381,6 +386,72 @@ class AttentionWithStats:
         return budgeted([output[:1]], [self.plain()[:1].transpose(1, 2)], [exact])
 
 
+class Received:
+    """`received_attention`; and with the rows of the tokens that receive most (hubs, by `anchor_stats`) against SDPA.
+
+    received: bytes = 2 B N H d size (Q and K once) + 4 B N, FLOPs = 2 B H N N d (exponentials not counted)
+    with R hubs: bytes + B (N + R) H d size + 4 B N R, FLOPs + 2 B H N R d
+    """
+
+    def __init__(
+        self, batch: int, tokens: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        self.backend, self.hubs = backend, min(25, tokens)
+        self.query, self.key, self.value = (projected(batch, tokens, dtype, device, seed, dim) for seed in (1, 2, 3))
+        name, elements = f"B={batch} N={tokens} d={dim}", batch * tokens * HEADS * dim
+        moved, flops = 2 * elements * dtype.itemsize + 4 * batch * tokens, 2 * elements * tokens
+        hub_elements = batch * self.hubs * HEADS * dim
+        forms = {
+            f"{rows} rows" + ", by image" * by_image: partial(
+                plain.received_by_image if by_image else plain.received, self.query, self.key, rows
+            )
+            for rows in (64, 256)
+            for by_image in ([False, True] if batch > 1 else [False])
+        }
+        chosen = choose_backend("received_attention", backend, self.key)
+        self.cases = [
+            Case(
+                "received_attention", name, dtype, chosen, self.run, forms, self.check_received, moved, flops,
+                wants_speedup=2.0,
+            ),
+            Case(
+                "received+hubs", name, dtype, chosen, self.both, {"sdpa": self.sdpa}, self.check_both,
+                moved + (elements + hub_elements) * dtype.itemsize + 4 * batch * tokens * self.hubs,
+                flops + 2 * elements * self.hubs,
+                wants_speedup=1.0 if device.type == "cuda" else 1 / 1.5,
+            ),
+        ]  # fmt: skip
+
+    def run(self) -> Tensor:
+        return received_attention(self.query, self.key, backend=self.backend)
+
+    def both(self) -> tuple[Tensor, Tensor, Tensor]:
+        received = self.run()
+        index = received.topk(self.hubs).indices
+        rows = self.query.gather(2, index[:, None, :, None].expand(-1, HEADS, -1, self.query.shape[3]))
+        options: dict[str, Any] = dict(relevance=Relevance.NONE, value_norm=ValueNorm.NONE, backend=self.backend)
+        return received, index, anchor_stats(rows, self.key, self.value, **options)[0]
+
+    def sdpa(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
+
+    def check_received(self) -> Check:
+        query, key = self.query[-1:], self.key[-1:]
+        return budgeted([self.run()[-1:]], [plain.received(query, key, 64)], [self._exact(query, key)])
+
+    def check_both(self) -> Check:
+        received, index, hubs = (x[-1:] for x in self.both())
+        query, key = self.query[-1:], self.key[-1:]
+        rows = query[:, :, index[0]]
+        theirs = (rows @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)
+        wide, rows = key.double(), rows.double()
+        exact = (rows @ wide.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+        return budgeted([received, hubs], [plain.received(query, key, 64), theirs], [self._exact(query, key), exact])
+
+    def _exact(self, query: Tensor, key: Tensor) -> Tensor:
+        return received_attention(query.double(), key.double(), backend="reference")
+
+
 class Compaction:
     """`compact_kv`: rows of the keys and values of all layers dropped.
 
@@ -483,6 +554,95 @@ class PagedCompaction:
         return Check(same, detail="" if same else "rows differ")
 
 
+class Entropy:
+    """`patch_entropy`: square images in patches of 14, uint8 or normalised.
+
+    bytes = 3 B P^2 size (pixels of whole patches, once) + 4 B (P / 14)^2
+    FLOPs = B P^2 times 3 (bytes: sum and division) or 18 (floats: multiply, add, clamp and round each channel besides)
+    """
+
+    def __init__(self, batch: int, edge: int, dtype: torch.dtype, device: torch.device, backend: str | None) -> None:
+        generator = torch.Generator(device).manual_seed(10)
+        # As smooth as a photograph: neighbours are alike.
+        coarse = torch.rand(batch, 3, edge // 8, edge // 8, generator=generator, device=device)
+        image = torch.nn.functional.interpolate(coarse, (edge, edge), mode="bilinear").mul(255).round()
+        self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in ((0.48, 0.46, 0.41), (0.27,) * 3))
+        self.normalised = dtype != torch.uint8
+        self.pixels = ((image / 255 - self.mean) / self.std if self.normalised else image).to(dtype)
+        self.backend = backend
+        whole, pixels = edge // 14, batch * (edge // 14 * 14) ** 2
+        self.case = Case(
+            "patch_entropy",
+            f"B={batch} {edge}x{edge} p=14",
+            dtype,
+            choose_backend("patch_entropy", backend, self.pixels, dtypes=(torch.uint8, *NATIVE_DTYPES)),
+            self.run,
+            {
+                name: partial(plain.patch_entropy, self.pixels, 14, self.mean, self.std, count)
+                for name, count in plain.COUNTS.items()
+            },
+            self.check,
+            bytes=3 * pixels * dtype.itemsize + 4 * batch * whole**2,
+            flops=pixels * (18 if self.normalised else 3),
+            wants_speedup=5.0,
+        )
+
+    def run(self, backend: str | None = None) -> Tensor:
+        shift: dict[str, Any] = {}
+        if self.normalised:
+            shift = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
+        return patch_entropy(self.pixels, 14, backend=backend or self.backend, **shift)
+
+    def check(self) -> Check:
+        error = (self.run() - self.run("reference")).abs().max().item()
+        return Check(error <= 2e-6, error, 2e-6, f"error of {error:.1e} bits exceeds 2e-6")
+
+
+class Recycling:
+    """`recycle_tokens`: three quarters of the tokens of square grids merged in cells of 10 x 10.
+
+    One row for scatter forms, one for `embedding_bag`, which reads rows as sparingly once members are sorted.
+
+    bytes = M D size (members' rows, once) + C (D size + 8) (outputs) + 12 T + 8 M (cell and importance; members)
+    FLOPs = 2 M D, of T tokens, M members and C cells
+    """
+
+    def __init__(
+        self, grids: int, edge: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str | None
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(11)
+        new = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
+        cell, self.cells = grid_cells([(edge, edge)] * grids, 10.0, device)
+        tokens = len(cell)
+        kept = new(tokens) < 0.25
+        self.inputs = (new(tokens, dim).sub_(0.5).to(dtype), new(tokens), torch.where(kept, -1, cell))
+        self.backend = backend
+        members = int((~kept).sum())
+        moved = (members + self.cells) * dim * dtype.itemsize + 8 * (self.cells + members) + 12 * tokens
+        name = f"{grids} x {edge}x{edge} D={dim}"
+        self.cases = [
+            Case(
+                "recycle_tokens", f"{name}{suffix}", dtype, choose_backend("recycle_tokens", backend, self.inputs[0]),
+                self.run, {form: partial(plain.recycle, *self.inputs, self.cells, add) for form, add in forms.items()},
+                self.check, moved, 2 * members * dim, wants_speedup=wanted, reads_back=True,
+            )
+            for suffix, forms, wanted in (("", plain.SUMS, 5.0), (" (bag)", plain.BAG, None))
+        ]  # fmt: skip
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        return recycle_tokens(*self.inputs, cells=self.cells, backend=self.backend)
+
+    def check(self) -> Check:
+        tokens, importance, cell = self.inputs
+        tokens = tokens[:, ::16]  # columns are independent: some of them do
+        merged, position = self.run()
+        exact, expected = recycle_tokens(tokens.double(), importance, cell, cells=self.cells, backend="reference")
+        if not torch.equal(position, expected):
+            return Check(False, detail="positions differ from the reference")
+        theirs, _ = plain.recycle(tokens, importance, cell, self.cells, plain.SUMS["index_add"])
+        return budgeted([merged[:, ::16]], [theirs], [exact])
+
+
 def cases(
     device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None, toy: bool = False
 ) -> Iterator[Case]:
@@ -512,6 +672,14 @@ def cases(
     if cuda or toy:  # its fused form is a GPU kernel
         for tokens, dim in itertools.product((577, 1025, 2305, 4096) if cuda else (37,), (64, 128)):
             yield AttentionWithStats(8 if cuda else 2, tokens, dim, dtypes[-1], device, backend).case
+    for batch, tokens, dim in [(2, 37, 64)] if toy else [(10, 729, 72), (1, 577, 64)]:
+        for dtype in dtypes:
+            yield from Received(batch, tokens, dim, dtype, device, backend).cases
+    for dtype in (torch.uint8, *dtypes):
+        yield Entropy(*((2, 40) if toy else (10, 384)), dtype, device, backend).case
+    for grids, edge, dim in [(2, 13, 40)] if toy else [(8, 80, 1024), (2, 80, 3584)]:
+        for dtype in dtypes:
+            yield from Recycling(grids, edge, dim, dtype, device, backend).cases
     if backend != "triton":  # it has none
         for batch in (1, 4):
             shape = (2, 3, 16, 37, 9) if toy else (8, 32, 128, 608, 96)

@@ -27,6 +27,9 @@ from ..ops._triton_common import Launch
 from ..ops.anchor_stats.triton import prepare as prepare_stats
 from ..ops.attention_with_stats.triton import prepare as prepare_attention
 from ..ops.gather_tokens.triton import prepare as prepare_gather
+from ..ops.patch_entropy.triton import prepare as prepare_entropy
+from ..ops.received_attention.triton import prepare as prepare_received
+from ..ops.recycle_tokens.triton import prepare as prepare_recycling
 from ..ops.score_select.triton import prepare as prepare_select
 
 ARCHITECTURES = (80, 90, 100)
@@ -156,6 +159,20 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             relevance=Relevance.COSINE if anchored else Relevance.NONE,
             value_norm=ValueNorm.FULL if anchored else ValueNorm.NONE, arch=arch,
         )  # fmt: skip
+    for dim, dtype, batch, tokens, heads_per_key, ragged in (
+        (64, bf16, 1, 577, 1, False), (72, bf16, 10, 729, 1, True), (80, bf16, 1, 16384, 1, False),
+        (88, half, 8, 577, 1, False), (96, bf16, 8, 577, 1, False), (128, bf16, 8, 4096, 4, True),
+        (64, single, 8, 577, 1, False), (128, single, 8, 577, 1, True),
+    ):  # fmt: skip
+        heads = 16
+        query, key = (
+            torch.empty(batch, tokens, n * dim, dtype=dtype, device="meta").view(batch, tokens, n, dim).transpose(1, 2)
+            for n in (heads, heads // heads_per_key)
+        )
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta") if ragged else None
+        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}" + " ragged" * ragged
+        for launch in prepare_received(query, key, None, lengths, scale=dim**-0.5, arch=arch):
+            yield name, launch
     for tokens, mode, powers in (
         (577, Select.ADAPTIVE_BATCH, False), (2305, Select.FIXED, False), (16384, Select.ADAPTIVE, False),
         (577, Select.ADAPTIVE_BATCH, True), (16384, Select.ADAPTIVE, True),
@@ -180,6 +197,25 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         yield (
             name,
             prepare_gather([hidden, rotary, rotary, score, position], index, weight, None if rms else weight, rms=rms),
+        )
+    for patch_size, channels, dtype in (
+        (14, 3, torch.uint8), (14, 3, torch.bfloat16), (16, 3, torch.float32), (64, 1, torch.float16),
+    ):  # fmt: skip
+        pixels = torch.empty(64, channels, 384, 384, dtype=dtype, device="meta")
+        shift = [] if dtype == torch.uint8 else [0.5] * channels
+        yield (
+            f"B=64 C={channels} 384x384 p={patch_size} {str(dtype)[6:]}",
+            prepare_entropy(pixels, patch_size=patch_size, mean=shift, std=shift),
+        )
+    for tokens, dim, dtype in (
+        (51200, 1024, torch.float32), (51200, 3584, torch.bfloat16), (6561, 1000, torch.float16),
+    ):  # fmt: skip
+        features = torch.empty(tokens, dim, dtype=dtype, device="meta")
+        importance = torch.empty(tokens, device="meta")
+        cell = torch.empty(tokens, dtype=torch.int64, device="meta")
+        yield (
+            f"T={tokens} D={dim} {str(dtype)[6:]} cells=512",
+            prepare_recycling(features, importance, cell, cells=512),
         )
 
 

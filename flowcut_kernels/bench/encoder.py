@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ..calibrate import calibrate
+from ..cost import Schedule, encoder_flops
 from ..models import patch, patched, trace
 from ..modules import _rows as blocks
 from ..policies import FlowCut
@@ -25,7 +26,6 @@ from ..policies.base import Policy
 from ..trace import Trace
 from . import plain
 from .entropy import cls_entropy
-from .flops import Schedule, encoder_flops
 from .free import FreeSelection
 from .report import Section
 from .shapes import WEIGHTS, clip_large, llava, patches_of, random_pixels, twin
@@ -279,13 +279,12 @@ def _row(pixels: Tensor, budget: int, times: dict[str, Samples], seen: Trace, sp
 def flop_ratio(seen: Trace, config) -> float:
     """FLOPs of the traced schedule over those of the stock encoder, whose last layer nobody reads; mean over images."""
     patches, layers = patches_of(config), config.num_hidden_layers
-    sizes = (config.hidden_size, config.intermediate_size, patches, config.patch_size)
-    whole = encoder_flops(Schedule.stock(layers, patches + 1), *sizes)
+    whole = encoder_flops(config, Schedule.stock(layers, patches + 1))
     parts = []
     batch = len(seen.stages[0].kept)
     for image in range(batch):
         kept = {stage.layer: stage.kept[image] + 1 for stage in seen.stages}
-        parts.append(encoder_flops(Schedule.cut(layers - 1, patches + 1, kept), *sizes))
+        parts.append(encoder_flops(config, Schedule.cut(layers - 1, patches + 1, kept)))
     return math.fsum(parts) / batch / whole
 
 

@@ -74,6 +74,19 @@ def stats_forms(query: Tensor, key: Tensor, value: Tensor, relevance: Relevance)
     return forms
 
 
+def received(query: Tensor, key: Tensor, rows: int) -> Tensor:
+    """Column mean [B, N] of the attention map, which is formed `rows` rows at a time."""
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    for block in (query * query.shape[-1] ** -0.5).split(rows, 2):
+        total += (block @ key.transpose(-1, -2)).float().softmax(-1).sum((1, 2))
+    return total / (query.shape[1] * query.shape[2])
+
+
+def received_by_image(query: Tensor, key: Tensor, rows: int) -> Tensor:
+    """The same image by image."""
+    return torch.cat([received(q, k, rows) for q, k in zip(query.split(1), key.split(1), strict=True)])
+
+
 def fuse(attention: Tensor, relevance: Tensor, norm: Tensor, history: Tensor | None) -> Tensor:
     """The cumulative score [B, N] from criteria [B, N]; the class token's column is 0."""
     share = attention / attention[:, 1:].sum(-1, keepdim=True) + relevance / relevance[:, 1:].sum(-1, keepdim=True)
@@ -106,6 +119,73 @@ def gather(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 def gather_by_indexing(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     batch = torch.arange(len(index), device=index.device)[:, None]
     return [x[batch, index] for x in rows]
+
+
+def grey_levels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Levels int32 [B, H, W] of three channels: uint8, or normalised with mean and std [3, 1, 1]; (n + 1) // 3."""
+    if pixels.dtype == torch.uint8:
+        total = pixels.sum(1, dtype=torch.int32)
+    else:
+        total = torch.addcmul(255 * mean, pixels.float(), 255 * std).round_().clamp_(0, 255).sum(1).to(torch.int32)
+    return total.add_(1).mul_(21846).bitwise_right_shift_(16)  # division takes twice as long
+
+
+def patch_entropy(pixels: Tensor, size: int, mean: Tensor, std: Tensor, count: Callable) -> Tensor:
+    """What `patch_entropy` returns, from one `count` (see COUNTS) of patch * 256 + level over all patches."""
+    batch, rows, columns = len(pixels), pixels.shape[2] // size, pixels.shape[3] // size
+    level = grey_levels(pixels[:, :, : rows * size, : columns * size], mean, std)
+    patch = torch.arange(batch * rows * columns, device=pixels.device).view(batch, rows, 1, columns, 1)
+    bins = patch * 256 + level.view(batch, rows, size, columns, size)
+    share = count(bins.flatten(), patch.numel() * 256).view(batch, rows * columns, 256).float().div_(size * size)
+    # Faster than torch.special.entr.
+    return -share.mul(share.clamp_min(1e-30).log2_()).sum(-1)
+
+
+# Forms of the histogram of `bins`, integers below `size`.
+COUNTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "scatter_add": lambda bins, size: bins.new_zeros(size, dtype=torch.float32).scatter_add_(
+        0, bins, torch.ones(1, device=bins.device).expand(len(bins))
+    ),
+    "index_add": lambda bins, size: bins.new_zeros(size, dtype=torch.int32).index_add_(
+        0, bins, torch.ones(1, dtype=torch.int32, device=bins.device).expand(len(bins))
+    ),
+    "bincount": lambda bins, size: torch.bincount(bins, minlength=size),
+}
+
+
+def recycle(tokens: Tensor, importance: Tensor, cell: Tensor, cells: int, add: Callable) -> list[Tensor]:
+    """What `recycle_tokens` returns, the merged rows by one of SUMS; weights are positive."""
+    member = (cell >= 0).nonzero()[:, 0]
+    cell, weight = cell[member], importance[member]
+    highest = weight.new_full((cells,), float("-inf")).scatter_reduce_(0, cell, weight, "amax")
+    first = torch.where(weight == highest[cell], member, len(tokens))
+    position = member.new_full((cells,), len(tokens)).scatter_reduce_(0, cell, first, "amin")
+    position.masked_fill_(position == len(tokens), -1)
+    total = weight.new_zeros(cells).index_add_(0, cell, weight).clamp_min_(torch.finfo(torch.float32).tiny)
+    return [add(tokens, member, cell, weight / total[cell], cells), position]
+
+
+def _index_add(tokens: Tensor, member: Tensor, cell: Tensor, share: Tensor, cells: int) -> Tensor:
+    rows = tokens[member].float().mul_(share[:, None])
+    return rows.new_zeros(cells, tokens.shape[1]).index_add_(0, cell, rows).to(tokens.dtype)
+
+
+def _scatter_add(tokens: Tensor, member: Tensor, cell: Tensor, share: Tensor, cells: int) -> Tensor:
+    rows = tokens[member].float().mul_(share[:, None])
+    return rows.new_zeros(cells, tokens.shape[1]).scatter_add_(0, cell[:, None].expand_as(rows), rows).to(tokens.dtype)
+
+
+def _embedding_bag(tokens: Tensor, member: Tensor, cell: Tensor, share: Tensor, cells: int) -> Tensor:
+    """Shares rounded to the tokens' dtype: less exact than the others in low precision."""
+    order = cell.argsort(stable=True)
+    starts = torch.searchsorted(cell[order], torch.arange(cells, device=cell.device))
+    share = share[order].to(tokens.dtype)
+    return torch.nn.functional.embedding_bag(member[order], tokens, starts, mode="sum", per_sample_weights=share)
+
+
+# Forms of sum_n share_n t_n over the members of each cell.
+SUMS: dict[str, Callable] = {"index_add": _index_add, "scatter_add": _scatter_add}
+BAG: dict[str, Callable] = {"embedding_bag": _embedding_bag}
 
 
 def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tensor:

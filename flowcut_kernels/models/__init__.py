@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -39,6 +39,17 @@ def supported_models() -> list[type[nn.Module]]:
     return [adapter.model_class for adapter in ADAPTERS]
 
 
+def adapter_of(model: nn.Module, policy: Policy) -> Any:
+    """What knows the family of `model`; TypeError for an unsupported class, or where `policy` is none."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
+    adapter = next((a for a in ADAPTERS if type(model) is a.model_class), None)
+    if adapter is None:
+        names = ", ".join(c.__name__ for c in supported_models())
+        raise TypeError(f"{type(model).__name__} is not supported; supported models: {names}")
+    return adapter
+
+
 def patch(
     model: Model, policy: Policy, *, record: bool = False, backend: str | None = None, compact_cache: bool = False
 ) -> Model:
@@ -66,15 +77,10 @@ def patch(
         ValueError: a model that is patched already, or whose configuration or hooks cannot be served. Nothing is
             changed then.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
+    adapter = adapter_of(model, policy)
     if not isinstance(compact_cache, bool):
         raise TypeError(f"compact_cache={compact_cache!r} must be True or False")
     resolve_backend(backend)
-    adapter = next((a for a in ADAPTERS if type(model) is a.model_class), None)
-    if adapter is None:
-        names = ", ".join(c.__name__ for c in supported_models())
-        raise TypeError(f"{type(model).__name__} is not supported; supported models: {names}")
     if _HANDLE in vars(model):
         raise ValueError(
             f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: "

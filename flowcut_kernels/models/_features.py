@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modules.encoder import PrunedEncoder
-from ..policies.base import FeatureView, Policy
+from ..policies.base import FeatureSelection, FeatureView, Policy
 from ..trace import Stage
 from ._bound import Bound, named
 
@@ -34,6 +34,7 @@ class Visuals(NamedTuple):
     full: list[int]  # placeholders of each as the processor writes them
     kept: list[int]  # features of each that enter the language model
     leading: int  # features of each that are no patches (a class token) and are never dropped
+    tiles: Callable[[], int]  # what the encoder is given of them, all together
     encoded: Callable[[], Encoded | None]  # what is known of them, once the features are made
 
 
@@ -71,6 +72,7 @@ class PrunedFeatures(Bound):
         policy: Policy,
         encoder: PrunedEncoder,
         full: Callable[[dict[str, Any]], list[int]],
+        tiles: Callable[[dict[str, Any]], int],
         items: Callable[[Any, dict[str, Any], Tensor, Tensor | None], list[Item]],
         fixed: dict[str, Any],
         backend: str | None,
@@ -78,6 +80,7 @@ class PrunedFeatures(Bound):
         super().__init__(model)
         self.method, self.policy, self.encoder = method, policy, encoder
         self.full = full  # tokens of each visual before any pruning, from a prompt's arguments; without leading ones
+        self.tiles = tiles  # images that the encoder is given, from the same
         self.items, self.fixed, self.backend = items, fixed, backend
         self.encoded: Encoded | None = None  # of the last call
         self._ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
@@ -129,10 +132,14 @@ class PrunedFeatures(Bound):
             budgets=known if known else None,
             backend=self.backend,
         )
-        choice = self.policy.feature_select(view)
         places = view.position
         if places is None:
-            places = torch.cat([torch.arange(n, device=choice.index.device) for n in lengths])
+            places = torch.cat([torch.arange(n, device=view.importance.device) for n in lengths])
+        if known == lengths:
+            every = torch.arange(sum(lengths), device=places.device)
+            choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
+        else:
+            choice = self.policy.feature_select(view)
         rows, positions, weights = [], [], []
         for item, part in zip(items, _parts(choice.lengths), strict=True):
             chosen = choice.index[part]
@@ -150,7 +157,7 @@ class PrunedFeatures(Bound):
             importance=pad_sequence(weights, batch_first=True),
             position=pad_sequence(positions, batch_first=True),
         )
-        if self.encoder.trace is not None:
+        if self.encoder.trace is not None and known != lengths:
             self._record(items, view, places, positions, choice.recycled, choice.lengths)
 
     def _record(
@@ -197,7 +204,7 @@ class Kind:
             full = kept if self.usual is None else [self.usual + self.leading] * len(kept)
             if known is not None:
                 full = [n + self.leading for n in known.full]
-            return [Visuals(self.token_id, full, kept, self.leading, lambda: known)]
+            return [Visuals(self.token_id, full, kept, self.leading, lambda: 0, lambda: known)]
         pixels = arguments.get(self.pixels)
         if pixels is None:
             return []
@@ -211,7 +218,12 @@ class Kind:
             assert self.features.encoded is not None
             kept = [n + self.leading for n in self.features.encoded.kept]
         full = [n + self.leading for n in whole]
-        return [Visuals(self.token_id, full, kept, self.leading, lambda: self.features.encoded)]
+        features = self.features
+        return [
+            Visuals(
+                self.token_id, full, kept, self.leading, lambda: features.tiles(arguments), lambda: features.encoded
+            )
+        ]
 
 
 def _parts(lengths: list[int]) -> list[slice]:

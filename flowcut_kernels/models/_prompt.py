@@ -176,7 +176,7 @@ class _PromptMethod(Bound):
         tokens = ids if ids is not None else embeds
         return tokens is not None and tokens.shape[1] == 1 and arguments.get("position_ids") is None
 
-    def _shrink(self, arguments: dict[str, Any]) -> tuple[Shrunk, Shrunk] | None:
+    def shrink(self, arguments: dict[str, Any]) -> tuple[Shrunk, Shrunk] | None:
         """Shrink every prompt-shaped argument in place of `arguments`.
 
         Returns:
@@ -283,10 +283,10 @@ class PrunedForward(_PromptMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
-        shrunk = self._shrink(arguments)
+        shrunk = self.shrink(arguments)
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
-        visual = None if self.decoder is None else self._visual_tokens(arguments)
+        visual = None if self.decoder is None else self.visual_tokens(arguments)
         if self.decoder is None and is_pruned(arguments.get("past_key_values")):
             raise ValueError(
                 "past_key_values was filled under a policy that prunes in the language model, which the policy of this "
@@ -301,7 +301,7 @@ class PrunedForward(_PromptMethod):
                 setattr(cache, _PROMPT, talk)
         return output
 
-    def _visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
+    def visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
         """The images of this pass, in a prompt that fits what the encoder leaves of them."""
         given = self.shrinker.visuals(arguments)
         masks = self._placeholders(arguments) if given else None
@@ -444,7 +444,7 @@ class PrunedGenerate(_PromptMethod):
                 raise ValueError("generate: give the prompt as inputs or as input_ids, not both")
             arguments["input_ids"] = prompt
         prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        shrunk = self._shrink(arguments)
+        shrunk = self.shrink(arguments)
         if shrunk is None:
             return self._run(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]

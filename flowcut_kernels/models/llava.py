@@ -39,7 +39,7 @@ class Llava:
         def full(arguments: dict[str, Any]) -> list[int]:
             return [patches] * len(arguments["pixel_values"])
 
-        features = PrunedFeatures(inner, "get_image_features", policy, encoder, full, items, fixed, backend)
+        features = PrunedFeatures(inner, "get_image_features", policy, encoder, full, _tiles, items, fixed, backend)
         images = Kind(
             config.image_token_id,
             "image",
@@ -60,3 +60,7 @@ class Llava:
             *more,
         ]
         return encoder, replacements
+
+
+def _tiles(arguments: dict[str, Any]) -> int:
+    return len(arguments["pixel_values"])

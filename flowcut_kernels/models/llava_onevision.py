@@ -43,12 +43,12 @@ class LlavaOnevision:
                 "tiles: use VFlowOpt"
             )
         images = PrunedFeatures(
-            inner, "get_image_features", policy, encoder, partial(_image_tokens, inner), partial(_images, inner),
-            fixed, backend,
+            inner, "get_image_features", policy, encoder, partial(_image_tokens, inner), partial(_image_tiles, inner),
+            partial(_images, inner), fixed, backend,
         )  # fmt: skip
         videos = PrunedFeatures(
-            inner, "get_video_features", policy, encoder, partial(_video_tokens, inner), partial(_videos, inner),
-            fixed, backend,
+            inner, "get_video_features", policy, encoder, partial(_video_tokens, inner), _frames,
+            partial(_videos, inner), fixed, backend,
         )  # fmt: skip
         kinds = (
             Kind(config.image_token_id, "image", "pixel_values", policy, images),
@@ -124,6 +124,10 @@ def _image_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
     return [_area(grid) + (n == 1) for grid, n in zip(grids, views, strict=True)]
 
 
+def _image_tiles(model: Any, arguments: dict[str, Any]) -> int:
+    return sum(_sizes_and_views(model, arguments)[1])
+
+
 def _area(grids: Grids) -> int:
     return sum(rows * columns for rows, columns in grids)
 
@@ -144,6 +148,11 @@ def _video_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
     videos, frames = arguments["pixel_values_videos"].shape[:2]
     pooled = -(-_side(model) // 2)
     return [frames * pooled * pooled + 1] * videos
+
+
+def _frames(arguments: dict[str, Any]) -> int:
+    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    return videos * frames
 
 
 def _videos(model: Any, features: Tensor, arguments: dict[str, Any], importance: Tensor, _: Any) -> list[Item]:

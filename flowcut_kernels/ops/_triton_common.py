@@ -1,4 +1,4 @@
-"""What the Triton forms share: launches, arrival counters, and the two tails that finish an image.
+"""What the Triton forms share: launches, arrival counters, products of rows, and the two tails that finish an image.
 
 `head_mean_softmax` is the statistics tail and `select_image` the selection tail. Both work on one image from device
 memory, so that the same body serves a launch of its own and the last program of a fused launch.
@@ -143,6 +143,90 @@ def powers(criteria_weights: Sequence[float], entropy_exponent: float) -> tuple[
     return (*shares, None if norm == 1 else norm), None if entropy == 2 else entropy
 
 
+def tile_widths(dim: int, itemsize: int) -> tuple[int, int]:
+    """Widths of the two tiles that hold a row of a product, powers of 2 and at least 16; 72 is 64 + 16, not 128."""
+    main = min(max(1 << (dim.bit_length() - 1), 16), 256 // itemsize)
+    return main, max(triton.next_power_of_2(dim - main), 16) if dim > main else 0
+
+
+@triton.jit
+def load_columns(pointer, step, rows, D: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """COLUMNS elements from FIRST of ROWS rows `step` apart; rows None: all are there, else the first `rows` of them.
+
+    Elements beyond D and rows that are not there are 0.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    d = FIRST + tl.arange(0, COLUMNS)[None, :]
+    pointers = pointer + row * step + d
+    if rows is None and FIRST + COLUMNS <= D:
+        return tl.load(pointers)
+    elif rows is None:
+        return tl.load(pointers, mask=(row >= 0) & (d < D), other=0.0)
+    elif FIRST + COLUMNS <= D:
+        return tl.load(pointers, mask=(row < rows) & (d >= 0), other=0.0)
+    else:
+        return tl.load(pointers, mask=(row < rows) & (d < D), other=0.0)
+
+
+@triton.jit
+def load_rows(pointer, step, rows, sign, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows as the two tiles (main, rest) that `dots` takes, times a sign (None: as they are)."""
+    main = load_columns(pointer, step, rows, D, 0, MAIN, ROWS)
+    if sign is not None:
+        main = (main.to(tl.float32) * sign).to(main.dtype)
+    rest = main
+    if REST:
+        rest = load_columns(pointer, step, rows, D, MAIN, REST, ROWS)
+        if sign is not None:
+            rest = (rest.to(tl.float32) * sign).to(main.dtype)
+    return main, rest
+
+
+@triton.jit
+def wide(x):
+    """x in 64 bits; by way of a tensor, since the interpreter's loop counters are plain numbers."""
+    return tl.full([], x, tl.int64)
+
+
+@triton.jit
+def product_sum(x, y, total, WIDEN: tl.constexpr):
+    """total + x @ y in fp32; WIDEN for the interpreter, whose products know no bf16."""
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
+def dots(
+    x, pointer, step, rows, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Products of the rows x = (main, rest) with ROWS rows at `pointer`, of which `rows` are there (None: all)."""
+    y = load_columns(pointer, step, rows, D, 0, MAIN, ROWS)
+    product = product_sum(x[0], tl.trans(y), None, WIDEN)
+    if REST:
+        y = load_columns(pointer, step, rows, D, MAIN, REST, ROWS)
+        product = product_sum(x[1], tl.trans(y), product, WIDEN)
+    return product
+
+
+@triton.jit
+def weigh(
+    x, pointer, step, rows, scale, peak, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax, scale >= 0: weights of ROWS more rows relative to the new peak, and that."""
+    product = dots(x, pointer, step, rows, D, MAIN, REST, ROWS, WIDEN)
+    if rows is None:
+        new_peak = tl.maximum(peak, tl.max(product, 1) * scale)
+        weight = tl.exp2(product * scale - new_peak[:, None])
+    else:
+        logit = tl.where((tl.arange(0, ROWS) < rows)[None, :], product * scale, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
+        weight = tl.exp2(logit - new_peak[:, None])
+    return weight, new_peak
+
+
 @triton.jit
 def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr):
     """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).
@@ -218,7 +302,8 @@ def _adaptive_count(live, entropy, tokens, protect, budget, divisor, exponent):
 
 
 @triton.jit
-def _live_tokens(lengths, b, tokens, mask):
+def live_tokens(lengths, b, tokens, mask):
+    """Live tokens of image (or images) b; 0 where masked."""
     if lengths is None:
         return tl.where(mask, tokens, 0)
     else:
@@ -230,7 +315,7 @@ def _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, expo
     """The largest count of the batch; every image works it out for itself."""
     image = tl.arange(0, BATCH)
     known = image < batch
-    live = _live_tokens(lengths, image, tokens, known)
+    live = live_tokens(lengths, image, tokens, known)
     h = tl.load(entropy + image, mask=known, other=1.0)
     counts = _adaptive_count(live, h, tokens, protect, budget, divisor, exponent)
     return tl.max(tl.where(known, counts, 0), 0)
@@ -275,7 +360,7 @@ def select_image(
     its place. One tile keeps its keys in registers; more tiles read them again from `score`.
     """
     row = b * tokens
-    live = _live_tokens(lengths, b, tokens, b >= 0)
+    live = live_tokens(lengths, b, tokens, b >= 0)
     n = tl.maximum(live - protect, 0)
 
     attention_sum = tl.zeros([TILE], tl.float32)

@@ -119,6 +119,10 @@ class Policy:
         """Score the tokens of a layer and choose which rows go on."""
         raise NotImplementedError
 
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        """FLOPs of the matrix products by which `encoder_select` chooses among `tokens` patches of `width` channels."""
+        return 0
+
     @property
     def wants_pixels(self) -> bool:
         """Whether `encoder_select` looks at the pixels."""
@@ -157,6 +161,10 @@ class Policy:
     def decoder_select(self, view: DecoderView) -> Selection:
         """Choose which visual tokens go on from a decoder layer, `view.budgets` of the images."""
         raise NotImplementedError
+
+    def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
+        """The same of `decoder_select`; columns of all query and of all key heads. 0 where no heads are asked for."""
+        return 0
 
 
 def _as_tuple(value: Any) -> Any:

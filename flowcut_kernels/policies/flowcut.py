@@ -13,6 +13,8 @@ from .base import (
     DecoderView,
     EncoderStep,
     EncoderView,
+    FeatureSelection,
+    FeatureView,
     Policy,
     Range,
     Selection,
@@ -20,6 +22,8 @@ from .base import (
     is_number,
     is_whole,
 )
+from .recycling import select_features
+from .stages import check_stages, keep_most_important, ratio_space, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -52,7 +56,11 @@ class FlowCut(Policy):
         feature_layer: hidden_states index that is read (-2, ...); None: what the model's configuration says.
         llm_layer: decoder layer that makes the last cut, to T, by what the last instruction token thinks of the visual
             tokens (methods of LLaVA-NeXT and Qwen2-VL: 1); None: the encoder makes it.
-        encoder_surplus: with ``llm_layer``, tokens the encoder leaves as a multiple of T.
+        encoder_surplus: with ``llm_layer`` or ``recycle_cell``, tokens the encoder leaves as a multiple of T.
+        recycle_cell: edge of a cell in tokens, at least 1: the encoder's surplus is not dropped, but those of a cell
+            become one, weighted by S, so that T enter the language model (VFlowOpt); None: no recycling.
+        llm_stages: (layer, ratio) pairs: before that decoder layer, counted from 0 and at least 1, the share `ratio`
+            of an image's remaining tokens stays, by S (VFlowOpt). Neither goes with ``llm_layer``.
         positions: "keep" the positions of the prompt in the layers after a cut in the language model, or "renumber"
             them without gaps (released code).
         schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
@@ -73,6 +81,8 @@ class FlowCut(Policy):
     feature_layer: int | None = None
     llm_layer: int | None = None
     encoder_surplus: float = 2.0
+    recycle_cell: float | None = None
+    llm_stages: tuple[tuple[int, float], ...] = ()
     positions: Literal["keep", "renumber"] = "keep"
     schedule: tuple[tuple[int, int], ...] | None = None
 
@@ -108,6 +118,12 @@ class FlowCut(Policy):
         surplus = self.encoder_surplus
         if not is_number(surplus) or surplus < 1:
             raise ValueError(f"FlowCut: encoder_surplus={surplus!r} must be a number, at least 1")
+        check_stages(self)
+        if self.llm_layer is not None and self.prunes_features:
+            raise ValueError(
+                f"FlowCut: llm_layer={self.llm_layer} with recycle_cell={self.recycle_cell}, llm_stages="
+                f"{self.llm_stages}: cut by the last instruction token (the former) or by the encoder's score"
+            )
         check_feature_layer(self)
         if self.schedule is not None:
             self._check_schedule()
@@ -137,12 +153,13 @@ class FlowCut(Policy):
         if self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
             raise ValueError(
                 f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens} (times "
-                "encoder_surplus where llm_layer is set): calibrate again"
+                "encoder_surplus where llm_layer or recycle_cell is set): calibrate again"
             )
         object.__setattr__(self, "schedule", pairs)
 
     def _left_by_encoder(self, budget: int) -> int:
-        return budget if self.llm_layer is None else round(self.encoder_surplus * budget)
+        last = self.llm_layer is None and self.recycle_cell is None
+        return budget if last else round(self.encoder_surplus * budget)
 
     def encoder_budget(self, tokens: int) -> int:
         return min(self._left_by_encoder(self.budget(tokens)), tokens)
@@ -164,7 +181,7 @@ class FlowCut(Policy):
         return cls(target_tokens, retain_ratio, **settings)
 
     def search_space(self, budget: float) -> dict[str, Range]:
-        """Weights relative to the attention's, exponents, history and interval, as far as they have an effect."""
+        """Weights relative to the attention's, exponents, history, interval, and VFlowOpt's where they act."""
         space: dict[str, Range] = {"interval": (1, 6, "int")}
         if {"attention", "relevance"} <= set(self.criteria):
             space["criteria_weights.1"] = (0.1, 10.0, "log")
@@ -174,13 +191,20 @@ class FlowCut(Policy):
             space["history_weight"] = (0.0, 0.95)
         if self.adaptive:
             space["entropy_exponent"] = (0.5, 8.0, "log")
-        return space
+        if self.recycle_cell is not None:
+            space |= dict(recycle_cell=(3.0, 24.0), encoder_surplus=(1.0, 4.0))
+        return space | ratio_space(self, budget)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
         budget = self.encoder_budget(tokens)
-        if remaining < 0 or budget >= tokens:
+        if remaining < 0:
             return None
+        if budget >= tokens:  # others may still want the score
+            wanted = self.prunes_features and (self.budget(tokens) < tokens or self.llm_stages)
+            return (
+                EncoderStep(Select.SCORE_ONLY, static=True) if wanted and (self.cumulative or not remaining) else None
+            )
         if self.schedule is not None:
             return self._scheduled_step(layer)
         if remaining % self.interval:
@@ -229,18 +253,38 @@ class FlowCut(Policy):
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
 
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        # The mean token's query and value are rows of their own, the class token's query where a layer prunes.
+        mean = self.anchor == "mean" or (self.anchor == "auto" and not protect)
+        own = 2 if mean else int(step.prunes)
+        return 2 * own * width**2 + self._statistics_flops(protect + tokens, width, width)
+
+    @property
+    def prunes_features(self) -> bool:
+        return self.recycle_cell is not None or bool(self.llm_stages)
+
+    def feature_budget(self, tokens: int) -> int:
+        return self.encoder_budget(tokens) if self.recycle_cell is None else self.budget(tokens)
+
+    def feature_select(self, view: FeatureView) -> FeatureSelection:
+        assert view.budgets is not None
+        return select_features(view, view.budgets, self.recycle_cell)
+
     @property
     def renumbers(self) -> bool:
         return self.positions == "renumber"
 
     def check_decoder(self, layers: int) -> None:
+        check_stages(self, layers)
         if self.llm_layer is not None and self.llm_layer >= layers:
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer} but the language model has {layers} layers")
 
     def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
-        return self.budget(tokens) if layer == self.llm_layer else None
+        return self.budget(tokens) if layer == self.llm_layer else stage_step(self, layer, left)
 
     def decoder_select(self, view: DecoderView) -> Selection:
+        if self.llm_stages:
+            return keep_most_important(view)
         relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
@@ -259,3 +303,10 @@ class FlowCut(Policy):
             backend=view.backend,
         )
         return Selection(index, lengths, score, entropy)
+
+    def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
+        return 0 if self.llm_stages else self._statistics_flops(tokens, width, key_width)
+
+    def _statistics_flops(self, rows: int, width: int, key_width: int) -> int:
+        related = "relevance" in self.criteria and self.criteria_weights[1] > 0
+        return 2 * rows * (width + key_width * related)

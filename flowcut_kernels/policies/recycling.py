@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .._ops import accumulate_dtype
 from ..ops import grid_cells, recycle_tokens
 from .base import FeatureSelection, FeatureView
 
@@ -59,7 +60,7 @@ def merge(
     cells, count = _cells(view, cell)
     merged, position = recycle_tokens(
         view.features,
-        view.importance.float(),
+        view.importance.to(accumulate_dtype(view.features.dtype)),
         torch.where(pruned if recycled is None else pruned & recycled, cells, -1),
         cells=count,
         backend=view.backend,

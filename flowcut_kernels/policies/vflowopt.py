@@ -40,11 +40,11 @@ _ROWS = 32  # hub rows that are scored together
 class VFlowOpt(Policy):
     """Prune projected features by their importance to the encoder's hubs, recycle what goes, prune on in the LLM.
 
-    With A the head-mean attention of the last encoder layer that runs: a token is a hub if it receives more than
-    hub_threshold times what tokens receive on average, importance is the attention of the hubs' mean row, or where
-    there is no hub what a token receives, plus entropy_weight * softmax(entropy of its patch). The least important
-    tokens go before the language model, and those of a grid cell become one, weighted by importance. Later stages
-    keep a share of the tokens by the same importance.
+    With A the head-mean attention of the last encoder layer that runs: a patch is a hub if it receives more than
+    hub_threshold times what patches receive on average, and so is a class token, whose attention is made for this.
+    Importance is the attention of the hubs' mean row, or where there is no hub what a patch receives, plus
+    entropy_weight * softmax(entropy of the patch). The least important tokens go before the language model, and those
+    of a grid cell become one, weighted by importance. Later stages keep a share of the tokens by the same importance.
 
     Args:
         target_tokens, retain_ratio: tokens of an image that enter the language model, recycled ones included; exactly
@@ -150,36 +150,44 @@ class VFlowOpt(Policy):
     def _context(self, view: EncoderView) -> Tensor:
         """Attention of the hubs' mean row to every patch [B, N], or what a patch receives where there is no hub."""
         assert view.query is not None
-        received = received_attention(view.query, view.key, lengths=view.lengths, backend=view.backend)
-        received = received[:, view.protect :]
+        first = view.protect
+        received = received_attention(view.query, view.key, backend=view.backend)[:, first:]
         patches = received.shape[1]
         floor = self.hub_threshold * received.mean(1, keepdim=True)
-        # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
-        most = patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
-        if received.device.type == "cpu" and not torch.compiler.is_compiling():
-            most = min(most, int((received > floor).sum(1).max())) if received.numel() else 0
-        if most == 0:
-            return received
+        most = self._most_hubs(patches)
+        if received.device.type == "cpu" and not torch.compiler.is_compiling() and received.numel():
+            most = min(most, int((received > floor).sum(1).max()))
         amount, hub = received.topk(most, dim=1)
-        is_hub = (amount > floor).to(received.dtype)
-        row = (hub + view.protect)[:, None, :, None].expand(-1, view.query.shape[1], -1, view.query.shape[3])
-        query = view.query.gather(2, row)
+        hub, weight = hub + first, (amount > floor).to(received.dtype)
+        if first:
+            hub, weight = torch.nn.functional.pad(hub, (1, 0)), torch.nn.functional.pad(weight, (1, 0), value=1.0)
+        if hub.shape[1] == 0:
+            return received
+        query = view.query.gather(2, hub[:, None, :, None].expand(-1, view.query.shape[1], -1, view.query.shape[3]))
         total = torch.zeros_like(received)
-        for part in torch.arange(most).split(_ROWS):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for rows, share in zip(query.split(_ROWS, 2), weight.split(_ROWS, 1), strict=True):
             attention, *_ = anchor_stats(
-                query[:, :, rows],
+                rows,
                 view.key,
                 view.value,
                 None,
-                protect=view.protect,
+                protect=first,
                 relevance=Relevance.NONE,
                 value_norm=ValueNorm.NONE,
                 backend=view.backend,
             )
-            total += (attention[..., view.protect :] * is_hub[:, rows, None]).sum(1)
-        hubs = is_hub.sum(1, keepdim=True)
+            total += (attention[..., first:] * share[..., None]).sum(1)
+        hubs = weight.sum(1, keepdim=True)
         return torch.where(hubs > 0, total / hubs.clamp_min(1), received)
+
+    def _most_hubs(self, patches: int) -> int:
+        # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
+        return patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
+
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+        # All queries by all keys, which the kernels do twice, and those of the hubs: as many as there can be.
+        rows = protect + tokens
+        return 2 * width * rows * (2 * rows + protect + self._most_hubs(tokens))
 
     def feature_select(self, view: FeatureView) -> FeatureSelection:
         if self.counts == "exact":

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import flowcut_kernels as fk
 
@@ -19,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from flowcut_kernels.bench import cases, cli, encoder, flops, look, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
+from flowcut_kernels.bench import cases, cli, encoder, look, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
 from flowcut_kernels.bench import conversation as talk  # noqa: E402
 from flowcut_kernels.bench.commands import app  # noqa: E402
 
@@ -105,7 +104,7 @@ def test_wrong_operator_fails_without_a_timing(monkeypatch, tmp_path):
     done = run(COMMANDS["ops"], "--json", tmp_path / "a.json")
     assert done.exit_code == 1 and "FAILED" in done.output
     for row in report.load(tmp_path / "a.json").sections[0].rows:
-        assert row["ok"] == (row["op"] != "anchor_stats")
+        assert row["ok"] == (row["op"] not in ("anchor_stats", "received+hubs"))
         assert ("seconds" in row) == row["ok"]
 
 
@@ -147,42 +146,6 @@ def test_wrong_second_question_fails(monkeypatch, untrained):
     monkeypatch.setattr(talk.Conversations, "hold", wrong)
     done = run(COMMANDS["conversation"])
     assert done.exit_code == 1 and "check failed" in done.output
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        fk.FlowCut(target_tokens=7),
-        fk.FlowCut(target_tokens=7, criteria=("attention",), interval=3),
-        fk.UniformTokens(target_tokens=7),
-    ],
-)
-def test_flops_formula_counts_what_runs(policy):
-    """Formula = torch's count of the layers; scoring, which the formula leaves out, is exactly its matrix products."""
-    config = shapes.clip_large(6, **SMALL)
-    model = shapes.llava(config)
-    model.set_attn_implementation("eager")  # torch does not count its CPU form of SDPA
-    tower, pixels = model.model.vision_tower, shapes.random_pixels(config, 1)
-    hidden, wide, tokens = config.hidden_size, config.intermediate_size, 65
-    sizes = (hidden, wide, tokens - 1, config.patch_size)
-
-    def count(run) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
-    # The whole tower, stock: all its layers.
-    assert count(lambda: tower(pixels)) == flops.encoder_flops(flops.Schedule.stock(6, tokens), *sizes)
-
-    projector = count(lambda: model.model.multi_modal_projector(torch.zeros(1, 7, hidden)))
-    with fk.patched(model, policy, record=True, backend="reference"):
-        counted = count(lambda: model.get_image_features(pixels)) - projector
-        trace = fk.trace(model)
-    schedule = flops.Schedule.cut(5, tokens, {stage.layer: stage.kept[0] + 1 for stage in trace.stages})
-    related = "relevance" in getattr(policy, "criteria", ())
-    scoring = sum((2 + 2 * related) * schedule.entering[layer] * hidden for layer in trace.entropy)
-    anchors = 2 * hidden**2 * sum(stage.layer in trace.entropy for stage in trace.stages)
-    assert counted == flops.encoder_flops(schedule, *sizes) + scoring + anchors
 
 
 @pytest.mark.parametrize("weights", shapes.WEIGHTS)

@@ -30,7 +30,16 @@ def test_no_kernel_spills_or_overruns():
             f"{row['kernel']:20} sm_{row['arch']:<3} {row['registers']:3} registers {row['shared']:6} B shared "
             f"{row['warps']:2} warps {row['blocks']:2} blocks/SM  {row['variant']}"
         )
-    kernels = {"anchor_stats", "attention_with_stats", "score_select", "gather_tokens"}
+    kernels = {
+        "anchor_stats",
+        "attention_with_stats",
+        "score_select",
+        "gather_tokens",
+        "patch_entropy",
+        "received_attention",
+        "recycle_tokens",
+        "row_lse",
+    }
     if _library.cuda_error() is None:
         kernels |= {"compact_kv", "compact_kv_paged"}
     assert {row["kernel"] for row in rows} == kernels

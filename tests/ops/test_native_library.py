@@ -16,7 +16,7 @@ import torch
 
 from flowcut_kernels import _library
 from flowcut_kernels._ops import Relevance, Select, ValueNorm
-from flowcut_kernels.ops import anchor_stats, gather_tokens, score_select
+from flowcut_kernels.ops import anchor_stats, gather_tokens, patch_entropy, recycle_tokens, score_select
 
 pytestmark = pytest.mark.skipif(_library.native_error() is not None, reason=str(_library.native_error()))
 
@@ -52,6 +52,7 @@ def test_other_instruction_sets_pass_the_operator_tests(isa):
     ops = ["attention", "received_attention"]
     if isa != "avx512":  # it and avx512_bf16 compile to the same but for these
         ops += ["anchor_stats", "score_select", "gather_tokens", "compact_kv", "compact_kv_paged"]
+        ops += ["patch_entropy", "recycle_tokens"]
     files = [str(HERE / f"test_{op}.py") for op in ops]
     wanted = "cpp and not compile and not opcheck and not memory"
     run = python("-m", "pytest", "-q", "-k", wanted, *files, FLOWCUT_CPU_ISA=isa)
@@ -80,6 +81,7 @@ def draw(tokens, dim, dtype, pad=0, heads=4, batch=2):
 def test_thread_count_changes_no_bit(tokens, heads, relevance):
     inputs = draw(tokens, 64, torch.bfloat16, heads=heads)
     hidden, before = torch.randn(2, tokens, 96), torch.get_num_threads()
+    cell, pixels = torch.randint(-1, 9, (tokens,)), torch.rand(3, 3, 200, tokens)
 
     def everything(threads):
         torch.set_num_threads(threads)
@@ -90,7 +92,8 @@ def test_thread_count_changes_no_bit(tokens, heads, relevance):
             divisor=1.5, backend="cpp",
         )  # fmt: skip
         rows = gather_tokens([hidden, score], index, torch.ones(96), backend="cpp")
-        return [*stats, score, index, lengths, *rows]
+        merged = recycle_tokens(hidden[0], score[0], cell, cells=9, backend="cpp")
+        return [*stats, score, index, lengths, *rows, *merged, patch_entropy(pixels, 8, backend="cpp")]
 
     try:
         one, two, three = (everything(n) for n in (1, 2, 3))
@@ -157,6 +160,14 @@ def _score_select(*criteria, weights=(1.0, 1.0, 1.0), mode=3, budget=1, divisor=
     return OPS.score_select(*criteria, *[None] * (6 - len(criteria)), **options)
 
 
+def _patch_entropy(pixels, size=2, mean=(), std=()):
+    return OPS.patch_entropy(pixels, patch_size=size, mean=mean, std=std)
+
+
+def _recycle_tokens(*inputs, cells=3):
+    return OPS.recycle_tokens(*inputs, cells=cells)
+
+
 def _attention(query, key, value, span=None):
     return OPS.attention(query, key, value, span, scale=1.0)
 
@@ -170,6 +181,8 @@ Q = torch.ones(1, 2, 1, 4)
 S = torch.ones(2, 5)
 X = torch.ones(2, 5, 4)
 I = torch.zeros(2, 3, dtype=torch.int64)  # noqa: E741
+P = torch.ones(1, 3, 4, 4)
+F, C = torch.ones(5), torch.zeros(5, dtype=torch.int64)
 
 DIRECT_CALLS = {
     "fp64 key": (
@@ -195,6 +208,19 @@ DIRECT_CALLS = {
     "tokens": (lambda: OPS.gather_tokens([X, S[:, :4]], I), r"inputs\[1\] must be a CPU tensor \[2, 5, ...\]"),
     "norm size": (lambda: OPS.gather_tokens([X], I, torch.ones(3)), r"norm_weight must be \[4\]"),
     "norm dtype": (lambda: OPS.gather_tokens([X], I, torch.ones(4).half()), "norm_weight must have the dtype"),
+    "pixels": (lambda: _patch_entropy(K), r"\[batch, 1 or 3, height, width\], got \[1, 2, 3, 4\]"),
+    "pixels int32": (lambda: _patch_entropy(P.int()), "float32, bfloat16 and float16"),
+    "patch size": (lambda: _patch_entropy(P, 0), "patch_size=0"),
+    "mean": (lambda: _patch_entropy(P, mean=[0.5] * 3, std=[0.5]), "mean and std must be of 3 values"),
+    "tokens rank": (lambda: _recycle_tokens(K, F, C), r"tokens must be a CPU tensor \[tokens, dim\]"),
+    "tokens fp64": (lambda: _recycle_tokens(S.T.double(), F, C), "float32, bfloat16 and float16"),
+    "importance": (lambda: _recycle_tokens(S.T, F[:4], C), r"importance must be \[5\], got \[4\]"),
+    "importance dtype": (lambda: _recycle_tokens(S.T, F.half(), C), "importance must be a float32"),
+    "cell": (lambda: _recycle_tokens(S.T, F, C[1:]), r"cell must be \[5\], got \[4\]"),
+    "cell dtype": (lambda: _recycle_tokens(S.T, F, C.int()), "cell must be an int64"),
+    "cell beyond": (lambda: _recycle_tokens(S.T, F, C + 3), r"cell\[0\] = 3 must lie in -1..2"),
+    "cell below": (lambda: _recycle_tokens(S.T, F, C - 2), r"cell\[0\] = -2 must lie in -1..2"),
+    "cells": (lambda: _recycle_tokens(S.T, F, C, cells=-1), "cells=-1"),
     "attention fp64": (lambda: _attention(Q.double(), K.double(), K.double()), "float32, bfloat16 and float16"),
     "attention heads": (lambda: _attention(torch.ones(1, 3, 1, 4), K, K), "must be a multiple of key's 2"),
     "attention dim": (lambda: _attention(torch.ones(1, 2, 1, 5), K, K), r"query must be \[1, 2, 1, 4\], got"),

@@ -1,5 +1,7 @@
-// The CPU forms of compact_kv and compact_kv_paged and the page planner on random arguments, for a build with
-// sanitizers: results against a naive copy, every array exactly as long as it may be read.
+// The CPU forms of compact_kv, compact_kv_paged, patch_entropy and recycle_tokens and the page planner on
+// random arguments, for a build with sanitizers: results against naive ones, every array exactly as long as
+// it may be read.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
@@ -10,6 +12,8 @@
 namespace flowcut::FLOWCUT_ISA {
 void compact_kv(const CompactKV&, ParallelFor);
 void compact_kv_paged(const CompactKVPaged&, ParallelFor);
+void patch_entropy(const PatchEntropy&, ParallelFor);
+void recycle_tokens(const RecycleTokens&, ParallelFor);
 }  // namespace flowcut::FLOWCUT_ISA
 
 using namespace flowcut;
@@ -222,6 +226,84 @@ void check_sweeps() {
   check_sweep(sequences, batch.blocks * batch.block_size);
 }
 
+// Pixels and dim as they come, so that lines and rows end anywhere in a vector.
+void check_patch_entropy() {
+  PatchEntropy p{};
+  const int64_t size = draw(1, 9), height = draw(0, 20), width = draw(0, 70);
+  p.bytes = draw(0, 1), p.batch = draw(1, 2), p.channels = draw(0, 1) ? 3 : 1, p.patch_size = size;
+  p.rows = height / size, p.columns = width / size, p.dtype = DType::Float32;
+  std::vector<float> pixels(p.batch * p.channels * height * width);
+  for (float& x : pixels) x = p.bytes ? draw(0, 7) * 36.0f : draw(-2, 9) * 36.25f;
+  if (!p.bytes && !pixels.empty() && draw(0, 3) == 0) pixels[draw(0, pixels.size() - 1)] = NAN;
+  const std::vector<uint8_t> bytes(p.bytes ? pixels.begin() : pixels.end(), pixels.end());
+  const int64_t itemsize = p.bytes ? 1 : 4;
+  p.pixels = p.bytes ? (const char*)bytes.data() : (const char*)pixels.data();
+  p.line_stride = width * itemsize, p.channel_stride = height * p.line_stride;
+  p.batch_stride = p.channels * p.channel_stride;
+  for (int64_t c = 0; c < p.channels; ++c) p.scale[c] = 1;
+  std::vector<float> out(p.batch * p.rows * p.columns, -1.0f);
+  p.out = out.data();
+  FLOWCUT_ISA::patch_entropy(p, run_backwards);
+
+  for (int64_t patch = 0; patch < int64_t(out.size()); ++patch) {
+    const int64_t image = patch / (p.rows * p.columns), row = patch / p.columns % p.rows;
+    std::vector<int> counts(256);
+    double wanted = 0;
+    for (int64_t i = 0; i < size * size; ++i) {
+      const int64_t y = row * size + i / size, x = patch % p.columns * size + i % size;
+      double total = 0;
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const float value = pixels[((image * p.channels + c) * height + y) * width + x];
+        total += std::rint(std::clamp(value, 0.0f, 255.0f));
+      }
+      if (std::isnan(total))
+        wanted = NAN;
+      else
+        ++counts[std::lround(total / p.channels)];
+    }
+    for (const int n : counts)
+      if (n > 0) wanted += n / double(size * size) * std::log2(size * size / double(n));
+    require(std::isnan(wanted) ? std::isnan(out[patch]) : std::fabs(out[patch] - wanted) < 1e-5,
+            "patch_entropy");
+  }
+}
+
+void check_recycle_tokens() {
+  RecycleTokens p{};
+  p.tokens = draw(0, 60), p.dim = draw(0, 3) ? draw(0, 80) : draw(4090, 4200), p.cells = draw(0, 6);
+  p.token_stride = p.dim, p.dtype = DType::Float32;
+  const std::vector<float> rows = floats(p.tokens * p.dim), importance = floats(p.tokens);
+  std::vector<int64_t> starts{0}, members, position(p.cells, -2);
+  std::vector<std::vector<int64_t>> of(p.cells + 1);
+  for (int64_t n = 0; n < p.tokens; ++n) of[draw(0, p.cells)].push_back(n);
+  for (int64_t c = 0; c < p.cells; ++c) {
+    members.insert(members.end(), of[c].begin(), of[c].end());
+    starts.push_back(members.size());
+  }
+  std::vector<float> merged(p.cells * p.dim, NAN);
+  p.data = rows.data(), p.importance = importance.data();
+  p.starts = starts.data(), p.members = members.data();
+  p.merged_out = merged.data(), p.position_out = position.data();
+  FLOWCUT_ISA::recycle_tokens(p, run_backwards);
+
+  for (int64_t c = 0; c < p.cells; ++c) {
+    double total = 0;
+    int64_t best = -1;
+    for (const int64_t n : of[c]) {
+      total += std::fmax(importance[n], 0);
+      if (best < 0 || importance[n] > importance[best]) best = n;
+    }
+    require(position[c] == best, "recycle_tokens: position");
+    const double divisor = total > 0 ? total : std::max<double>(of[c].size(), 1);
+    for (int64_t i = 0; i < p.dim; ++i) {
+      double sum = 0;
+      for (const int64_t n : of[c])
+        sum += (total > 0 ? std::fmax(importance[n], 0) : 1) * rows[n * p.dim + i];
+      require(std::fabs(merged[c * p.dim + i] - sum / divisor) < 1e-2, "recycle_tokens: merged");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -232,6 +314,8 @@ int main() {
     check_compact_kv_paged();
     check_broken_batch();
     check_sweeps();
+    check_patch_entropy();
+    check_recycle_tokens();
   }
-  std::printf("%d rounds: every row was where it belongs\n", kRounds);
+  std::printf("%d rounds: all results as they should be\n", kRounds);
 }

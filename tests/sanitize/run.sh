@@ -13,11 +13,13 @@ then
   echo "sanitize: SKIPPED, $cxx cannot build and run a program with its sanitizers: $(tail -n 1 "$folder/log")"
   exit 0
 fi
+quiet=(-Wno-psabi -Wno-unknown-warning-option -Wno-maybe-uninitialized)  # the last as in CMakeLists.txt
 for isa in scalar native; do
   own=(-DFLOWCUT_ISA=$isa)
   if [ $isa = native ]; then own+=(-march=native); fi
-  "$cxx" "${flags[@]}" "${own[@]}" -Wall -Wextra -Wno-psabi -ffp-contract=off -Icsrc/include \
-    tests/sanitize/main.cpp csrc/cpu/compact_kv.cpp csrc/cpu/compact_kv_paged.cpp -o "$folder/$isa"
+  "$cxx" "${flags[@]}" "${own[@]}" -Wall -Wextra "${quiet[@]}" -ffp-contract=off -Icsrc/include \
+    tests/sanitize/main.cpp csrc/cpu/compact_kv.cpp csrc/cpu/compact_kv_paged.cpp csrc/cpu/patch_entropy.cpp \
+    csrc/cpu/recycle_tokens.cpp -o "$folder/$isa"
   echo -n "sanitize: $isa: "
   "$folder/$isa"
 done

@@ -18,41 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._ops import Relevance, ValueNorm
-from .._triton_common import LOG2_E, LOWEST, Launch, architecture, contiguous_rows, unit_steps
+from .._triton_common import (
+    LOG2_E,
+    LOWEST,
+    Launch,
+    architecture,
+    contiguous_rows,
+    load_columns,
+    load_rows,
+    product_sum,
+    tile_widths,
+    unit_steps,
+    weigh,
+    wide,
+)
 from ..anchor_stats.triton import plan_statistics, read_span, statistics_program
-
-
-@triton.jit
-def _columns(pointer, step, rows, D: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """COLUMNS elements from FIRST of ROWS rows `step` apart; rows None: all are there, else the first `rows` of them.
-
-    Elements beyond D and rows that are not there are 0.
-    """
-    row = tl.arange(0, ROWS)[:, None]
-    d = FIRST + tl.arange(0, COLUMNS)[None, :]
-    pointers = pointer + row * step + d
-    if rows is None and FIRST + COLUMNS <= D:
-        return tl.load(pointers)
-    elif rows is None:
-        return tl.load(pointers, mask=(row >= 0) & (d < D), other=0.0)
-    elif FIRST + COLUMNS <= D:
-        return tl.load(pointers, mask=(row < rows) & (d >= 0), other=0.0)
-    else:
-        return tl.load(pointers, mask=(row < rows) & (d < D), other=0.0)
-
-
-@triton.jit
-def _wide(x):
-    """x in 64 bits; by way of a tensor, since the interpreter's loop counters are plain numbers."""
-    return tl.full([], x, tl.int64)
-
-
-@triton.jit
-def _product(x, y, total, WIDEN: tl.constexpr):
-    """total + x @ y in fp32; WIDEN for the interpreter, whose products know no bf16."""
-    if WIDEN:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, total, input_precision="ieee")
 
 
 @triton.jit
@@ -62,26 +42,15 @@ def _attend_block(
     DV: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over KEYS keys (of which `rows` live, None: all); `query` is (main, rest)."""
-    k = _columns(key, key_step, rows, D, 0, MAIN, KEYS)
-    product = _product(query[0], tl.trans(k), None, WIDEN)
-    if REST:
-        k = _columns(key, key_step, rows, D, MAIN, REST, KEYS)
-        product = _product(query[1], tl.trans(k), product, WIDEN)
-    if rows is None:
-        new_peak = tl.maximum(peak, tl.max(product, 1) * scale)
-        weight = tl.exp2(product * scale - new_peak[:, None])
-    else:
-        logit = tl.where((tl.arange(0, KEYS) < rows)[None, :], product * scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logit, 1))
-        weight = tl.exp2(logit - new_peak[:, None])
+    weight, new_peak = weigh(query, key, key_step, rows, scale, peak, D, MAIN, REST, KEYS, WIDEN)
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weight, 1)
-    v = _columns(value, value_step, rows, DV, 0, V_MAIN, KEYS)
+    v = load_columns(value, value_step, rows, DV, 0, V_MAIN, KEYS)
     weight = weight.to(v.dtype)
-    out = _product(weight, v, out * shrink[:, None], WIDEN)
+    out = product_sum(weight, v, out * shrink[:, None], WIDEN)
     if V_REST:
-        v = _columns(value, value_step, rows, DV, V_MAIN, V_REST, KEYS)
-        out_rest = _product(weight, v, out_rest * shrink[:, None], WIDEN)
+        v = load_columns(value, value_step, rows, DV, V_MAIN, V_REST, KEYS)
+        out_rest = product_sum(weight, v, out_rest * shrink[:, None], WIDEN)
     return new_peak, total, out, out_rest
 
 
@@ -97,14 +66,8 @@ def _flash_program(
     Pointers are at the tile's first query and output row and at the head's first key and value; steps in elements.
     """
     # The peak of the products is that of the logits only where the scale is not negative: its sign goes to the query.
-    sign = tl.where(scale < 0, -1.0, 1.0)
+    q = load_rows(query, query_step, rows, tl.where(scale < 0, -1.0, 1.0), D, MAIN, REST, QUERIES)
     scale = tl.abs(scale)
-    q = _columns(query, query_step, rows, D, 0, MAIN, QUERIES)
-    q = (q.to(tl.float32) * sign).to(q.dtype)
-    q_rest = q
-    if REST:
-        q_rest = _columns(query, query_step, rows, D, MAIN, REST, QUERIES)
-        q_rest = (q_rest.to(tl.float32) * sign).to(q.dtype)
 
     peak = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -113,13 +76,13 @@ def _flash_program(
     last = start + (end - start) // KEYS * KEYS
     for first in tl.range(start, last, KEYS, num_stages=STAGES):
         peak, total, out, out_rest = _attend_block(
-            (q, q_rest), key + _wide(first) * key_step, value + _wide(first) * value_step,
+            q, key + wide(first) * key_step, value + wide(first) * value_step,
             key_step, value_step, None, scale, peak, total, out, out_rest,
             D, MAIN, REST, DV, V_MAIN, V_REST, KEYS, WIDEN,
         )  # fmt: skip
     if last < end:
         peak, total, out, out_rest = _attend_block(
-            (q, q_rest), key + _wide(last) * key_step, value + _wide(last) * value_step,
+            q, key + wide(last) * key_step, value + wide(last) * value_step,
             key_step, value_step, end - last, scale, peak, total, out, out_rest,
             D, MAIN, REST, DV, V_MAIN, V_REST, KEYS, WIDEN,
         )  # fmt: skip
@@ -207,12 +170,6 @@ def _tile_shape(queries: int, dim: int, itemsize: int, arch: int) -> tuple[int, 
     return rows, 64, 2, 255
 
 
-def _split(dim: int, itemsize: int) -> tuple[int, int]:
-    """Widths of the two tiles that hold a row, powers of 2 and at least 16 as products need; 72 is 64 + 16, not 128."""
-    main = min(max(1 << (dim.bit_length() - 1), 16), 256 // itemsize)
-    return main, max(triton.next_power_of_2(dim - main), 16) if dim > main else 0
-
-
 def prepare(
     query: Tensor,
     key: Tensor,
@@ -250,7 +207,7 @@ def prepare(
         blocks, statistics, scratch, sizes, factor, meta = plan_statistics(
             key, value, query_heads, 1, images, tokens, relevance, value_norm
         )
-    (main, rest), (value_main, value_rest) = (_split(d, key.element_size()) for d in (dim, value_dim))
+    (main, rest), (value_main, value_rest) = (tile_widths(d, key.element_size()) for d in (dim, value_dim))
     tile, keys, stages, registers = _tile_shape(
         rows, max(dim, value_dim), key.element_size(), arch or architecture(key.device)
     )

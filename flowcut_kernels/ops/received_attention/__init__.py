@@ -100,3 +100,4 @@ def _triton(*arguments, **options):
 
 
 LIB.impl("received_attention", _reference, "CompositeExplicitAutograd")
+LIB.impl("received_attention", _triton, "CUDA")

@@ -18,7 +18,8 @@ def recycle_tokens(
 
     Args:
         tokens: float32, bfloat16, float16 or float64 [T, D], of any number of grids of any sizes.
-        importance: float32 [T]; negative weighs as 0, and where all of a cell's do its members weigh the same.
+        importance: float32 (or float64 with float64 tokens) [T]; negative weighs as 0, and where all of a cell's do
+            its members weigh the same.
         cell: int64 [T], values in -1..cells-1 (see :func:`grid_cells`); a token with -1 is not merged.
         cells: number of cells.
         backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
@@ -48,7 +49,8 @@ def _check(tokens, importance, cell, cells) -> None:
         raise ValueError(
             f"recycle_tokens: tokens must be floating point [tokens, dim], got {tokens.dtype} {tuple(tokens.shape)}"
         )
-    for name, x, dtype in (("importance", importance, torch.float32), ("cell", cell, torch.int64)):
+    exact = torch.float64 if tokens.dtype == importance.dtype == torch.float64 else torch.float32
+    for name, x, dtype in (("importance", importance, exact), ("cell", cell, torch.int64)):
         if x.shape != tokens.shape[:1] or x.dtype != dtype or x.device != tokens.device:
             raise ValueError(
                 f"recycle_tokens: {name} must be {dtype} [{tokens.shape[0]}] on {tokens.device}, "
