@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,33 @@ class Item:
         return self.appended + (0 if self.trailing is None else len(self.trailing))
 
 
+class Kind:
+    """A kind of visual of a family: its images, or its videos."""
+
+    modality: str  # "image" | "video"
+    pixels: str  # the argument of ``forward`` that brings them
+    method: str  # of the inner model that makes their features
+    usual: int | None = None  # tokens of each where all have as many
+    leading = 0  # features of each in front that are no patches and are never dropped
+
+    def __init__(self, model: Any, token_id: int) -> None:
+        self.model, self.token_id = model, token_id
+
+    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        """Tokens of each before any pruning, without leading ones."""
+        raise NotImplementedError
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
+        """Images that the encoder is given."""
+        raise NotImplementedError
+
+    def items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
+    ) -> list[Item]:
+        """The features that the model made, with the encoder's `importance` [tiles, patches] and their `position`."""
+        raise NotImplementedError
+
+
 class PrunedFeatures(Bound):
     """Replacement ``get_image_features`` (or of videos): what a policy leaves of them.
 
@@ -66,22 +93,11 @@ class PrunedFeatures(Bound):
     """
 
     def __init__(
-        self,
-        model: Any,
-        method: str,
-        policy: Policy,
-        encoder: PrunedEncoder,
-        full: Callable[[dict[str, Any]], list[int]],
-        tiles: Callable[[dict[str, Any]], int],
-        items: Callable[[Any, dict[str, Any], Tensor, Tensor | None], list[Item]],
-        fixed: dict[str, Any],
-        backend: str | None,
+        self, kind: Kind, policy: Policy, encoder: PrunedEncoder, fixed: dict[str, Any], backend: str | None
     ) -> None:
-        super().__init__(model)
-        self.method, self.policy, self.encoder = method, policy, encoder
-        self.full = full  # tokens of each visual before any pruning, from a prompt's arguments; without leading ones
-        self.tiles = tiles  # images that the encoder is given, from the same
-        self.items, self.fixed, self.backend = items, fixed, backend
+        super().__init__(kind.model)
+        self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
+        self.fixed, self.backend = fixed, backend
         self.encoded: Encoded | None = None  # of the last call
         self._ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
 
@@ -95,30 +111,64 @@ class PrunedFeatures(Bound):
                     f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
                     "patch again"
                 )
+        pixels = arguments[self._first]
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is self._pixels(arguments):
+        if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
         output = self.original(**arguments | dict(return_dict=True))
-        full = self.full(arguments)
+        full = self.kind.tokens(pixels, arguments)
         self.encoded = Encoded(full, [self.policy.feature_budget(n) or n for n in full])
         if self.policy.prunes_features and self.encoder.importance is not None:
             self._choose(arguments, output, self.encoder.importance, self.encoder.position)
         setattr(output, _ENCODED, self.encoded)
         return output.to_tuple() if as_tuple else output
 
-    def ahead(self, pixels: Tensor, **arguments: Any) -> Any:
-        """The features, kept for the next call with the same pixels: how many they are is not known before."""
-        output = self(pixels, **arguments, return_dict=True)
-        self._ahead = pixels, output
-        return output
+    @property
+    def _first(self) -> str:
+        """The name under which the method takes the pixels; videos' changed with transformers' versions."""
+        return next(iter(self.__signature__.parameters))
 
-    @staticmethod
-    def _pixels(arguments: dict[str, Any]) -> Any:
-        return next((arguments[x] for x in ("pixel_values", "pixel_values_videos") if x in arguments), None)
+    def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
+        """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
+        kind, lead = self.kind, self.kind.leading
+        output = (arguments.get("mm_encoder_outputs") or {}).get(kind.modality)
+        if output is not None:
+            known, kept = getattr(output, _ENCODED, None), [len(x) for x in output.pooler_output]
+            full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
+            full = full if known is None else [n + lead for n in known.full]
+            return [Visuals(kind.token_id, full, kept, lead, lambda: 0, lambda: known)]
+        pixels = arguments.get(kind.pixels)
+        if pixels is None:
+            return []
+        whole = kind.tokens(pixels, arguments)
+        budgets = [self.policy.feature_budget(n) for n in whole]
+        left = [n for n in budgets if n is not None]
+        if len(left) < len(whole):
+            left = self._encode_ahead(pixels, arguments)
+        return [
+            Visuals(
+                kind.token_id, [n + lead for n in whole], [n + lead for n in left], lead,
+                lambda: kind.tiles(pixels, arguments), lambda: self.encoded,
+            )
+        ]  # fmt: skip
 
-    def _choose(self, arguments: dict[str, Any], output: Any, importance: Tensor, position: Tensor | None) -> None:
-        items = self.items(output.pooler_output, arguments, importance, position)
+    def _encode_ahead(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        """How many features are left, which is not known before they are made; they wait for the call that wants them.
+
+        A prompt is looked at before its images are encoded, by ``generate`` and by ``forward``.
+        """
+        if self._ahead is None or self._ahead[0] is not pixels:
+            others = {name: arguments[name] for name in self.__signature__.parameters if name in arguments}
+            output = self(**others | {self._first: pixels, "return_dict": True})
+            self._ahead = pixels, output
+        assert self.encoded is not None
+        return self.encoded.kept
+
+    def _choose(
+        self, arguments: dict[str, Any], output: Any, importance: Tensor, position: Tensor | None
+    ) -> None:  # fmt: skip
+        items = self.kind.items(output.pooler_output, arguments, importance, position)
         budgets = [self.policy.feature_budget(item.full) for item in items]
         known = [max(b - item.behind, 0) for b, item in zip(budgets, items, strict=True) if b is not None]
         given = [item.position for item in items if item.position is not None]
@@ -143,9 +193,7 @@ class PrunedFeatures(Bound):
         rows, positions, weights = [], [], []
         for item, part in zip(items, _parts(choice.lengths), strict=True):
             chosen = choice.index[part]
-            front = choice.features.new_empty(0, choice.features.shape[1]) if item.leading is None else item.leading
-            behind = choice.features.new_empty(0, choice.features.shape[1]) if item.trailing is None else item.trailing
-            rows.append(torch.cat([front, choice.features[part], behind]))
+            rows.append(_surrounded(item, choice.features[part]))
             last = torch.arange(item.full - item.behind, item.full, device=chosen.device)
             positions.append(torch.cat([places[chosen], last]))
             weights.append(torch.cat([view.importance[chosen], view.importance.new_ones(item.behind)]))
@@ -158,22 +206,20 @@ class PrunedFeatures(Bound):
             position=pad_sequence(positions, batch_first=True),
         )
         if self.encoder.trace is not None and known != lengths:
-            self._record(items, view, places, positions, choice.recycled, choice.lengths)
+            self._record(items, view, places, positions, choice)
 
     def _record(
-        self, items: list[Item], view: FeatureView, places: Tensor, positions: list[Tensor], recycled: Tensor,
-        lengths: list[int],
-    ) -> None:  # fmt: skip
+        self, items: list[Item], view: FeatureView, places: Tensor, positions: list[Tensor], choice: FeatureSelection
+    ) -> None:
         assert self.encoder.trace is not None
         scores = view.importance.new_full((len(items), max(item.full for item in items)), float("nan"))
-        for row, part in enumerate(_parts(view.lengths)):
+        marks = []
+        for row, (item, part, left) in enumerate(
+            zip(items, _parts(view.lengths), _parts(choice.lengths), strict=True)
+        ):  # fmt: skip
             scores[row, places[part]] = view.importance[part]
-        for row, item in enumerate(items):
-            scores[row, item.full - item.behind : item.full] = 1 if item.behind else scores[row, item.full : item.full]
-        marks = [
-            torch.cat([recycled[part], recycled.new_zeros(item.behind)])
-            for item, part in zip(items, _parts(lengths), strict=True)
-        ]
+            scores[row, item.full - item.behind : item.full] = 1
+            marks.append(torch.nn.functional.pad(choice.recycled[left], (0, item.behind)))
         kept = [len(x) for x in positions]
         self.encoder.trace.stages.append(
             Stage(
@@ -184,46 +230,10 @@ class PrunedFeatures(Bound):
         )  # fmt: skip
 
 
-@dataclass
-class Kind:
-    """A kind of visual: images or videos."""
-
-    token_id: int
-    modality: str  # "image" | "video"
-    pixels: str  # the argument that brings them
-    policy: Policy
-    features: PrunedFeatures
-    usual: int | None = None  # the same for features that were encoded elsewhere; None: what they are
-    leading: int = 0  # features of each that are no patches and are never dropped
-
-    def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
-        """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
-        output = (arguments.get("mm_encoder_outputs") or {}).get(self.modality)
-        if output is not None:
-            known, kept = getattr(output, _ENCODED, None), [len(x) for x in output.pooler_output]
-            full = kept if self.usual is None else [self.usual + self.leading] * len(kept)
-            if known is not None:
-                full = [n + self.leading for n in known.full]
-            return [Visuals(self.token_id, full, kept, self.leading, lambda: 0, lambda: known)]
-        pixels = arguments.get(self.pixels)
-        if pixels is None:
-            return []
-        whole = self.features.full(arguments)
-        budgets = [self.policy.feature_budget(n) for n in whole]
-        kept = [n + self.leading for n in budgets if n is not None]
-        if len(kept) < len(whole):
-            names = list(self.features.__signature__.parameters)
-            others = {name: arguments[name] for name in names[1:] if name in arguments}
-            self.features.ahead(pixels, **others)
-            assert self.features.encoded is not None
-            kept = [n + self.leading for n in self.features.encoded.kept]
-        full = [n + self.leading for n in whole]
-        features = self.features
-        return [
-            Visuals(
-                self.token_id, full, kept, self.leading, lambda: features.tiles(arguments), lambda: features.encoded
-            )
-        ]
+def _surrounded(item: Item, rows: Tensor) -> Tensor:
+    """Features between those that lead and those that trail."""
+    parts = [x for x in (item.leading, rows, item.trailing) if x is not None]
+    return torch.cat(parts) if len(parts) > 1 else rows
 
 
 def _parts(lengths: list[int]) -> list[slice]:

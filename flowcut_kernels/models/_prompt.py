@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ._bound import Bound, named
-from ._features import Visuals
+from ._features import PrunedFeatures, Visuals
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -65,8 +65,16 @@ class Shrunk(NamedTuple):
 class PromptShrinker:
     """Drops the placeholders that pruned features no longer fill."""
 
-    token_ids: tuple[int, ...]  # placeholders, by kind of visual
-    visuals: Callable[[dict[str, Any]], list[Visuals]]  # those that come with a prompt, from its arguments
+    kinds: tuple[PrunedFeatures, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The placeholder of each kind of visual."""
+        return tuple(features.kind.token_id for features in self.kinds)
+
+    def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
+        """The images and videos that come with a prompt, from its arguments."""
+        return [visuals for features in self.kinds for visuals in features.visuals(arguments)]
 
     def shrink(self, masks: list[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,33 +29,15 @@ class Llava:
         tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
         patches = tower.patches(inner.vision_tower)
         leading = tower.protect if fixed["vision_feature_select_strategy"] == "full" else 0
-        side = encoder.grid(patches)
-
-        def items(features: Any, arguments: dict[str, Any], importance: Tensor, position: Tensor | None) -> list[Item]:
-            return [
-                Item(x[leading:], weight, (side,), None if position is None else position[i], x[:leading])
-                for i, (x, weight) in enumerate(zip(features, importance, strict=True))
-            ]
-
-        def full(arguments: dict[str, Any]) -> list[int]:
-            return [patches] * len(arguments["pixel_values"])
-
-        features = PrunedFeatures(inner, "get_image_features", policy, encoder, full, _tiles, items, fixed, backend)
-        images = Kind(
-            config.image_token_id,
-            "image",
-            "pixel_values",
-            policy,
-            features,
-            usual=patches,
-            leading=leading,
+        images = PrunedFeatures(
+            LlavaImages(inner, config.image_token_id, patches, leading), policy, encoder, fixed, backend
         )
-        shrinker = PromptShrinker((config.image_token_id,), images.visuals)
+        shrinker = PromptShrinker((images,))
         decoder, more = decoder_replacements(
             inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
         )
         replacements += [
-            (inner, "get_image_features", features),
+            (inner, images.method, images),
             (model, "forward", PrunedForward(model, shrinker, decoder)),
             (model, "generate", PrunedGenerate(model, shrinker)),
             *more,
@@ -62,5 +45,27 @@ class Llava:
         return encoder, replacements
 
 
-def _tiles(arguments: dict[str, Any]) -> int:
-    return len(arguments["pixel_values"])
+class LlavaImages(Kind):
+    """Every image has the patches of the tower's grid, and with strategy "full" the class token in front."""
+
+    modality, pixels, method = "image", "pixel_values", "get_image_features"
+
+    def __init__(self, model: Any, token_id: int, patches: int, leading: int) -> None:
+        super().__init__(model, token_id)
+        self.patches = self.usual = patches
+        self.leading = leading
+
+    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        return [self.patches] * len(pixels)
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
+        return len(pixels)
+
+    def items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
+    ) -> list[Item]:
+        lead, grids = self.leading, (PrunedEncoder.grid(self.patches),)
+        return [
+            Item(x[lead:], weight, grids, None if position is None else position[i], x[:lead] if lead else None)
+            for i, (x, weight) in enumerate(zip(features, importance, strict=True))
+        ]

@@ -7,7 +7,6 @@ newline tokens of importance 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,33 +41,94 @@ class LlavaOnevision:
                 f"{type(policy).__name__} prunes inside the vision encoder, but {type(model).__name__} stitches whole "
                 "tiles: use VFlowOpt"
             )
-        images = PrunedFeatures(
-            inner, "get_image_features", policy, encoder, partial(_image_tokens, inner), partial(_image_tiles, inner),
-            partial(_images, inner), fixed, backend,
-        )  # fmt: skip
-        videos = PrunedFeatures(
-            inner, "get_video_features", policy, encoder, partial(_video_tokens, inner), _frames,
-            partial(_videos, inner), fixed, backend,
-        )  # fmt: skip
-        kinds = (
-            Kind(config.image_token_id, "image", "pixel_values", policy, images),
-            Kind(config.video_token_id, "video", "pixel_values_videos", policy, videos),
+        images, videos = (
+            PrunedFeatures(kind, policy, encoder, fixed, backend)
+            for kind in (
+                OnevisionImages(inner, config.image_token_id),
+                OnevisionVideos(inner, config.video_token_id),
+            )
         )
-        shrinker = PromptShrinker(
-            (config.image_token_id, config.video_token_id),
-            lambda arguments: [visuals for kind in kinds for visuals in kind.visuals(arguments)],
-        )
+        shrinker = PromptShrinker((images, videos))
         decoder, more = decoder_replacements(
             inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
         )
         replacements += [
-            (inner, "get_image_features", images),
-            (inner, "get_video_features", videos),
+            (inner, images.method, images),
+            (inner, videos.method, videos),
             (model, "forward", PrunedForward(model, shrinker, decoder)),
             (model, "generate", PrunedGenerate(model, shrinker)),
             *more,
         ]
         return encoder, replacements
+
+
+class OnevisionImages(Kind):
+    """A base view and tiles, packed with newline tokens; one of several images in a prompt has the base view alone."""
+
+    modality, pixels, method = "image", "pixel_values", "get_image_features"
+
+    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        sizes, views = self._sizes_and_views(arguments)
+        grids = [layout(self.model, size, n, self._aspect(arguments)) for size, n in zip(sizes, views, strict=True)]
+        return [_area(grid) + (n == 1) for grid, n in zip(grids, views, strict=True)]
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
+        return sum(self._sizes_and_views(arguments)[1])
+
+    def items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
+    ) -> list[Item]:
+        sizes, views = self._sizes_and_views(arguments)
+        aspect, newline, items = self._aspect(arguments), importance.new_ones(1), []
+        for x, tiles, size, n in zip(features, importance.split(views), sizes, views, strict=True):
+            weight, end = pack(self.model, tiles[..., None], size, newline, aspect)[:, 0], len(x) - (n == 1)
+            last = x[end:] if n == 1 else None
+            items.append(Item(x[:end], weight[:end], layout(self.model, size, n, aspect), trailing=last))
+        return items
+
+    def _sizes_and_views(self, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], list[int]]:
+        """Height and width of every image, and its number of views."""
+        sizes, per_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
+        sizes = [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
+        alone = [True] * len(sizes) if per_prompt is None else [n == 1 for n in per_prompt for _ in range(int(n))]
+        points, edge = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
+        views = [
+            image_size_to_num_patches(list(size), points, edge) if one else 1
+            for size, one in zip(sizes, alone, strict=True)
+        ]
+        return sizes, views
+
+    def _aspect(self, arguments: dict[str, Any]) -> str:
+        return arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+
+
+class OnevisionVideos(Kind):
+    """Frames whose features are pooled to half the side, and one newline token."""
+
+    modality, pixels, method = "video", "pixel_values_videos", "get_video_features"
+
+    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        return [pixels.shape[1] * self._pooled**2 + 1] * len(pixels)
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
+        return pixels.shape[0] * pixels.shape[1]
+
+    def items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
+    ) -> list[Item]:
+        pooled = type(self.model).apply_pooling(self.model, importance[..., None])[..., 0]
+        weights = pooled.unflatten(0, (len(features), -1))
+        grids = ((self._pooled, self._pooled),) * weights.shape[1]
+        area = _area(grids)
+        return [
+            # transformers 5.17 puts the newline behind a video's features later on.
+            Item(x[:area], weight.flatten(), grids, trailing=x[area:], appended=area + 1 - len(x))
+            for x, weight in zip(features, weights, strict=True)
+        ]
+
+    @property
+    def _pooled(self) -> int:
+        return -(-_side(self.model) // 2)
 
 
 def pack(model: Any, tiles: Tensor, size: tuple[int, int], newline: Tensor, aspect: str) -> Tensor:
@@ -99,69 +159,5 @@ def _side(model: Any) -> int:
     return model.config.vision_config.image_size // model.config.vision_config.patch_size
 
 
-def _sizes_and_views(model: Any, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Height and width of every image, and its number of views: one of several images in a prompt has a single one."""
-    sizes, per_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
-    sizes = [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
-    alone = [True] * len(sizes) if per_prompt is None else [n == 1 for n in per_prompt for _ in range(int(n))]
-    config = model.config
-    views = [
-        image_size_to_num_patches(list(size), config.image_grid_pinpoints, config.vision_config.image_size)
-        if one
-        else 1
-        for size, one in zip(sizes, alone, strict=True)
-    ]
-    return sizes, views
-
-
-def _aspect(model: Any, arguments: dict[str, Any]) -> str:
-    return arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
-
-
-def _image_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
-    sizes, views = _sizes_and_views(model, arguments)
-    grids = [layout(model, size, n, _aspect(model, arguments)) for size, n in zip(sizes, views, strict=True)]
-    return [_area(grid) + (n == 1) for grid, n in zip(grids, views, strict=True)]
-
-
-def _image_tiles(model: Any, arguments: dict[str, Any]) -> int:
-    return sum(_sizes_and_views(model, arguments)[1])
-
-
 def _area(grids: Grids) -> int:
     return sum(rows * columns for rows, columns in grids)
-
-
-def _images(
-    model: Any, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, _: Any
-) -> list[Item]:
-    sizes, views = _sizes_and_views(model, arguments)
-    aspect, items = _aspect(model, arguments), []
-    one = importance.new_ones(1)
-    for x, tiles, size, n in zip(features, importance.split(views), sizes, views, strict=True):
-        weight, end = pack(model, tiles[..., None], size, one, aspect)[:, 0], len(x) - (n == 1)
-        items.append(Item(x[:end], weight[:end], layout(model, size, n, aspect), trailing=x[end:] if n == 1 else None))
-    return items
-
-
-def _video_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
-    videos, frames = arguments["pixel_values_videos"].shape[:2]
-    pooled = -(-_side(model) // 2)
-    return [frames * pooled * pooled + 1] * videos
-
-
-def _frames(arguments: dict[str, Any]) -> int:
-    videos, frames = arguments["pixel_values_videos"].shape[:2]
-    return videos * frames
-
-
-def _videos(model: Any, features: Tensor, arguments: dict[str, Any], importance: Tensor, _: Any) -> list[Item]:
-    videos = len(features)
-    pooled = type(model).apply_pooling(model, importance[..., None])[..., 0]
-    grids = ((-(-_side(model) // 2),) * 2,) * (len(pooled) // videos)
-    area = _area(grids)
-    return [
-        # transformers 5.17 puts the newline behind a video's features later on.
-        Item(x[:area], weight.flatten(), grids, trailing=x[area:], appended=area + 1 - len(x))
-        for x, weight in zip(features, pooled.unflatten(0, (videos, -1)), strict=True)
-    ]

@@ -343,7 +343,7 @@ def blind(policy, rows, columns, batch=2, protect=1):
         return torch.arange(tokens)
     assert policy.encoder_step(2, 4, tokens) is None and policy.encoder_step(4, 4, tokens) is None
     key = torch.empty(batch, 1, tokens + protect, 1)
-    view = EncoderView(key, key, lambda kind: (key, key), protect, None, None, (rows, columns), None)
+    view = EncoderView(key, key, None, lambda kind: (key, key), protect, None, None, (rows, columns), None, None)
     choice = policy.encoder_select(policy.encoder_step(3, 4, tokens), view)
     assert choice.lengths.tolist() == [kept + protect] * batch
     assert choice.index.tolist() == [choice.index[0].tolist()] * batch

@@ -1,9 +1,10 @@
-// The CPU forms of compact_kv, compact_kv_paged, patch_entropy and recycle_tokens and the page planner on
-// random arguments, for a build with sanitizers: results against naive ones, every array exactly as long as
-// it may be read.
+// The CPU forms of compact_kv, compact_kv_paged, patch_entropy, recycle_tokens and received_attention and the
+// page planner on random arguments, for a build with sanitizers: results against naive ones, every array
+// exactly as long as it may be read.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "draw.h"
@@ -14,6 +15,7 @@ void compact_kv(const CompactKV&, ParallelFor);
 void compact_kv_paged(const CompactKVPaged&, ParallelFor);
 void patch_entropy(const PatchEntropy&, ParallelFor);
 void recycle_tokens(const RecycleTokens&, ParallelFor);
+void received_attention(const ReceivedAttention&, ParallelFor);
 }  // namespace flowcut::FLOWCUT_ISA
 
 using namespace flowcut;
@@ -304,6 +306,60 @@ void check_recycle_tokens() {
   }
 }
 
+// The upper halves, all there is of the numbers from now on.
+std::vector<uint16_t> halves(std::vector<float>& x) {
+  std::vector<uint16_t> out;
+  for (float& value : x) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    out.push_back(bits >> 16);
+    bits &= 0xffff0000;
+    std::memcpy(&value, &bits, 4);
+  }
+  return out;
+}
+
+void check_received_attention() {
+  const int64_t batch = draw(1, 2), kv_heads = draw(1, 2), group = draw(1, 8), heads = kv_heads * group;
+  const int64_t tokens = draw(1, 140), dim = draw(1, 40);
+  const bool half = draw(0, 1), given = draw(0, 1);
+  const float scale = draw(-10, 10) / 1e5f;
+  std::vector<float> query = floats(batch * heads * tokens * dim),
+                     key = floats(batch * kv_heads * tokens * dim);
+  const std::vector<uint16_t> query_halves = halves(query), key_halves = halves(key);
+  std::vector<int64_t> lengths;
+  std::vector<float> lse(batch * heads * tokens, NAN), received(batch * tokens);
+  std::vector<double> wanted(batch * tokens);
+  for (int64_t b = 0; b < batch; ++b) {
+    lengths.push_back(draw(0, 3) ? draw(0, tokens) : tokens);
+    const int64_t live = lengths[b];
+    for (int64_t row = 0; row < heads * live; ++row) {
+      const int64_t head = b * heads + row / live;
+      const float *q = &query[(head * tokens + row % live) * dim], *k = &key[head / group * tokens * dim];
+      std::vector<double> weights;
+      double total = 0;
+      for (int64_t t = 0; t < live; ++t) {
+        double dot = 0;
+        for (int64_t i = 0; i < dim; ++i) dot += double(q[i]) * k[t * dim + i];
+        weights.push_back(std::exp(scale * dot));
+        total += weights.back();
+      }
+      lse[head * tokens + row % live] = std::log(total);
+      for (int64_t t = 0; t < live; ++t) wanted[b * tokens + t] += weights[t] / total / (heads * live);
+    }
+  }
+  auto view = [&](const std::vector<float>& x, const std::vector<uint16_t>& words, int64_t count) {
+    return Heads{half ? (const void*)words.data() : x.data(), count * tokens * dim, tokens * dim, dim};
+  };
+  FLOWCUT_ISA::received_attention({half ? DType::BFloat16 : DType::Float32, batch, heads, kv_heads, tokens,
+                                   dim, view(query, query_halves, heads), view(key, key_halves, kv_heads),
+                                   given ? lse.data() : nullptr, lengths.data(), scale, received.data()},
+                                  [](int64_t n, int64_t, void (*body)(int64_t, int64_t, void*),
+                                     void* context) { run_backwards(n, draw(1, 3), body, context); });
+  for (size_t i = 0; i < wanted.size(); ++i)
+    require(std::abs(received[i] - wanted[i]) <= 1e-4 * wanted[i], "a token received something else");
+}
+
 }  // namespace
 
 int main() {
@@ -316,6 +372,7 @@ int main() {
     check_sweeps();
     check_patch_entropy();
     check_recycle_tokens();
+    if (round % 10 == 0) check_received_attention();
   }
   std::printf("%d rounds: all results as they should be\n", kRounds);
 }
