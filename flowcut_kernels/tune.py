@@ -103,11 +103,12 @@ def tune(
         raise ValueError(f"tune: trials={trials!r} must be a whole number, at least 1")
     if sampler not in ("gp", "tpe"):
         raise ValueError(f"tune: sampler={sampler!r} must be 'gp' or 'tpe'")
-    decoder = _decoder(model)
-    layers = decoder.config.num_hidden_layers
-    base = _default(budget, layers) if policy is None else policy
+    layers = _decoder(model).config.num_hidden_layers
+    base = published_policy(budget, layers) if policy is None else policy
     search = _Search(base, budget, layers, space)
-    objective = _Objective(model, decoder, _batches(samples), search.policy(search.start), backend)
+    with patched(model, search.policy(search.start), backend=backend):
+        pass  # what cannot be patched is an error before anything runs
+    objective = Objective(model, samples, backend)
 
     study = _study(storage, study_name or f"{type(base).__name__} {budget:g}", _sampler(sampler, seed))
     _claim(study, search.facts() | objective.facts())
@@ -135,10 +136,15 @@ def _decoder(model: Any) -> Any:
     return decoder
 
 
-def _default(budget: float, layers: int) -> VFlowOpt:
-    """VFlowOpt with stages at the published depths that drop nothing yet."""
+def published_stages(layers: int) -> tuple[tuple[int, float], ...]:
+    """VFlowOpt's stages at the published depths, which drop nothing yet."""
     depths = sorted({round(depth * layers) for depth in _PUBLISHED_DEPTHS} & set(range(1, layers)))
-    return VFlowOpt(retain_ratio=budget, llm_stages=tuple((depth, 1.0) for depth in depths))
+    return tuple((depth, 1.0) for depth in depths)
+
+
+def published_policy(budget: float, layers: int) -> VFlowOpt:
+    """Where :func:`tune` starts by default, for a language model of `layers` layers."""
+    return VFlowOpt(retain_ratio=budget, llm_stages=published_stages(layers))
 
 
 class _Search:
@@ -286,24 +292,25 @@ def _batches(samples: Any) -> list[Mapping[str, Any]]:
     return batches
 
 
-class _Objective:
-    """Mean cosine similarity of the last prompt token's final-norm state to that of the unpruned model."""
+class Objective:
+    """Mean cosine similarity of the last prompt token's final-norm state to that of the unpruned model.
 
-    def __init__(
-        self, model: Any, decoder: Any, batches: list[Mapping[str, Any]], policy: Policy, backend: str | None
-    ) -> None:
-        self.model, self.decoder, self.backend = model, decoder, backend
+    Args:
+        model: unpatched; it runs on all samples at once.
+        samples, backend: as in :func:`tune`.
+    """
+
+    def __init__(self, model: Any, samples: Any, backend: str | None = None) -> None:
+        self.model, self.decoder, self.backend = model, _decoder(model), backend
         digest = hashlib.sha256()
         self.batches = []
-        for batch in batches:
+        for batch in _batches(samples):
             for name, x in sorted(batch.items()):
                 digest.update(f"{name} {getattr(x, 'shape', x)} {getattr(x, 'dtype', '')}".encode())
                 if isinstance(x, Tensor):
                     digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self.batches.append({name: self._placed(x) for name, x in batch.items()})
         self.digest = digest.hexdigest()[:16]
-        with patched(model, policy, backend=backend):
-            pass  # a model that cannot be patched, or is already, is an error before anything runs
         self.unpruned = self._states()
 
     def _placed(self, x: Any) -> Any:
@@ -316,8 +323,12 @@ class _Objective:
         return dict(samples=self.digest, model=f"{type(self.model).__name__}, {parameters:,} parameters")
 
     def __call__(self, policy: Policy) -> float:
+        return self.similarities(policy).mean().item()
+
+    def similarities(self, policy: Policy) -> Tensor:
+        """Of every prompt, float64 on the CPU; ValueError where a state is not finite."""
         with patched(self.model, policy, backend=self.backend):
-            return torch.cosine_similarity(self._states(), self.unpruned, dim=1).mean().item()
+            return torch.cosine_similarity(self._states(), self.unpruned, dim=1).cpu()
 
     @torch.inference_mode()
     def _states(self) -> Tensor:
@@ -402,7 +413,11 @@ def _study(storage: Any, name: str, sampler: BaseSampler) -> Study:
     for attempt in range(5):
         try:
             return optuna.create_study(
-                storage=_storage(storage), study_name=name, sampler=sampler, direction="maximize", load_if_exists=True
+                storage=open_storage(storage),
+                study_name=name,
+                sampler=sampler,
+                direction="maximize",
+                load_if_exists=True,
             )
         except (DBAPIError, optuna.exceptions.StorageInternalError):
             if attempt == 4:
@@ -411,7 +426,8 @@ def _study(storage: Any, name: str, sampler: BaseSampler) -> Study:
     raise AssertionError("unreachable")
 
 
-def _storage(storage: Any) -> Any:
+def open_storage(storage: Any) -> Any:
+    """The Optuna storage that :func:`tune` means by its argument."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -453,7 +469,7 @@ def _enqueue(study: Study, start: dict[str, float]) -> None:
 def _run(
     study: Study,
     search: _Search,
-    objective: _Objective,
+    objective: Objective,
     trials: int,
     progress: bool,
     on_trial: Callable[[Study, FrozenTrial], object] | None,

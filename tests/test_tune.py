@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import flowcut_kernels as fk
 from flowcut_kernels.policies.stages import average_retention
-from flowcut_kernels.tune import _batches, _decoder, _Objective, _Search
+from flowcut_kernels.tune import Objective, _Search
 
 optuna = pytest.importorskip("optuna", reason="the tune extra is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -134,7 +134,7 @@ def test_objective_is_the_cosine_of_the_final_states(policy, side):
         pad = [[tiny.PAD] * (longest - len(row)) for row in rows]
         ids = torch.tensor([p + r if side == "left" else r + p for r, p in zip(rows, pad, strict=True)])
         samples = [dict(input_ids=ids, attention_mask=(ids != tiny.PAD).long(), pixel_values=pixels)]
-    objective = _Objective(llava, _decoder(llava), _batches(samples), policy, None)
+    objective = Objective(llava, samples)
     assert objective.unpruned.shape == (3, 32)
     torch.testing.assert_close(objective.unpruned, states[0].double(), rtol=1e-4, atol=1e-4)
     assert objective(policy) == pytest.approx(expected, abs=1e-5) and expected < 0.999
@@ -159,7 +159,7 @@ def test_best_trial_is_returned(policy, sampler, tmp_path):
     wanted = dataclasses.asdict(default if policy is None else fk.FlowCut(retain_ratio=0.25))
     assert {k: pytest.approx(v) if k == "retain_ratio" else v for k, v in dataclasses.asdict(first).items()} == wanted
     llava = model()
-    again = _Objective(llava, _decoder(llava), SAMPLES, best, None)
+    again = Objective(llava, SAMPLES)
     assert again(best) == pytest.approx(winner.value, abs=1e-6)
     best.to_json(tmp_path / "best.json")
     assert type(best).from_json(tmp_path / "best.json") == best
@@ -235,7 +235,7 @@ def test_ctrl_c_keeps_what_was_found(caplog):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_Objective, "__call__", at_once)
+        patch.setattr(Objective, "__call__", at_once)
         search(0.25, 9, policy=fk.FlowCut(3))
 
 
@@ -269,7 +269,7 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
     def nothing(self, policy):
         raise ValueError("the cat sat on the image")
 
-    monkeypatch.setattr(_Objective, "__call__", nothing)
+    monkeypatch.setattr(Objective, "__call__", nothing)
     with pytest.raises(RuntimeError, match="no trial succeeded: the cat sat on the image"):
         search(0.25, 2, policy=fk.FlowCut(3))
 
