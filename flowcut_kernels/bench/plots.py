@@ -189,13 +189,14 @@ def search(section: Section, path: Path) -> Path | None:
         _plain(axes)
         for sampler, values in found["curves"].items():
             colour, marker, name = looks[sampler]
-            known = [(i, value) for i, value in enumerate(values) if value is not None]
+            known = [(i, value) for i, value in enumerate(values, 1) if value is not None]
             best = [max(value for _, value in known[: i + 1]) for i in range(len(known))]
             trial = [i for i, _ in known]
             label = name if number == 0 else None
             axes.plot(trial, [value for _, value in known], color=colour, marker=marker, markersize=3, linestyle="",
                       alpha=0.35)  # fmt: skip
             axes.step(trial, best, where="post", color=colour, linewidth=2, label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axhline(known[0][1], color=MUTED, linewidth=1, linestyle="--", label=None if number else "untuned")
         _head(axes, f"{float(budget):.0%} of the visual tokens", "trial", "" if number else "mean cosine similarity")
     _legend(panels.flat[0])
