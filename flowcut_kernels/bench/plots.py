@@ -197,7 +197,14 @@ def search(section: Section, path: Path) -> Path | None:
                       alpha=0.35)  # fmt: skip
             axes.step(trial, best, where="post", color=colour, linewidth=2, label=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.axhline(known[0][1], color=MUTED, linewidth=1, linestyle="--", label=None if number else "untuned")
+        start, top = (
+            known[0][1],
+            max(value for values in found["curves"].values() for value in values if value is not None),
+        )
+        axes.set_ylim(
+            start - 2 * max(top - start, 1e-3), top + 0.3 * max(top - start, 1e-3)
+        )  # some draws are far below
+        axes.axhline(start, color=MUTED, linewidth=1, linestyle="--", label=None if number else "untuned")
         _head(axes, f"{float(budget):.0%} of the visual tokens", "trial", "" if number else "mean cosine similarity")
     _legend(panels.flat[0])
     return save(figure, path)
