@@ -173,10 +173,11 @@ class _Search:
         found = self.space[name]
         listed = isinstance(found, (tuple, list)) and len(found) in (2, 3) and all(map(is_number, found[:2]))
         kind = found[2] if listed and len(found) == 3 else ""
-        if not listed or found[0] >= found[1] or kind not in ("", "int", "log") or (kind == "log" and found[0] <= 0):
+        fits = kind in ("", "log") or (kind == "int" and all(map(is_whole, found[:2])))
+        if not listed or not fits or found[0] >= found[1] or (kind == "log" and found[0] <= 0):
             raise ValueError(
-                f"tune: space[{name!r}]={found!r} must be (low, high), (low, high, 'int') or (low, high, 'log') with "
-                "low < high, and low > 0 for a logarithm"
+                f"tune: space[{name!r}]={found!r} must be (low, high), (low, high, 'int') of whole numbers or (low, "
+                "high, 'log') with low > 0, where low < high"
             )
         if name == self.ratios[-1]:
             raise ValueError(f"tune: space names {name!r}, but the budget decides the last ratio: leave it out")
