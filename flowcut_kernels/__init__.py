@@ -13,6 +13,7 @@ from .cost import Cost, cost
 from .models import patch, patched, supported_models, trace, unpatch
 from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt
 from .trace import Stage, Trace
+from .tune import tune
 
 __version__ = "0.1.0"
 
@@ -31,5 +32,6 @@ __all__ = [
     "patched",
     "supported_models",
     "trace",
+    "tune",
     "unpatch",
 ]

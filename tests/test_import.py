@@ -96,7 +96,18 @@ def test_import_changes_nothing(process, request):
 @pytest.mark.parametrize("process", ["bare", "full"])
 def test_import_is_light(process, request):
     """Kernels, plots and the trained stand-in load when they are used."""
-    heavy = ("triton", "matplotlib", "sklearn", "scipy", "pandas", "PIL", "hypothesis", "pytest", "numpy.f2py")
+    heavy = (
+        "triton",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "PIL",
+        "hypothesis",
+        "pytest",
+        "numpy.f2py",
+        "optuna",
+    )
     new = request.getfixturevalue(process)["new"]
     assert not [name for name in new if name.startswith(heavy)]
     assert "flowcut_kernels.bench" not in new

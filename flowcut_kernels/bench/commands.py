@@ -228,6 +228,47 @@ def conversation(
 
 
 @app.command()
+def tune(
+    policy: Annotated[str, typer.Option(help="flowcut, vflowopt or hybrid.")] = "flowcut",
+    budget: Annotated[str, typer.Option(help="Average shares of the visual tokens, separated by commas.")] = "0.1,0.25",
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
+    sampler: Annotated[str, typer.Option(help="gp, tpe, or both separated by a comma.")] = "gp,tpe",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts the search sees, without answers.")] = 48,
+    questions: Annotated[int, typer.Option(min=8, help="Held-out questions to answer.")] = 2000,
+    split: Split = "dev",
+    seed: Annotated[int, typer.Option(help="Which scenes are drawn, and of the samplers.")] = 0,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of an Optuna storage, or a journal file: go on there, or share it.")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the policies found and the curve.")] = None,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Search a policy's numbers on unlabelled samples, and score what is found on held-out questions.
+
+    Ctrl-C ends the search that is running, with the best it found.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise typer.BadParameter("tune needs Optuna: pip install 'flowcut-kernels\\[tune]'")
+    from .tune import POLICIES, SAMPLERS, measure
+
+    if policy not in POLICIES:
+        raise typer.BadParameter(f"--policy {policy!r} is unknown: use {', '.join(POLICIES)}")
+    chosen = tuple(name for name in SAMPLERS if name in sampler.split(","))
+    if set(sampler.split(",")) != set(chosen):
+        raise typer.BadParameter(f"--sampler {sampler!r} is unknown: use {' or '.join(SAMPLERS)}")
+    if split not in ("dev", "test"):
+        raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
+    options = dict(
+        policy=policy, budgets=shares(budget), trials=trials, samplers=chosen, samples=samples, questions=questions,
+        split=split, seed=seed, storage=storage, folder=out,
+    )  # fmt: skip
+    section("tune", measure, options, threads, device, json, csv, out)
+
+
+@app.command()
 def look(
     image: Annotated[Path, typer.Argument(help="A picture.", exists=True, dir_okay=False)],
     out: Out = Path("flowcut-report"),
@@ -359,6 +400,16 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 1:
         raise typer.BadParameter(f"{name} {text!r} must be whole numbers of at least 1, separated by commas")
+    return found
+
+
+def shares(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share <= 1 for share in found):
+        raise typer.BadParameter(f"--budget {text!r} must be shares in (0, 1], separated by commas")
     return found
 
 

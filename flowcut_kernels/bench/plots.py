@@ -176,6 +176,40 @@ def ops(section: Section, path: Path) -> Path | None:
     return save(figure, path)
 
 
+def search(section: Section, path: Path) -> Path | None:
+    """Best objective so far over the trials of each search; the first trial is the untuned policy."""
+    budgets = section.facts["budgets"]
+    if not budgets:
+        return None
+    figure, panels = plt.subplots(
+        1, len(budgets), figsize=(1.2 + 4.0 * len(budgets), 3.8), squeeze=False, layout="constrained"
+    )
+    looks = {"gp": (BLUE, "o", "Gaussian process"), "tpe": (ORANGE, "^", "tree-structured Parzen")}
+    for number, (axes, (budget, found)) in enumerate(zip(panels.flat, budgets.items(), strict=True)):
+        _plain(axes)
+        for sampler, values in found["curves"].items():
+            colour, marker, name = looks[sampler]
+            known = [(i, value) for i, value in enumerate(values, 1) if value is not None]
+            best = [max(value for _, value in known[: i + 1]) for i in range(len(known))]
+            trial = [i for i, _ in known]
+            label = name if number == 0 else None
+            axes.plot(trial, [value for _, value in known], color=colour, marker=marker, markersize=3, linestyle="",
+                      alpha=0.35)  # fmt: skip
+            axes.step(trial, best, where="post", color=colour, linewidth=2, label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        start, top = (
+            known[0][1],
+            max(value for values in found["curves"].values() for value in values if value is not None),
+        )
+        axes.set_ylim(
+            start - 2 * max(top - start, 1e-3), top + 0.3 * max(top - start, 1e-3)
+        )  # some draws are far below
+        axes.axhline(start, color=MUTED, linewidth=1, linestyle="--", label=None if number else "untuned")
+        _head(axes, f"{float(budget):.0%} of the visual tokens", "trial", "" if number else "mean cosine similarity")
+    _legend(panels.flat[0])
+    return save(figure, path)
+
+
 def draw(report: Report, folder: Path) -> dict[str, list[Path]]:
     """Every figure the report has data for: section name -> files."""
     found: dict[str, list[Path | None]] = {}
@@ -185,6 +219,8 @@ def draw(report: Report, folder: Path) -> dict[str, list[Path]]:
             files.append(accuracy(section, folder / "accuracy.png"))
         if section.name == "encoder":
             files.append(encoder(section, folder / "encoder.png"))
+        if section.name == "tune":
+            files.append(search(section, folder / f"search-{section.facts['policy']}.png"))
         if section.name == "ops":
             files.append(ops(section, folder / "operators.png"))
         if section.facts.get("entropy"):

@@ -82,6 +82,17 @@ def _points(key: str) -> Callable[[dict[str, Any]], str]:
     return show
 
 
+def _difference(key: str) -> Callable[[dict[str, Any]], str]:
+    """A difference with half its interval."""
+
+    def show(row: dict[str, Any]) -> str:
+        if row.get(key) is None:
+            return DASH
+        return f"{row[key]:+.4f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.4f}"
+
+    return show
+
+
 def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} % ±{50 * (row['high'] - row['low']):.1f}"
 
@@ -217,6 +228,16 @@ TABLES: dict[str, list[Column]] = {
         Column("on - off", _points("continued_over_off")),
         Column("on - encoder", _points("continued_over_encoder")),
     ],
+    "tune": [
+        Column("kept", _cell("budget", percent), False),
+        Column("settings", _cell("found"), False),
+        Column("objective", _cell("objective", "{:.4f}".format)),
+        Column("held out", _cell("held_out", "{:.4f}".format)),
+        Column("against untuned", _difference("held_out_gain")),
+        Column("accuracy", _accuracy),
+        Column("against untuned", _points("gain")),
+        Column("search", _time("seconds")),
+    ],
     "gpu": [
         Column("what", _cell("what"), False, True),
         Column("target", _cell("target")),
@@ -239,7 +260,7 @@ TABLES: dict[str, list[Column]] = {
 
 def views(section: Section) -> list[View]:
     """The tables of a section: the main one, then details."""
-    groups = {"ops": "op", "quality": "tokens", "conversation": "tokens", "compile": "kernel"}
+    groups = {"ops": "op", "quality": "tokens", "conversation": "tokens", "compile": "kernel", "tune": "budget"}
     found = [View(TABLES[section.name], groups.get(section.name))]
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .._ops import Select
+
+P = TypeVar("P", bound="Policy")
+# Lowest and highest value of a field, and "int" for whole numbers or "log" for a logarithmic scale.
+Range = tuple[float, float] | tuple[float, float, str]
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,48 @@ class Policy:
                 raise ValueError(
                     f"{name}: retain_ratio={self.retain_ratio} must lie in (0, 1]; for a count use target_tokens"
                 )
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """The policy as JSON text, written to the file `path` if one is named; :meth:`from_json` reads either."""
+        from .. import __version__
+
+        content = dict(policy=type(self).__name__, version=__version__, fields=asdict(self))
+        text = json.dumps(content, indent=1, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls: type[P], source: str | os.PathLike) -> P:
+        """The policy that :meth:`to_json` wrote.
+
+        Args:
+            source: a file's path, or the text itself (which starts with a brace).
+
+        Raises:
+            ValueError: text that is no policy of this class, or names a field that it does not have.
+            OSError: a file that cannot be read.
+        """
+        inline = isinstance(source, str) and source.lstrip().startswith("{")
+        try:
+            content = json.loads(source if inline else Path(source).read_text())  # type: ignore[arg-type]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{cls.__name__}.from_json: this is no JSON: {error}") from error
+        name = content.get("policy") if isinstance(content, dict) else None
+        if name != cls.__name__:
+            raise ValueError(f"{cls.__name__}.from_json: this holds a {name}: read it with that class")
+        given = content.get("fields", {})
+        unknown = sorted(given.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}.from_json: {', '.join(unknown)} is no field, but was one in "
+                f"version {content.get('version')}, which wrote this"
+            )
+        return cls(**{name: _as_tuple(value) for name, value in given.items()})
+
+    def search_space(self, budget: float) -> dict[str, Range]:
+        """Fields that :func:`~flowcut_kernels.tune` searches by default for an average retention of `budget`."""
+        return {}
 
     def budget(self, tokens: int) -> int:
         """Tokens kept of an image that has `tokens`: at least 1, at most all, ratios rounded half to even."""
@@ -116,6 +165,11 @@ class Policy:
     def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
         """The same of `decoder_select`; columns of all query and of all key heads. 0 where no heads are asked for."""
         return 0
+
+
+def _as_tuple(value: Any) -> Any:
+    """Sequences of a field are tuples, which JSON does not know."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def is_whole(value: object) -> bool:

@@ -16,13 +16,14 @@ from .base import (
     FeatureSelection,
     FeatureView,
     Policy,
+    Range,
     Selection,
     check_feature_layer,
     is_number,
     is_whole,
 )
 from .recycling import select_features
-from .stages import check_stages, keep_most_important, stage_step
+from .stages import check_stages, keep_most_important, ratio_space, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -178,6 +179,21 @@ class FlowCut(Policy):
         """The same kept tokens as the authors' released code."""
         settings = dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber") | changes
         return cls(target_tokens, retain_ratio, **settings)
+
+    def search_space(self, budget: float) -> dict[str, Range]:
+        """Weights relative to the attention's, exponents, history, interval, and VFlowOpt's where they act."""
+        space: dict[str, Range] = {"interval": (1, 6, "int")}
+        if {"attention", "relevance"} <= set(self.criteria):
+            space["criteria_weights.1"] = (0.1, 10.0, "log")
+        if "value_norm" in self.criteria:
+            space["criteria_weights.2"] = (0.1, 3.0)
+        if self.cumulative:
+            space["history_weight"] = (0.0, 0.95)
+        if self.adaptive:
+            space["entropy_exponent"] = (0.5, 8.0, "log")
+        if self.recycle_cell is not None:
+            space |= dict(recycle_cell=(1.5, 24.0, "log"), encoder_surplus=(1.0, 4.0))
+        return space | ratio_space(self, budget)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from .base import DecoderView, Selection, is_number, is_whole
+from .base import DecoderView, Range, Selection, is_number, is_whole
+
+_LEAST_LATER = 0.05  # a search leaves later stages that much
 
 
 def check_stages(policy: Any, layers: int | None = None) -> None:
@@ -50,6 +53,42 @@ def average_retention(first: float, stages: tuple[tuple[int, float], ...], layer
         total += share * (layer - since)
         share, since = share * ratio, layer
     return (total + share * (layers - since)) / layers
+
+
+def feasible_ratios(
+    known: Sequence[float], layers_of_stages: Sequence[int], budget: float, layers: int
+) -> tuple[float, float]:
+    """Lowest and highest next ratio with which later ones in 0.05..1 can still reach an average retention of `budget`.
+
+    Args:
+        known: ratios that are chosen: what enters the language model, then of its first stages.
+        layers_of_stages: their layers and those of all later ones.
+        layers: of the language model.
+
+    Returns:
+        Two numbers that may lie beyond 1 or in the wrong order where no ratio will do; the same number twice for the
+        last ratio.
+    """
+    later = len(layers_of_stages) - len(known)
+
+    def solved(rest: float) -> float:
+        """The ratio that reaches the budget where all later ones are `rest`; the average is linear in it."""
+
+        def average(ratio: float) -> float:
+            first, *ratios = [*known, ratio] + [rest] * later
+            return average_retention(first, tuple(zip(layers_of_stages, ratios, strict=True)), layers)
+
+        return (budget - average(0.0)) / (average(1.0) - average(0.0))
+
+    return solved(1.0), solved(_LEAST_LATER)
+
+
+def ratio_space(policy: Any, budget: float) -> dict[str, Range]:
+    """The published ranges of all ratios but the last, which follows from the budget."""
+    if not policy.llm_stages:
+        return {}
+    stages: dict[str, Range] = {f"llm_stages.{i}": (0.533, 1.0) for i in range(len(policy.llm_stages) - 1)}
+    return {"retain_ratio": (budget, min(1.5 * budget, 1.0))} | stages
 
 
 def keep_most_important(view: DecoderView) -> Selection:

@@ -18,12 +18,13 @@ from .base import (
     FeatureSelection,
     FeatureView,
     Policy,
+    Range,
     Selection,
     check_feature_layer,
     is_number,
 )
 from .recycling import merge, select_features
-from .stages import check_stages, keep_most_important, stage_step
+from .stages import check_stages, keep_most_important, ratio_space, stage_step
 
 # Published settings for LLaVA-OneVision-7B by average retention: hub_threshold, recycle_cell, R1, R2, R3.
 PRESETS = {
@@ -108,6 +109,16 @@ class VFlowOpt(Policy):
             counts="release",
         )
         return cls(**(settings | changes))
+
+    def search_space(self, budget: float) -> dict[str, Range]:
+        """The published space: t, alpha, a where pruned tokens are recycled, and all ratios but the last.
+
+        Cells start at 1.5 tokens instead of 3, for encoders of fewer patches than the published one's 27 x 27.
+        """
+        space: dict[str, Range] = {"hub_threshold": (0.0, 50.0), "entropy_weight": (-1.0, 1.0)}
+        if self.recycle_cell is not None:
+            space["recycle_cell"] = (1.5, 24.0, "log")
+        return space | ratio_space(self, budget)
 
     def encoder_budget(self, tokens: int) -> int:
         return tokens

@@ -15,6 +15,7 @@ import flowcut_kernels as fk
 
 typer = pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+pytest.importorskip("optuna", reason="the tune extra is not installed")
 
 from typer.testing import CliRunner  # noqa: E402
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "quality": "quality --questions 16 --policies FlowCut,random",
     "kv": "kv --toy --repeats 1 --steps 2",
     "conversation": "conversation --questions 16",
+    "tune": "tune --policy hybrid --budget 0.25 --trials 2 --samples 4 --questions 16",
 }
 
 
@@ -66,6 +68,28 @@ def test_subcommand(name, untrained, tmp_path):
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert len(lines) == 1 + sum(len(section.rows) for section in found.sections) and lines[0].startswith("section,")
     assert str(tmp_path) not in (tmp_path / "a.json").read_text()
+
+
+@pytest.mark.parametrize(("policy", "kind"), [("flowcut", fk.FlowCut), ("vflowopt", fk.VFlowOpt)])
+def test_tune_writes_policies_and_a_curve(policy, kind, untrained, tmp_path):
+    """And goes on in a storage: with as many trials as it has, nothing is searched again."""
+    command = f"tune --policy {policy} --budget 0.25 --trials 3 --samples 4 --questions 16 --sampler tpe --threads 1"
+    files = ("--storage", tmp_path / "tune.log", "--out", tmp_path / "out", "--json", tmp_path / "a.json")
+    seen = []
+    for _ in range(2):
+        done = run(command, *files)
+        assert done.exit_code == 0, done.output
+        section = report.load(tmp_path / "a.json").sections[0]
+        seen.append([{k: v for k, v in row.items() if k != "seconds"} for row in section.rows])
+        untuned, tuned = section.rows[1:]
+        assert untuned["found"] == "untuned" and tuned["found"] == "tpe" and tuned["objective"] >= untuned["objective"]
+        assert tuned["retention"] == pytest.approx(0.25) and "gain_low" in tuned and "held_out_gain_high" in tuned
+        found = section.facts["budgets"]["0.25"]
+        assert len(found["curves"]["tpe"]) == 3 and max(found["curves"]["tpe"]) == pytest.approx(tuned["objective"])
+        assert Image.open(tmp_path / "out" / f"search-{policy}.png").width > 600
+        best = kind.from_json(tmp_path / "out" / f"{policy}-0.25-tpe.json")
+        assert best == kind.from_json(json.dumps(found["policies"]["tpe"]))
+    assert seen[0] == seen[1]
 
 
 def test_main_job_writes_a_self_contained_page(untrained, tmp_path):
@@ -237,6 +261,10 @@ def test_look_at_a_saved_tower(tmp_path):
         ("encoder --hidden 100", "multiple of 64"),
         ("quality --policies guess", "guess"),
         ("quality --split train", "train"),
+        ("tune --policy none", "hybrid"),
+        ("tune --sampler gp,grid", "gp,grid"),
+        ("tune --budget 10", "--budget '10'"),
+        ("tune --split train", "train"),
         ("ops --device nowhere", "nowhere"),
         (f"look {shlex.quote(__file__)} --policy none", "flowcut-release"),
         (f"look {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),

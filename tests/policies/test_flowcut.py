@@ -117,12 +117,38 @@ def test_values_are_frozen_and_comparable(policy):
     one, same, other = policy(64), policy(target_tokens=64), policy(65)
     assert one == same and hash(one) == hash(same) and one != other
     assert eval(repr(one), {c.__name__: c for c in POLICIES}) == one
-    assert pickle.loads(pickle.dumps(one)) == one
+    assert pickle.loads(pickle.dumps(one)) == one and type(one).from_json(one.to_json()) == one
     assert dataclasses.replace(one, target_tokens=65) == other
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.target_tokens = 3
     with pytest.raises(ValueError, match="target_tokens=0"):
         dataclasses.replace(one, target_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "FlowCut.from_json: this is no JSON"),
+        ("{}", "this holds a None"),
+        (fk.RandomTokens(3).to_json(), "this holds a RandomTokens: read it with that class"),
+        ('{"policy": "FlowCut", "version": "9.9", "fields": {"x": 1}}', "x is no field, but was one in version 9.9"),
+        ('{"policy": "FlowCut", "fields": {"target_tokens": 0}}', "target_tokens=0"),
+    ],
+)
+def test_bad_json(text, words, tmp_path):
+    (tmp_path / "policy.json").write_text(text)
+    for source in (text, tmp_path / "policy.json", str(tmp_path / "policy.json")):
+        with pytest.raises(ValueError, match=words):
+            fk.FlowCut.from_json(source)
+
+
+def test_json_keeps_every_field():
+    policy = fk.FlowCut(
+        retain_ratio=0.1, criteria=("attention", "value_norm"), criteria_weights=(1, 2, 0.1), schedule=((2, 9), (5, 3))
+    )
+    assert fk.FlowCut.from_json(policy.to_json()) == policy
+    released = fk.VFlowOpt.release(0.25, pixel_mean=(0.5,), pixel_std=(0.2,))
+    assert fk.VFlowOpt.from_json(released.to_json()) == released
 
 
 def test_criteria_are_a_set():
