@@ -189,6 +189,9 @@ def quality(
     questions: Annotated[int, typer.Option(min=8, help="Questions to answer.")] = 2000,
     per_scene: Annotated[int, typer.Option(min=1, help="Questions about one scene.")] = 4,
     policies: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the visual tokens, separated by commas.")
+    ] = "0.33,0.22,0.11,0.06",
     seed: Annotated[int, typer.Option(help="Which scenes are drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Threads = None,
@@ -197,7 +200,7 @@ def quality(
     json: Json = None,
     csv: Csv = None,
 ) -> None:
-    """Accuracy of the trained stand-in with all tokens, and with 33, 22, 11 and 6 % of them under each policy."""
+    """Accuracy of the trained stand-in with all tokens, and with shares of them under each policy."""
     from .quality import POLICIES, measure
 
     chosen = tuple(policies.split(",")) if policies else tuple(POLICIES)
@@ -207,8 +210,9 @@ def quality(
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
     options = dict(
-        split=split, questions=questions, per_scene=per_scene, policies=chosen, seed=seed, dtype=dtypes(dtype)[0]
-    )
+        split=split, questions=questions, per_scene=per_scene, policies=chosen, seed=seed, dtype=dtypes(dtype)[0],
+        shares=_shares("--shares", shares),
+    )  # fmt: skip
     section("quality", measure, options, threads, device, json, csv, out)
 
 
@@ -262,7 +266,7 @@ def tune(
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
     options = dict(
-        policy=policy, budgets=shares(budget), trials=trials, samplers=chosen, samples=samples, questions=questions,
+        policy=policy, budgets=_shares("--budget", budget), trials=trials, samplers=chosen, samples=samples, questions=questions,
         split=split, seed=seed, storage=storage, folder=out,
     )  # fmt: skip
     section("tune", measure, options, threads, device, json, csv, out)
@@ -403,13 +407,13 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     return found
 
 
-def shares(text: str) -> tuple[float, ...]:
+def _shares(option: str, text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
     if not found or not all(0 < share <= 1 for share in found):
-        raise typer.BadParameter(f"--budget {text!r} must be shares in (0, 1], separated by commas")
+        raise typer.BadParameter(f"{option} {text!r} must be shares in (0, 1], separated by commas")
     return found
 
 
