@@ -211,7 +211,7 @@ def quality(
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
     options = dict(
         split=split, questions=questions, per_scene=per_scene, policies=chosen, seed=seed, dtype=dtypes(dtype)[0],
-        shares=_shares("--shares", shares),
+        shares=shares_of("--shares", shares),
     )  # fmt: skip
     section("quality", measure, options, threads, device, json, csv, out)
 
@@ -266,8 +266,8 @@ def tune(
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
     options = dict(
-        policy=policy, budgets=_shares("--budget", budget), trials=trials, samplers=chosen, samples=samples, questions=questions,
-        split=split, seed=seed, storage=storage, folder=out,
+        policy=policy, budgets=shares_of("--budget", budget), trials=trials, samplers=chosen, samples=samples,
+        questions=questions, split=split, seed=seed, storage=storage, folder=out,
     )  # fmt: skip
     section("tune", measure, options, threads, device, json, csv, out)
 
@@ -407,7 +407,7 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
     return found
 
 
-def _shares(option: str, text: str) -> tuple[float, ...]:
+def shares_of(option: str, text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
