@@ -99,7 +99,7 @@ class PrunedFeatures(Bound):
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend = fixed, backend
         self.encoded: Encoded | None = None  # of the last call
-        self._ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
+        self.ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
@@ -112,7 +112,7 @@ class PrunedFeatures(Bound):
                     "patch again"
                 )
         pixels = arguments[self._first]
-        ahead, self._ahead = self._ahead, None
+        ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
@@ -158,10 +158,10 @@ class PrunedFeatures(Bound):
 
         A prompt is looked at before its images are encoded, by ``generate`` and by ``forward``.
         """
-        if self._ahead is None or self._ahead[0] is not pixels:
+        if self.ahead is None or self.ahead[0] is not pixels:
             others = {name: arguments[name] for name in self.__signature__.parameters if name in arguments}
             output = self(**others | {self._first: pixels, "return_dict": True})
-            self._ahead = pixels, output
+            self.ahead = pixels, output
         assert self.encoded is not None
         return self.encoded.kept
 

@@ -24,6 +24,8 @@ from .llm import decoder_replacements
 
 Grids = tuple[tuple[int, int], ...]
 
+_MANY = 1 << 20  # more tokens than an image or a video has
+
 
 class LlavaOnevision:
     """Adapter of ``LlavaOnevisionForConditionalGeneration`` for policies that leave the encoder's tiles whole."""
@@ -36,7 +38,9 @@ class LlavaOnevision:
         inner, config = model.model, model.config
         tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
         patches = tower.patches(inner.vision_tower)
-        if policy.encoder_budget(patches) < patches:
+        # What chooses among features follows their number; what does not must leave the largest image whole.
+        most = patches if policy.prunes_features else _MANY
+        if policy.encoder_budget(most) < most:
             raise ValueError(
                 f"{type(policy).__name__} prunes inside the vision encoder, but {type(model).__name__} stitches whole "
                 "tiles: use VFlowOpt"
@@ -50,7 +54,7 @@ class LlavaOnevision:
         )
         shrinker = PromptShrinker((images, videos))
         decoder, more = decoder_replacements(
-            inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
+            inner.language_model, policy, _MANY, encoder, backend=backend, compact_cache=compact_cache
         )
         replacements += [
             (inner, images.method, images),

@@ -124,7 +124,7 @@ class VFlowOpt(Policy):
         return None if self.counts == "release" else self.budget(tokens)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
-        needed = layer == feature_layer and (self.budget(tokens) < tokens or self.llm_stages)
+        needed = layer == feature_layer and (self.may_prune or self.llm_stages)
         return EncoderStep(Select.SCORE_ONLY, static=True) if needed else None
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
@@ -196,6 +196,7 @@ class VFlowOpt(Policy):
             recycles = self.recycle_cell is not None and len(grids) > 1
             if self.recycle_cell is not None and recycles:
                 count += int(len(weight) / self.recycle_cell**2)
+            count = min(count, len(weight) - (not recycles))  # at least one stays
             lowest = weight.argsort(stable=True)[:count]
             pruned.append(torch.zeros_like(weight, dtype=torch.bool).index_fill(0, lowest, True))
             recycled.append(torch.full_like(pruned[-1], recycles))

@@ -307,6 +307,8 @@ POLICIES = {
     "all hubs": fk.VFlowOpt(retain_ratio=0.2, hub_threshold=0, recycle_cell=None),
     "entropy": fk.VFlowOpt(retain_ratio=0.4, entropy_weight=-0.4, **HUBS),
     "fewer than cells": fk.VFlowOpt(target_tokens=5, recycle_cell=1.5, hub_threshold=1.6),
+    "more than a tile": fk.VFlowOpt(target_tokens=100, **HUBS),
+    "one of a tile": fk.VFlowOpt(retain_ratio=0.02, llm_stages=((2, 0.5),), **HUBS),
     "stages": fk.VFlowOpt(retain_ratio=0.5, llm_stages=((1, 0.6), (3, 0.5)), **HUBS),
     "stages alone": fk.VFlowOpt(retain_ratio=1.0, llm_stages=((2, 0.3),), **HUBS),
 }
@@ -442,6 +444,34 @@ def test_released_counts():
         assert (recycled > 0) == (len(item.grids) > 1)
 
 
+@torch.no_grad()
+def test_released_counts_leave_a_token():
+    """Without recycling, too, where the rounded share of an image is nothing."""
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    policy = fk.VFlowOpt(retain_ratio=0.001, recycle_cell=None, counts="release")
+    with fk.patched(model, policy, record=True):
+        model(**inputs)
+        assert fk.trace(model).stages[0].kept == [2]  # the video's newline too
+
+
+def test_features_made_ahead_serve_their_call_alone():
+    """No graph in `generate`; nothing of a failed call, or of pixels that have changed, in the next one."""
+    model, rows = tiny.onevision(), PROMPTS["one image"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    graphs = []
+    model.model.vision_tower.register_forward_hook(lambda m, a, out: graphs.append(out.last_hidden_state.requires_grad))
+    with fk.patched(model, fk.VFlowOpt.release(0.25, llm_stages=(), hub_threshold=1.6, recycle_cell=3.0)):
+        model.generate(**inputs, max_new_tokens=1)
+        assert graphs == [False]
+        with torch.inference_mode(), pytest.raises(ValueError, match="attention_mask must be"):
+            model(**inputs | dict(attention_mask=inputs["attention_mask"][:, 1:]))
+        inputs["pixel_values"] *= -1
+        logits = model(**inputs).logits
+        logits.sum().backward()
+        assert torch.equal(model(**inputs | dict(pixel_values=inputs["pixel_values"].clone())).logits, logits)
+
+
 def takes_features(model) -> bool:
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
@@ -462,8 +492,9 @@ def test_features_of_another_model_have_no_importance():
 def test_bad_models():
     with pytest.raises(ValueError, match="names layer 4, but the language model has 4 layers"):
         fk.patch(tiny.onevision(), fk.VFlowOpt(target_tokens=9, llm_stages=((4, 0.5),)))
-    with pytest.raises(ValueError, match="use VFlowOpt"):
-        fk.patch(tiny.onevision(), fk.FlowCut(target_tokens=9))
+    for policy in (fk.FlowCut(9), fk.FlowCut(200), fk.FlowCut(200, llm_layer=1), fk.UniformTokens(retain_ratio=0.999)):
+        with pytest.raises(ValueError, match="use VFlowOpt"):
+            fk.patch(tiny.onevision(), policy)
     with pytest.raises(ValueError, match="patch the whole model"):
         fk.patch(tiny.siglip_tower(), fk.VFlowOpt(target_tokens=9))
 
