@@ -499,6 +499,18 @@ def test_bad_models():
         fk.patch(tiny.siglip_tower(), fk.VFlowOpt(target_tokens=9))
 
 
+@torch.no_grad()
+def test_autocast_leaves_the_references_in_fp32():
+    policy = fk.VFlowOpt(target_tokens=9, **HUBS)
+    model, inputs = tiny.llava(), llava_inputs([[1, Picture(), 5]])
+    pixels, scores = inputs["pixel_values"].float(), []
+    for backend in ("reference", "cpp"):
+        with fk.patched(model, policy, record=True, backend=backend), torch.autocast("cpu", torch.bfloat16):
+            model.get_image_features(pixels)
+            scores.append(fk.trace(model).stages[0].scores)
+    assert_close(*scores, rtol=1e-5, atol=1e-7)
+
+
 HYBRIDS = {
     "recycling": dict(recycle_cell=2.5, encoder_surplus=3),
     "all in the encoder, stages": dict(llm_stages=((1, 0.6), (3, 0.5))),
