@@ -360,9 +360,9 @@ class PrunedForward(_PromptMethod):
         if known is self.model:
             if end > seen + length:
                 raise ValueError(
-                    "prefill_chunk_size puts the end of the prompt into another pass than an image, but the last of "
-                    "its text chooses the image's tokens: leave it unset, or prune in the encoder alone "
-                    "(llm_layer=None)"
+                    "prefill_chunk_size puts the end of the prompt into another pass than an image, but the language "
+                    "model drops the image's tokens knowing the whole prompt: leave it unset, or prune before the "
+                    "language model alone (llm_layer=None, llm_stages=())"
                 )
             before = before & (column < end - seen)
             if cache is not None:
@@ -427,9 +427,13 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
             for piece, x in zip(
                 pieces, (None, None) if info is None else (info.importance, info.position), strict=True
             ):
-                piece += [] if x is None else x[source].unbind()
-        made = [pad_sequence(piece, batch_first=True)[order] if len(piece) == len(order) else None for piece in pieces]
-        return EncodedTokens(*made)
+                piece += [] if x is None else [x[i] for i in source]
+        return EncodedTokens(
+            *(
+                pad_sequence([piece[i] for i in order], batch_first=True) if len(piece) == len(order) else None
+                for piece in pieces
+            )
+        )
 
     return dict(
         columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1),

@@ -92,9 +92,15 @@ class OnevisionImages(Kind):
 
     def _sizes_and_views(self, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], list[int]]:
         """Height and width of every image, and its number of views."""
-        sizes, per_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
+        sizes, per_prompt = arguments.get("image_sizes"), arguments.get("batch_num_images")
+        if sizes is None:
+            raise ValueError("image_sizes is missing, which says how an image was tiled: pass the processor's")
         sizes = [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
         alone = [True] * len(sizes) if per_prompt is None else [n == 1 for n in per_prompt for _ in range(int(n))]
+        if len(alone) != len(sizes):
+            raise ValueError(
+                f"batch_num_images counts {len(alone)} images but image_sizes has {len(sizes)}: pass the processor's"
+            )
         points, edge = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
         views = [
             image_size_to_num_patches(list(size), points, edge) if one else 1

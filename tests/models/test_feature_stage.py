@@ -511,6 +511,21 @@ def test_autocast_leaves_the_references_in_fp32():
     assert_close(*scores, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_sizes=None), "image_sizes is missing"),
+        (dict(batch_num_images=torch.tensor([1, 2])), "batch_num_images counts 3 images but image_sizes has 2"),
+    ],
+    ids=["image_sizes", "batch_num_images"],
+)
+def test_bad_input(change, message):
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    with fk.patched(model, POLICIES["stages"]), pytest.raises(ValueError, match=message):
+        model(**inputs | change)
+
+
 HYBRIDS = {
     "recycling": dict(recycle_cell=2.5, encoder_surplus=3),
     "all in the encoder, stages": dict(llm_stages=((1, 0.6), (3, 0.5))),
