@@ -87,7 +87,7 @@ class VFlowOpt(Policy):
         for name in ("pixel_mean", "pixel_std"):
             values = getattr(self, name)
             if values is not None:
-                if not isinstance(values, (tuple, list)) or not all(is_number(x) for x in values):
+                if not isinstance(values, (tuple, list)) or not values or not all(is_number(x) for x in values):
                     raise ValueError(f"VFlowOpt: {name}={values!r} must be a tuple of numbers, one for each channel")
                 object.__setattr__(self, name, tuple(values))
 

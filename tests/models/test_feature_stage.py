@@ -472,6 +472,19 @@ def test_features_made_ahead_serve_their_call_alone():
         assert torch.equal(model(**inputs | dict(pixel_values=inputs["pixel_values"].clone())).logits, logits)
 
 
+@torch.no_grad()
+def test_a_cut_in_the_language_model_alone():
+    """Half of all visual tokens, though twice the half of an odd number is one less."""
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    with fk.patched(model, fk.FlowCut(retain_ratio=0.5, llm_layer=1), record=True):
+        out = model(**inputs)
+        (stage,) = fk.trace(model).stages
+    full = [len(item.features) for row in iter_items(stock_items(model, inputs), rows) for item in row]
+    assert sorted(stage.kept) == sorted(round(n / 2) for n in full) and any(n % 2 for n in full)
+    assert out.logits.shape[1] < inputs["input_ids"].shape[1]
+
+
 def takes_features(model) -> bool:
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
