@@ -49,11 +49,11 @@ def prompts(asked: list, processor) -> list[dict[str, Any]]:
 def measure(
     *,
     device: torch.device | str = "cpu",
-    policy: str = "flowcut",
+    policy: str = "vflowopt",
     budgets: tuple[float, ...] = BUDGETS,
     trials: int = 60,
     samplers: tuple[Literal["gp", "tpe"], ...] = SAMPLERS,
-    samples: int = 48,
+    samples: int = 64,
     questions: int = 2000,
     split: str = "dev",
     seed: int = 0,
