@@ -237,7 +237,7 @@ def tune(
     budget: Annotated[str, typer.Option(help="Average shares of the visual tokens, separated by commas.")] = "0.1,0.25",
     trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
     sampler: Annotated[str, typer.Option(help="gp, tpe, or both separated by a comma.")] = "gp,tpe",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts the search sees, without answers.")] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts the search sees, without answers.")] = 128,
     questions: Annotated[int, typer.Option(min=8, help="Held-out questions to answer.")] = 2000,
     split: Split = "dev",
     seed: Annotated[int, typer.Option(help="Which scenes are drawn, and of the samplers.")] = 0,

@@ -53,7 +53,7 @@ def measure(
     budgets: tuple[float, ...] = BUDGETS,
     trials: int = 60,
     samplers: tuple[Literal["gp", "tpe"], ...] = SAMPLERS,
-    samples: int = 48,
+    samples: int = 128,
     questions: int = 2000,
     split: str = "dev",
     seed: int = 0,
