@@ -8,6 +8,7 @@ for CUDA tensors (``ops/<op>/triton.py``).
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -83,6 +84,20 @@ LIB.define(
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics of fp32, bf16 and fp16 inputs are fp32; fp64 stays fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(reference):
+    """The same function outside of autocast, which would narrow the products that its definition has in fp32."""
+
+    @wraps(reference)
+    def call(first: Tensor, *arguments, **options):
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device):
+            return reference(first, *arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return reference(first, *arguments, **options)
+
+    return call
 
 
 @torch.library.register_fake("flowcut_kernels::anchor_stats", lib=LIB)

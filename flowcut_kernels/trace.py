@@ -26,7 +26,10 @@ class Stage:
 
 @dataclass
 class Trace:
-    """The cuts of one forward pass of the vision encoder, in order, and the entropy of every scored layer."""
+    """The cuts of one forward pass of the vision encoder, in order, and the entropy of every scored layer.
+
+    Where a prompt brings images and videos, which are two passes, that is the one of the videos.
+    """
 
     stages: list[Stage] = field(default_factory=list)
     entropy: dict[int, Tensor] = field(default_factory=dict)  # layer -> entropy ratio [B]

@@ -99,7 +99,7 @@ class PrunedFeatures(Bound):
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend = fixed, backend
         self.encoded: Encoded | None = None  # of the last call
-        self._ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
+        self.ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
@@ -112,13 +112,13 @@ class PrunedFeatures(Bound):
                     "patch again"
                 )
         pixels = arguments[self._first]
-        ahead, self._ahead = self._ahead, None
+        ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
         output = self.original(**arguments | dict(return_dict=True))
         full = self.kind.tokens(pixels, arguments)
-        self.encoded = Encoded(full, [self.policy.feature_budget(n) or n for n in full])
+        self.encoded = Encoded(full, [self._budget(n) or n for n in full])
         if self.policy.prunes_features and self.encoder.importance is not None:
             self._choose(arguments, output, self.encoder.importance, self.encoder.position)
         setattr(output, _ENCODED, self.encoded)
@@ -128,6 +128,12 @@ class PrunedFeatures(Bound):
     def _first(self) -> str:
         """The name under which the method takes the pixels; videos' changed with transformers' versions."""
         return next(iter(self.__signature__.parameters))
+
+    def _budget(self, tokens: int) -> int | None:
+        """Features left of a visual that has `tokens`; None: known once they are chosen."""
+        if self.kind.usual is None and not self.policy.prunes_features:
+            return tokens  # put together of what the encoder left whole
+        return self.policy.feature_budget(tokens)
 
     def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
         """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
@@ -142,7 +148,7 @@ class PrunedFeatures(Bound):
         if pixels is None:
             return []
         whole = kind.tokens(pixels, arguments)
-        budgets = [self.policy.feature_budget(n) for n in whole]
+        budgets = [self._budget(n) for n in whole]
         left = [n for n in budgets if n is not None]
         if len(left) < len(whole):
             left = self._encode_ahead(pixels, arguments)
@@ -158,10 +164,10 @@ class PrunedFeatures(Bound):
 
         A prompt is looked at before its images are encoded, by ``generate`` and by ``forward``.
         """
-        if self._ahead is None or self._ahead[0] is not pixels:
+        if self.ahead is None or self.ahead[0] is not pixels:
             others = {name: arguments[name] for name in self.__signature__.parameters if name in arguments}
             output = self(**others | {self._first: pixels, "return_dict": True})
-            self._ahead = pixels, output
+            self.ahead = pixels, output
         assert self.encoded is not None
         return self.encoded.kept
 
@@ -169,7 +175,7 @@ class PrunedFeatures(Bound):
         self, arguments: dict[str, Any], output: Any, importance: Tensor, position: Tensor | None
     ) -> None:  # fmt: skip
         items = self.kind.items(output.pooler_output, arguments, importance, position)
-        budgets = [self.policy.feature_budget(item.full) for item in items]
+        budgets = [self._budget(item.full) for item in items]
         known = [max(b - item.behind, 0) for b, item in zip(budgets, items, strict=True) if b is not None]
         given = [item.position for item in items if item.position is not None]
         lengths = [len(item.features) for item in items]

@@ -76,6 +76,11 @@ class PromptShrinker:
         """The images and videos that come with a prompt, from its arguments."""
         return [visuals for features in self.kinds for visuals in features.visuals(arguments)]
 
+    def forget(self) -> None:
+        """Features that were made for a call and that it did not come to use."""
+        for features in self.kinds:
+            features.ahead = None
+
     def shrink(self, masks: list[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
@@ -166,6 +171,15 @@ class _PromptMethod(Bound):
     def __init__(self, model: Any, shrinker: PromptShrinker) -> None:
         super().__init__(model)
         self.shrinker = shrinker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.run(named(self, args, kwargs))
+        finally:
+            self.shrinker.forget()
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
     def _placeholders(self, arguments: dict[str, Any]) -> list[Tensor] | None:
         """bool [B, L] for each kind of visual."""
@@ -289,8 +303,7 @@ class PrunedForward(_PromptMethod):
         super().__init__(model, shrinker)
         self.decoder = decoder  # where the language model prunes too
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = named(self, args, kwargs)
+    def run(self, arguments: dict[str, Any]) -> Any:
         shrunk = self.shrink(arguments)
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
@@ -347,9 +360,9 @@ class PrunedForward(_PromptMethod):
         if known is self.model:
             if end > seen + length:
                 raise ValueError(
-                    "prefill_chunk_size puts the end of the prompt into another pass than an image, but the last of "
-                    "its text chooses the image's tokens: leave it unset, or prune in the encoder alone "
-                    "(llm_layer=None)"
+                    "prefill_chunk_size puts the end of the prompt into another pass than an image, but the language "
+                    "model drops the image's tokens knowing the whole prompt: leave it unset, or prune before the "
+                    "language model alone (llm_layer=None, llm_stages=())"
                 )
             before = before & (column < end - seen)
             if cache is not None:
@@ -414,9 +427,13 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
             for piece, x in zip(
                 pieces, (None, None) if info is None else (info.importance, info.position), strict=True
             ):
-                piece += [] if x is None else x[source].unbind()
-        made = [pad_sequence(piece, batch_first=True)[order] if len(piece) == len(order) else None for piece in pieces]
-        return EncodedTokens(*made)
+                piece += [] if x is None else [x[i] for i in source]
+        return EncodedTokens(
+            *(
+                pad_sequence([piece[i] for i in order], batch_first=True) if len(piece) == len(order) else None
+                for piece in pieces
+            )
+        )
 
     return dict(
         columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1),
@@ -444,8 +461,8 @@ class PrunedGenerate(_PromptMethod):
     method = "generate"
     may_repeat_cache = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = named(self, args, kwargs)
+    @torch.no_grad()  # as the model's own, features that are made ahead included
+    def run(self, arguments: dict[str, Any]) -> Any:
         prompt = arguments.pop("inputs", None)
         if prompt is not None:
             if arguments.get("input_ids") is not None:
@@ -454,7 +471,7 @@ class PrunedGenerate(_PromptMethod):
         prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         shrunk = self.shrink(arguments)
         if shrunk is None:
-            return self._run(arguments)
+            return self._generate(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]
         self._shift_lengths(arguments, shrunk[0].length - skip)
         if prompt is not None:
@@ -462,7 +479,7 @@ class PrunedGenerate(_PromptMethod):
         remembered = vars(cache).pop(_PROMPT, None) if cache is not None else None
         try:
             # What generate passes to forward fits the cache as it is.
-            output = self._run(arguments)
+            output = self._generate(arguments)
         except BaseException:
             if remembered is not None:
                 setattr(cache, _PROMPT, remembered)
@@ -477,7 +494,7 @@ class PrunedGenerate(_PromptMethod):
         output.sequences = _with_prompt(prompt, output.sequences[:, skip:])
         return output
 
-    def _run(self, arguments: dict[str, Any]) -> Any:
+    def _generate(self, arguments: dict[str, Any]) -> Any:
         given = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         whole = next((x for x in given if x is not None), None)
         before = _PROMPT_END.set(None if whole is None else (self.model, whole.shape[1]))

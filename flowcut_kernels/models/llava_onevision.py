@@ -24,6 +24,8 @@ from .llm import decoder_replacements
 
 Grids = tuple[tuple[int, int], ...]
 
+_MANY = 1 << 20  # more tokens than an image or a video has
+
 
 class LlavaOnevision:
     """Adapter of ``LlavaOnevisionForConditionalGeneration`` for policies that leave the encoder's tiles whole."""
@@ -36,7 +38,9 @@ class LlavaOnevision:
         inner, config = model.model, model.config
         tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
         patches = tower.patches(inner.vision_tower)
-        if policy.encoder_budget(patches) < patches:
+        # What chooses among features follows their number; what does not must leave the largest image whole.
+        most = patches if policy.prunes_features else _MANY
+        if policy.encoder_budget(most) < most:
             raise ValueError(
                 f"{type(policy).__name__} prunes inside the vision encoder, but {type(model).__name__} stitches whole "
                 "tiles: use VFlowOpt"
@@ -50,7 +54,7 @@ class LlavaOnevision:
         )
         shrinker = PromptShrinker((images, videos))
         decoder, more = decoder_replacements(
-            inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
+            inner.language_model, policy, _MANY, encoder, backend=backend, compact_cache=compact_cache
         )
         replacements += [
             (inner, images.method, images),
@@ -88,9 +92,15 @@ class OnevisionImages(Kind):
 
     def _sizes_and_views(self, arguments: dict[str, Any]) -> tuple[list[tuple[int, int]], list[int]]:
         """Height and width of every image, and its number of views."""
-        sizes, per_prompt = arguments["image_sizes"], arguments.get("batch_num_images")
+        sizes, per_prompt = arguments.get("image_sizes"), arguments.get("batch_num_images")
+        if sizes is None:
+            raise ValueError("image_sizes is missing, which says how an image was tiled: pass the processor's")
         sizes = [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
         alone = [True] * len(sizes) if per_prompt is None else [n == 1 for n in per_prompt for _ in range(int(n))]
+        if len(alone) != len(sizes):
+            raise ValueError(
+                f"batch_num_images counts {len(alone)} images but image_sizes has {len(sizes)}: pass the processor's"
+            )
         points, edge = self.model.config.image_grid_pinpoints, self.model.config.vision_config.image_size
         views = [
             image_size_to_num_patches(list(size), points, edge) if one else 1

@@ -63,7 +63,7 @@ def decoder_replacements(
     if window is not None:
         raise ValueError(
             f"text_config.sliding_window={window}: visual tokens cannot be dropped from layers that keep only recent "
-            "rows; set it to None, or let the encoder alone prune (llm_layer=None)"
+            "rows; set it to None, or prune before the language model alone (llm_layer=None, llm_stages=())"
         )
     if model.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")

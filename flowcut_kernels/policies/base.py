@@ -104,6 +104,11 @@ class Policy:
         assert self.retain_ratio is not None
         return min(max(1, round(self.retain_ratio * tokens)), tokens)
 
+    @property
+    def may_prune(self) -> bool:
+        """Whether some image has more tokens than its budget. The encoder cannot tell: it may see parts of images."""
+        return self.retain_ratio != 1
+
     def encoder_budget(self, tokens: int) -> int:
         """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where others follow."""
         return self.budget(tokens)

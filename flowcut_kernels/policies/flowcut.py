@@ -201,7 +201,7 @@ class FlowCut(Policy):
         if remaining < 0:
             return None
         if budget >= tokens:  # others may still want the score
-            wanted = self.prunes_features and (self.budget(tokens) < tokens or self.llm_stages)
+            wanted = self.prunes_features and (self.may_prune or self.llm_stages)
             return (
                 EncoderStep(Select.SCORE_ONLY, static=True) if wanted and (self.cumulative or not remaining) else None
             )

@@ -27,7 +27,7 @@ def select_features(view: FeatureView, budgets: list[int], cell: float | None) -
     """
     lengths, device = view.lengths, view.importance.device
     image, start = _images(tuple(lengths), device)
-    surplus = _tensor(tuple(n - budget for n, budget in zip(lengths, budgets, strict=True)), device)
+    surplus = constant(tuple(n - budget for n, budget in zip(lengths, budgets, strict=True)), device)
     order = _ascending(view.importance, image)
     if cell is None:
         counted = torch.ones_like(order)
@@ -76,7 +76,7 @@ def merge(
         image = image[order]
         place = torch.arange(tokens, device=device)
         first = place.new_full((len(view.lengths),), tokens).scatter_reduce(0, image, place, "amin")
-        kept[order] = kept[order] & (place - first[image] < _tensor(tuple(budgets), device)[image])
+        kept[order] = kept[order] & (place - first[image] < constant(tuple(budgets), device)[image])
     return _gathered(view, kept, budgets, merged, stands_for)
 
 
@@ -112,7 +112,7 @@ def _cells(view: FeatureView, cell: float) -> tuple[Tensor, int]:
     cells, count = grid_cells(grids, cell, device)
     if view.position is not None:
         sizes = [sum(rows * columns for rows, columns in image) for image in view.grids]
-        before = _tensor(tuple(accumulate([0, *sizes[:-1]])), device)
+        before = constant(tuple(accumulate([0, *sizes[:-1]])), device)
         cells = cells[view.position + before[_images(tuple(view.lengths), device)[0]]]
     return cells, count
 
@@ -126,10 +126,11 @@ def _images(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     """The image of every token [T], and the first token of every image [I]; on the device once: a copy would wait."""
     with torch.inference_mode(False):
         image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        return image.to(device), _tensor(tuple(accumulate([0, *lengths[:-1]])), device)
+        return image.to(device), constant(tuple(accumulate([0, *lengths[:-1]])), device)
 
 
 @lru_cache(maxsize=16)
-def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once: a copy would wait. Not to be written to."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)

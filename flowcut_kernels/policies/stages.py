@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .base import DecoderView, Range, Selection, is_number, is_whole
+from .recycling import constant
 
 _LEAST_LATER = 0.05  # a search leaves later stages that much
 
@@ -102,10 +103,10 @@ def keep_most_important(view: DecoderView) -> Selection:
     most = importance.shape[1]
     place = torch.arange(most, device=device)
     if min(view.lengths) < most:
-        importance = importance.masked_fill(place >= torch.tensor(view.lengths, device=device)[:, None], float("-inf"))
+        importance = importance.masked_fill(place >= constant(tuple(view.lengths), device)[:, None], float("-inf"))
     width = max(view.budgets)
     index = importance.argsort(dim=1, descending=True, stable=True)[:, :width]
-    lengths = torch.tensor(view.budgets, dtype=torch.int32, device=device)
+    lengths = constant(tuple(view.budgets), device).int()
     if min(view.budgets) < width:
         index = index.masked_fill(place[:width] >= lengths[:, None], most)
     index = index.sort(dim=1).values

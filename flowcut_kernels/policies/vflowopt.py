@@ -88,7 +88,7 @@ class VFlowOpt(Policy):
         for name in ("pixel_mean", "pixel_std"):
             values = getattr(self, name)
             if values is not None:
-                if not isinstance(values, (tuple, list)) or not all(is_number(x) for x in values):
+                if not isinstance(values, (tuple, list)) or not values or not all(is_number(x) for x in values):
                     raise ValueError(f"VFlowOpt: {name}={values!r} must be a tuple of numbers, one for each channel")
                 object.__setattr__(self, name, tuple(values))
 
@@ -135,7 +135,7 @@ class VFlowOpt(Policy):
         return None if self.counts == "release" else self.budget(tokens)
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
-        needed = layer == feature_layer and (self.budget(tokens) < tokens or self.llm_stages)
+        needed = layer == feature_layer and (self.may_prune or self.llm_stages)
         return EncoderStep(Select.SCORE_ONLY, static=True) if needed else None
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
@@ -207,6 +207,7 @@ class VFlowOpt(Policy):
             recycles = self.recycle_cell is not None and len(grids) > 1
             if self.recycle_cell is not None and recycles:
                 count += int(len(weight) / self.recycle_cell**2)
+            count = min(count, len(weight) - (not recycles))  # at least one stays
             lowest = weight.argsort(stable=True)[:count]
             pruned.append(torch.zeros_like(weight, dtype=torch.bool).index_fill(0, lowest, True))
             recycled.append(torch.full_like(pruned[-1], recycles))

@@ -307,6 +307,8 @@ POLICIES = {
     "all hubs": fk.VFlowOpt(retain_ratio=0.2, hub_threshold=0, recycle_cell=None),
     "entropy": fk.VFlowOpt(retain_ratio=0.4, entropy_weight=-0.4, **HUBS),
     "fewer than cells": fk.VFlowOpt(target_tokens=5, recycle_cell=1.5, hub_threshold=1.6),
+    "more than a tile": fk.VFlowOpt(target_tokens=100, **HUBS),
+    "one of a tile": fk.VFlowOpt(retain_ratio=0.02, llm_stages=((2, 0.5),), **HUBS),
     "stages": fk.VFlowOpt(retain_ratio=0.5, llm_stages=((1, 0.6), (3, 0.5)), **HUBS),
     "stages alone": fk.VFlowOpt(retain_ratio=1.0, llm_stages=((2, 0.3),), **HUBS),
 }
@@ -442,6 +444,47 @@ def test_released_counts():
         assert (recycled > 0) == (len(item.grids) > 1)
 
 
+@torch.no_grad()
+def test_released_counts_leave_a_token():
+    """Without recycling, too, where the rounded share of an image is nothing."""
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    policy = fk.VFlowOpt(retain_ratio=0.001, recycle_cell=None, counts="release")
+    with fk.patched(model, policy, record=True):
+        model(**inputs)
+        assert fk.trace(model).stages[0].kept == [2]  # the video's newline too
+
+
+def test_features_made_ahead_serve_their_call_alone():
+    """No graph in `generate`; nothing of a failed call, or of pixels that have changed, in the next one."""
+    model, rows = tiny.onevision(), PROMPTS["one image"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    graphs = []
+    model.model.vision_tower.register_forward_hook(lambda m, a, out: graphs.append(out.last_hidden_state.requires_grad))
+    with fk.patched(model, fk.VFlowOpt.release(0.25, llm_stages=(), hub_threshold=1.6, recycle_cell=3.0)):
+        model.generate(**inputs, max_new_tokens=1)
+        assert graphs == [False]
+        with torch.inference_mode(), pytest.raises(ValueError, match="attention_mask must be"):
+            model(**inputs | dict(attention_mask=inputs["attention_mask"][:, 1:]))
+        inputs["pixel_values"] *= -1
+        logits = model(**inputs).logits
+        logits.sum().backward()
+        assert torch.equal(model(**inputs | dict(pixel_values=inputs["pixel_values"].clone())).logits, logits)
+
+
+@torch.no_grad()
+def test_a_cut_in_the_language_model_alone():
+    """Half of all visual tokens, though twice the half of an odd number is one less."""
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    with fk.patched(model, fk.FlowCut(retain_ratio=0.5, llm_layer=1), record=True):
+        out = model(**inputs)
+        (stage,) = fk.trace(model).stages
+    full = [len(item.features) for row in iter_items(stock_items(model, inputs), rows) for item in row]
+    assert sorted(stage.kept) == sorted(round(n / 2) for n in full) and any(n % 2 for n in full)
+    assert out.logits.shape[1] < inputs["input_ids"].shape[1]
+
+
 def takes_features(model) -> bool:
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
@@ -462,10 +505,38 @@ def test_features_of_another_model_have_no_importance():
 def test_bad_models():
     with pytest.raises(ValueError, match="names layer 4, but the language model has 4 layers"):
         fk.patch(tiny.onevision(), fk.VFlowOpt(target_tokens=9, llm_stages=((4, 0.5),)))
-    with pytest.raises(ValueError, match="use VFlowOpt"):
-        fk.patch(tiny.onevision(), fk.FlowCut(target_tokens=9))
+    for policy in (fk.FlowCut(9), fk.FlowCut(200), fk.FlowCut(200, llm_layer=1), fk.UniformTokens(retain_ratio=0.999)):
+        with pytest.raises(ValueError, match="use VFlowOpt"):
+            fk.patch(tiny.onevision(), policy)
     with pytest.raises(ValueError, match="patch the whole model"):
         fk.patch(tiny.siglip_tower(), fk.VFlowOpt(target_tokens=9))
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_references_in_fp32():
+    policy = fk.VFlowOpt(target_tokens=9, **HUBS)
+    model, inputs = tiny.llava(), llava_inputs([[1, Picture(), 5]])
+    pixels, scores = inputs["pixel_values"].float(), []
+    for backend in ("reference", "cpp"):
+        with fk.patched(model, policy, record=True, backend=backend), torch.autocast("cpu", torch.bfloat16):
+            model.get_image_features(pixels)
+            scores.append(fk.trace(model).stages[0].scores)
+    assert_close(*scores, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(image_sizes=None), "image_sizes is missing"),
+        (dict(batch_num_images=torch.tensor([1, 2])), "batch_num_images counts 3 images but image_sizes has 2"),
+    ],
+    ids=["image_sizes", "batch_num_images"],
+)
+def test_bad_input(change, message):
+    model, rows = tiny.onevision(), PROMPTS["image, video or none"]
+    inputs = inputs_for(model, rows, dtype=torch.float32)
+    with fk.patched(model, POLICIES["stages"]), pytest.raises(ValueError, match=message):
+        model(**inputs | change)
 
 
 HYBRIDS = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._ops import Relevance, ValueNorm, accumulate_dtype
+from ..._ops import Relevance, ValueNorm, accumulate_dtype, without_autocast
 
 
+@without_autocast
 def anchor_stats(
     query: Tensor,
     key: Tensor,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._ops import accumulate_dtype
+from ..._ops import accumulate_dtype, without_autocast
 
 _ROWS = 64
 
 
+@without_autocast
 def received_attention(
     query: Tensor, key: Tensor, lse: Tensor | None, lengths: Tensor | None, *, scale: float
 ) -> Tensor:
