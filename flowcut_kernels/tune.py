@@ -33,6 +33,7 @@ _SEARCHED = "flowcut_kernels"  # attribute of a study: what it searches
 _POLICY = "policy"  # attributes of a trial: its policy as JSON, whether that is the given one, why it was pruned
 _START = "start"
 _REASON = "reason"
+_LEAST_LAST = 0.05  # the ratios before leave that much to the last one
 _PUBLISHED_DEPTHS = (9 / 28, 18 / 28)  # of VFlowOpt's stages
 
 
@@ -213,12 +214,20 @@ class _Search:
             return self.budget if self.base.retain_ratio is None else self.base.retain_ratio
         return self.stages[int(name.partition(".")[2])][1]
 
+    def _range(self, name: str) -> tuple[float, float]:
+        """What a ratio may be as long as the budget is met."""
+        if name in self.space:
+            low, high = self.space[name][:2]
+            return low, high
+        if name != self.ratios[-1]:
+            return self._own_ratio(name), self._own_ratio(name)
+        return _LEAST_LAST, 1.0
+
     def _interval(self, name: str, known: list[float]) -> tuple[float, float]:
         """What is left of a ratio's range if the budget is to be met, given the ratios before."""
-        low, high = self.space.get(name, (0.0, 1.0))[:2]
-        least, most = feasible_ratios(known, [layer for layer, _ in self.stages], self.budget, self.layers)
-        if name != self.ratios[-1] and name not in self.space:
-            least = most = self._own_ratio(name)
+        low, high = self._range(name) if name != self.ratios[-1] else (0.0, 1.0)
+        later = [self._range(other) for other in self.ratios[len(known) + 1 :]]
+        least, most = feasible_ratios(known, later, [layer for layer, _ in self.stages], self.budget, self.layers)
         found = max(least, low), min(most, high)
         if found[0] > found[1] + 1e-9:
             chosen = ", ".join(f"{n}={value:.4g}" for n, value in zip(self.ratios, known, strict=False))

@@ -310,7 +310,7 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
         (
             dict(policy=dataclasses.replace(VFLOWOPT, retain_ratio=0.3), space={"llm_stages.0": (0.1, 0.2)}),
             ValueError,
-            r"llm_stages.0 would have to lie in .* after retain_ratio=0.3, but may only in 0.1..0.2",
+            "retain_ratio would have to lie in .* over 4 layers, but may only in 0.3..0.3",
         ),
         (dict(storage="tune"), ValueError, "storage='tune' must be a URL such as sqlite:///tune.db, or a journal file"),
     ],

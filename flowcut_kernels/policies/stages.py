@@ -11,8 +11,6 @@ import torch
 from .base import DecoderView, Range, Selection, is_number, is_whole
 from .recycling import constant
 
-_LEAST_LATER = 0.05  # a search leaves later stages that much
-
 
 def check_stages(policy: Any, layers: int | None = None) -> None:
     """ValueError unless ``policy.recycle_cell`` and ``policy.llm_stages`` make sense, for a model of `layers` if given.
@@ -57,31 +55,35 @@ def average_retention(first: float, stages: tuple[tuple[int, float], ...], layer
 
 
 def feasible_ratios(
-    known: Sequence[float], layers_of_stages: Sequence[int], budget: float, layers: int
+    known: Sequence[float],
+    later: Sequence[tuple[float, float]],
+    layers_of_stages: Sequence[int],
+    budget: float,
+    layers: int,
 ) -> tuple[float, float]:
-    """Lowest and highest next ratio with which later ones in 0.05..1 can still reach an average retention of `budget`.
+    """Lowest and highest next ratio with which the later ones can still reach an average retention of `budget`.
 
     Args:
         known: ratios that are chosen: what enters the language model, then of its first stages.
-        layers_of_stages: their layers and those of all later ones.
+        later: lowest and highest value of each ratio after the next.
+        layers_of_stages: layers of all stages, known and not.
         layers: of the language model.
 
     Returns:
         Two numbers that may lie beyond 1 or in the wrong order where no ratio will do; the same number twice for the
         last ratio.
     """
-    later = len(layers_of_stages) - len(known)
 
-    def solved(rest: float) -> float:
-        """The ratio that reaches the budget where all later ones are `rest`; the average is linear in it."""
+    def solved(rest: list[float]) -> float:
+        """The ratio that reaches the budget where the later ones are `rest`; the average is linear in it."""
 
         def average(ratio: float) -> float:
-            first, *ratios = [*known, ratio] + [rest] * later
-            return average_retention(first, tuple(zip(layers_of_stages, ratios, strict=True)), layers)
+            ratios = [*known, ratio, *rest]
+            return average_retention(ratios[0], tuple(zip(layers_of_stages, ratios[1:], strict=True)), layers)
 
         return (budget - average(0.0)) / (average(1.0) - average(0.0))
 
-    return solved(1.0), solved(_LEAST_LATER)
+    return solved([high for _, high in later]), solved([low for low, _ in later])
 
 
 def ratio_space(policy: Any, budget: float) -> dict[str, Range]:
