@@ -91,6 +91,8 @@ class VFlowOpt(Policy):
                 if not isinstance(values, (tuple, list)) or not values or not all(is_number(x) for x in values):
                     raise ValueError(f"VFlowOpt: {name}={values!r} must be a tuple of numbers, one for each channel")
                 object.__setattr__(self, name, tuple(values))
+        if self.pixel_std is not None and min(self.pixel_std) <= 0:
+            raise ValueError(f"VFlowOpt: pixel_std={self.pixel_std} must be positive")
 
     @classmethod
     def release(cls, retain_ratio: float, **changes: Any) -> VFlowOpt:

@@ -38,6 +38,7 @@ def test_published_presets_meet_their_average(ratio):
         (dict(pixel_mean=(0.5,)), "give pixel_mean and pixel_std together"),
         (dict(pixel_mean="x", pixel_std="y"), "pixel_mean='x' must be a tuple of numbers"),
         (dict(pixel_mean=(), pixel_std=()), r"pixel_mean=\(\) must be a tuple of numbers"),
+        (dict(pixel_mean=(0.5,), pixel_std=(0.0,)), r"pixel_std=\(0.0,\) must be positive"),
         (dict(target_tokens=3), "exactly one of target_tokens and retain_ratio"),
         (dict(retain_ratio=None, target_tokens=5, counts="release"), "give retain_ratio instead of target_tokens"),
     ],
