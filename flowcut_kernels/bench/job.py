@@ -24,17 +24,17 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     common = dict(device=device, backend=backend)
     sized = dict(shape=SMALL, layers=6, tokens=(16, 8)) if toy else dict(tokens=(64,))
     chain = prefill.cpu_shape(6, 1, (8,), SMALL, SMALL_TEXT) if toy else prefill.cpu_shape(tokens=(64,))
-    asked = dict(questions=64 if toy else 2000, per_scene=8, policies=POLICIES)
+    asked = dict(questions=64 if toy else 1600, per_scene=8, policies=POLICIES)
     names = shlex.quote(",".join(POLICIES))
     jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
-        (quality.measure, f"quality --per-scene 8 --policies {names}", common | asked),
+        (quality.measure, f"quality --questions 1600 --per-scene 8 --policies {names}", common | asked),
         (
             encoder.measure,
             "encoder --batch 1 --tokens 64 --repeats 3 --no-baselines",
             common | dict(batches=(1,), repeats=3, baselines=False) | sized,
         ),
         (prefill.measure, "prefill --tokens 64 --repeats 3", common | dict(repeats=3, shape=chain)),
-        (ops.measure, "ops --repeats 5", common | dict(repeats=5, toy=toy)),
+        (ops.measure, "ops --repeats 3", common | dict(repeats=3, toy=toy)),
     )
     start, sections = time.perf_counter(), []
     for number, (run, again, options) in enumerate(jobs, 1):
