@@ -44,7 +44,7 @@ def run(
 ) -> None:
     """What choosing visual tokens costs and saves on this machine.
 
-    Without a command: the main job, about two minutes on two cores. It checks and times the operators, measures the
+    Without a command: the main job, under three minutes on two cores. It checks and times the operators, measures the
     vision encoder and the way to the first token, and lets the trained stand-in answer questions with all tokens and
     with few. It writes report.json, report.html and PNG plots.
     """

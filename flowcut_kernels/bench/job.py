@@ -1,4 +1,4 @@
-"""The main job: every table at the size that fits two minutes on two cores."""
+"""The main job: every table at the size that fits three minutes on two cores."""
 
 from __future__ import annotations
 
