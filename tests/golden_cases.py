@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowcut_kernels.modules.decoder import VisualTokens
+
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SQRT3 = 3**0.5
 
@@ -65,3 +67,18 @@ def sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(memoryview(tensors[name].contiguous().numpy()).cast("B"))
     return digest.hexdigest()
+
+
+def one_image(start: int, count: int, length: int) -> VisualTokens:
+    """A prompt of `length` columns with one image; its last column asks."""
+    return VisualTokens(
+        columns=torch.arange(start, start + count)[None],
+        lengths=[count],
+        full=[count],
+        sources=[0],
+        samples=torch.tensor([0]),
+        counts=[1],
+        asks=torch.tensor([length - 1]),
+        live=torch.ones(1, length, dtype=torch.bool),
+        right=False,
+    )

@@ -11,10 +11,9 @@ from transformers import LlavaForConditionalGeneration
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Item, Kind, PrunedFeatures
-from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from ._features import Item, Kind
+from ._vlm import vlm_replacements
 from .clip import replace_tower
-from .llm import decoder_replacements
 
 
 class Llava:
@@ -29,19 +28,10 @@ class Llava:
         tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
         patches = tower.patches(inner.vision_tower)
         leading = tower.protect if fixed["vision_feature_select_strategy"] == "full" else 0
-        images = PrunedFeatures(
-            LlavaImages(inner, config.image_token_id, patches, leading), policy, encoder, fixed, backend
+        kinds = [LlavaImages(inner, config.image_token_id, patches, leading)]
+        replacements += vlm_replacements(
+            model, kinds, policy, patches, encoder, fixed, backend=backend, compact_cache=compact_cache
         )
-        shrinker = PromptShrinker((images,))
-        decoder, more = decoder_replacements(
-            inner.language_model, policy, patches, encoder, backend=backend, compact_cache=compact_cache
-        )
-        replacements += [
-            (inner, images.method, images),
-            (model, "forward", PrunedForward(model, shrinker, decoder)),
-            (model, "generate", PrunedGenerate(model, shrinker)),
-            *more,
-        ]
         return encoder, replacements
 
 

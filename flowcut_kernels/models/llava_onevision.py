@@ -17,10 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Item, Kind, PrunedFeatures
-from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from ._features import Item, Kind
+from ._vlm import vlm_replacements
 from .clip import replace_tower
-from .llm import decoder_replacements
 
 Grids = tuple[tuple[int, int], ...]
 
@@ -45,24 +44,10 @@ class LlavaOnevision:
                 f"{type(policy).__name__} prunes inside the vision encoder, but {type(model).__name__} stitches whole "
                 "tiles: use VFlowOpt"
             )
-        images, videos = (
-            PrunedFeatures(kind, policy, encoder, fixed, backend)
-            for kind in (
-                OnevisionImages(inner, config.image_token_id),
-                OnevisionVideos(inner, config.video_token_id),
-            )
+        kinds = OnevisionImages(inner, config.image_token_id), OnevisionVideos(inner, config.video_token_id)
+        replacements += vlm_replacements(
+            model, kinds, policy, _MANY, encoder, fixed, backend=backend, compact_cache=compact_cache
         )
-        shrinker = PromptShrinker((images, videos))
-        decoder, more = decoder_replacements(
-            inner.language_model, policy, _MANY, encoder, backend=backend, compact_cache=compact_cache
-        )
-        replacements += [
-            (inner, images.method, images),
-            (inner, videos.method, videos),
-            (model, "forward", PrunedForward(model, shrinker, decoder)),
-            (model, "generate", PrunedGenerate(model, shrinker)),
-            *more,
-        ]
         return encoder, replacements
 
 

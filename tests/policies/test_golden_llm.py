@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_cases import golden_manifest, golden_tensors
+from golden_cases import golden_manifest, golden_tensors, one_image
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
 import flowcut_kernels as fk
 from flowcut_kernels import _library
 from flowcut_kernels.models.llm import decoder_replacements
-from flowcut_kernels.modules.decoder import VisualTokens
 from flowcut_kernels.policies.base import DecoderView, VisualHeads
 from flowcut_kernels.trace import Trace
 
@@ -71,17 +70,7 @@ def test_model(name, attention):
     _, replacements = decoder_replacements(model, policy, count, record)
     for module, attribute, replacement in replacements:
         setattr(module, attribute, replacement)
-    visual = VisualTokens(
-        columns=torch.arange(start, start + count)[None],
-        lengths=[count],
-        full=[count],
-        sources=[0],
-        samples=torch.tensor([0]),
-        counts=[1],
-        asks=torch.tensor([length - 1]),
-        live=torch.ones(1, length, dtype=torch.bool),
-        right=False,
-    )
+    visual = one_image(start, count, length)
     out = model(inputs_embeds=tensors["inputs_embeds"], visual_tokens=visual, use_cache=True, output_hidden_states=True)
     (stage,) = record.trace.stages
     assert torch.equal(stage.indices, tensors["keep_indices"])

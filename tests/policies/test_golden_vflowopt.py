@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_cases import golden_manifest, golden_tensors
+from golden_cases import golden_manifest, golden_tensors, one_image
 from torch.testing import assert_close
 from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config, Qwen2Model, SiglipVisionConfig
 
@@ -14,7 +14,7 @@ import flowcut_kernels as fk
 from flowcut_kernels._ops import Select
 from flowcut_kernels.models.llava_onevision import layout, pack
 from flowcut_kernels.models.llm import decoder_replacements
-from flowcut_kernels.modules.decoder import EncodedTokens, VisualTokens
+from flowcut_kernels.modules.decoder import EncodedTokens
 from flowcut_kernels.policies import vflowopt
 from flowcut_kernels.policies.base import EncoderStep, EncoderView, FeatureView, Pixels
 from flowcut_kernels.trace import Trace
@@ -108,18 +108,8 @@ def test_stages(name):
     _, replacements = decoder_replacements(model, policy, count, record)
     for module, attribute, replacement in replacements:
         setattr(module, attribute, replacement)
-    visual = VisualTokens(
-        columns=torch.arange(start, start + count)[None],
-        lengths=[count],
-        full=[count],
-        sources=[0],
-        samples=torch.tensor([0]),
-        counts=[1],
-        asks=torch.tensor([length - 1]),
-        live=torch.ones(1, length, dtype=torch.bool),
-        right=False,
-        encoded=lambda: EncodedTokens(tensors["vit_attn_map"][None], None),
-    )
+    visual = one_image(start, count, length)
+    visual.encoded = lambda: EncodedTokens(tensors["vit_attn_map"][None], None)
     out = model(inputs_embeds=tensors["inputs_embeds"], visual_tokens=visual, use_cache=True)
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == case["tokens_per_layer"]
     cuts = {stage.layer + 1: stage.indices[0] for stage in record.trace.stages}

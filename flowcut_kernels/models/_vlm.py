@@ -1,0 +1,43 @@
+"""What every VLM's patch consists of besides its vision tower's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..modules.encoder import PrunedEncoder
+from ..policies.base import Policy
+from ._bound import Replacement
+from ._features import Kind, PrunedFeatures
+from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from .llm import decoder_replacements
+
+
+def vlm_replacements(
+    model: Any,
+    kinds: Iterable[Kind],
+    policy: Policy,
+    tokens: int,
+    encoder: PrunedEncoder,
+    fixed: dict[str, Any],
+    *,
+    backend: str | None,
+    compact_cache: bool,
+) -> list[Replacement]:
+    """Features of all `kinds` of visuals, prompts, and the language model where `policy` prunes there.
+
+    Args:
+        tokens: of an image, the most where they differ.
+        fixed: settings that must not change after patching.
+    """
+    features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend) for kind in kinds)
+    shrinker = PromptShrinker(features)
+    decoder, layers = decoder_replacements(
+        model.model.language_model, policy, tokens, encoder, backend=backend, compact_cache=compact_cache
+    )
+    return [
+        *((model.model, each.method, each) for each in features),
+        (model, "forward", PrunedForward(model, shrinker, decoder)),
+        (model, "generate", PrunedGenerate(model, shrinker)),
+        *layers,
+    ]
