@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -43,10 +44,14 @@ def encoder_tensor(name: str, shape: tuple[int, ...], seed: int, gains: dict, la
     """The manifest's recipe for one weight of a vision encoder."""
     if "norm" in name or "layrnorm" in name:
         weight = name.endswith("weight")
+        if "q_norm" in name or "k_norm" in name:
+            return drawn(name, seed, shape, 0.1, gains["qk"][0])
         return drawn(name, seed, shape, 0.1 if weight else 0.05, 1.0 if weight else 0.0)
     if name.endswith("bias"):
         return drawn(name, seed, shape, 0.02)
-    if name.endswith("class_embedding"):
+    if "lambda_" in name:  # scale of a residual branch
+        return drawn(name, seed, shape, 0.1, 1.0)
+    if name.endswith(("class_embedding", "cls_token")):
         return drawn(name, seed, shape, gains["cls"] * SQRT3)
     if "position_embedding" in name:
         return drawn(name, seed, shape, gains["pos"] * SQRT3)
@@ -54,9 +59,10 @@ def encoder_tensor(name: str, shape: tuple[int, ...], seed: int, gains: dict, la
         return drawn(name, seed, shape, gains["patch"] * SQRT3 / np.sqrt(np.prod(shape[1:])))
     if "q_proj" in name or "k_proj" in name:
         first, last = gains["qk"]
-        gain = first + (last - first) * int(name.split("layers.")[1].split(".")[0]) / max(layers - 1, 1)
+        gain = first + (last - first) * int(re.search(r"layers?\.(\d+)", name)[1]) / max(layers - 1, 1)
     else:
-        gain = gains["v"] if "v_proj" in name else gains["out"] if "out_proj" in name else gains["mlp"]
+        out = "out_proj" in name or "projection_layer" in name
+        gain = gains["v"] if "v_proj" in name else gains["out"] if out else gains["mlp"]
     return drawn(name, seed, shape, gain * SQRT3 / np.sqrt(shape[1]))
 
 

@@ -31,10 +31,11 @@ VISION = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_h
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> nn.Module:
     """Set every parameter by its name: encoders as the golden weights, the rest with logits far from uniform."""
-    gains = GAINS if any("class_embedding" in name for name, _ in model.named_parameters()) else GAINS_MEAN
+    names = [name for name, _ in model.named_parameters()]
+    gains = GAINS if any(name.endswith(("class_embedding", "cls_token")) for name in names) else GAINS_MEAN
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        parts = ("language_model", "lm_head", "projector", "head.", "newline")
+        parts = ("language_model", "text_model", "lm_head", "projector", "connector", "head.", "newline")
         if any(part in name for part in parts):
             if parameter.dim() == 1 and name.endswith("weight"):
                 value = drawn(name, seed, shape, 0.1, 1.0)

@@ -15,12 +15,14 @@ from ..policies.base import Policy
 from ..trace import Trace
 from ._bound import Replacement
 from .clip import CLIP, SIGLIP
+from .idefics3 import IDEFICS3_VIT, SMOLVLM_VIT
+from .internvl import INTERN_VIT
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision())
+ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision(), INTERN_VIT, IDEFICS3_VIT, SMOLVLM_VIT)
 _HANDLE = "_flowcut_patch"
 
 

@@ -15,7 +15,7 @@ from ._bound import Bound, Replacement, named
 
 @dataclass(frozen=True)
 class Tower:
-    """The facts of a family of bare vision towers (``model.encoder.layers`` of pre-norm layers)."""
+    """The facts of a family of bare vision towers (``model.encoder`` with a list of pre-norm layers)."""
 
     model_class: type[nn.Module]
     protect: int  # leading tokens that are not patches
@@ -23,6 +23,7 @@ class Tower:
     parts: Callable[[nn.Module], LayerParts]
     pixel_mean: Sequence[float]  # of the usual image processor, on a scale of 0..1
     pixel_std: Sequence[float]
+    layers: str = "layers"  # the list's name
 
     def replacements(
         self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
@@ -43,7 +44,7 @@ class Tower:
         self, model: Any, policy: Policy, index: int, *, runs_rest: bool, record: bool, backend: str | None
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """Replacements that prune before the layer whose output is ``hidden_states[index]``."""
-        layers = model.encoder.layers
+        layers = getattr(model.encoder, self.layers)
         states = len(layers) + 1
         feature_layer = (index if index >= 0 else states + index) - 1
         if not 1 <= feature_layer < len(layers):
@@ -68,7 +69,19 @@ class Tower:
 
     def patches(self, model: Any) -> int:
         """Patches per image at the configured size."""
-        return (model.config.image_size // model.config.patch_size) ** 2
+        return (edge(model.config.image_size) // edge(model.config.patch_size)) ** 2
+
+
+def edge(size: int | Sequence[int]) -> int:
+    """The edge of a square, which some configurations give as height and width.
+
+    Raises:
+        ValueError: two different numbers.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"{height} x {width} in the vision tower's configuration: only squares are supported")
+    return height
 
 
 class _WatchedTower(Bound):
@@ -82,7 +95,7 @@ class _WatchedTower(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments, tower = named(self, args, kwargs), self.tower
-        size = self.model.config.patch_size
+        size = edge(self.model.config.patch_size)
         self.encoder.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)
         try:
             return self.original(**arguments)

@@ -16,7 +16,7 @@ from ._bound import Replacement
 from ._tower import Tower
 
 
-def _parts(layer: Any, eager: Callable) -> LayerParts:
+def vit_parts(layer: Any, eager: Callable) -> LayerParts:
     attention = layer.self_attn
     return LayerParts(
         norm1=layer.layer_norm1,
@@ -28,6 +28,7 @@ def _parts(layer: Any, eager: Callable) -> LayerParts:
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
         eager=eager,
+        dropout=attention.dropout,
     )
 
 
@@ -35,7 +36,7 @@ CLIP = Tower(
     model_class=modeling_clip.CLIPVisionModel,
     protect=1,
     feature_layer=-2,  # what LLaVA reads
-    parts=partial(_parts, eager=modeling_clip.eager_attention_forward),
+    parts=partial(vit_parts, eager=modeling_clip.eager_attention_forward),
     pixel_mean=OPENAI_CLIP_MEAN,
     pixel_std=OPENAI_CLIP_STD,
 )
@@ -43,7 +44,7 @@ SIGLIP = Tower(
     model_class=modeling_siglip.SiglipVisionModel,
     protect=0,
     feature_layer=-1,
-    parts=partial(_parts, eager=modeling_siglip.eager_attention_forward),
+    parts=partial(vit_parts, eager=modeling_siglip.eager_attention_forward),
     pixel_mean=IMAGENET_STANDARD_MEAN,
     pixel_std=IMAGENET_STANDARD_STD,
 )

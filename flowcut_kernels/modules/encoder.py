@@ -33,14 +33,16 @@ class LayerParts:
     """Where a family keeps the parts of a pre-norm encoder layer."""
 
     norm1: nn.Module
-    attention: nn.Module  # with num_heads, head_dim, scale, dropout, config
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
+    attention: nn.Module  # with head_dim, scale, config
+    q_proj: Callable[[Tensor], Tensor]  # a module, or one and what the family does to its output
+    k_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor]
+    out_proj: Callable[[Tensor], Tensor]  # up to what is added to the residual stream
     norm2: nn.Module
-    mlp: nn.Module
+    mlp: Callable[[Tensor], Tensor]  # likewise
     eager: Callable  # the family's eager attention function
+    dropout: float = field(default=0.0, kw_only=True)  # of the attention weights, in training
+    linear: bool = field(default=True, kw_only=True)  # q_proj is: nothing norms its output
 
 
 @dataclass
@@ -162,13 +164,11 @@ class PrunedEncoderLayer:
         """Looked up on each call: a module that was swapped after patching (an adapter, a quantised one) counts."""
         return self.parts_of(self.layer)
 
-    def __call__(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, pruning: EncoderState, **kwargs: Any
-    ) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *mask: None, pruning: EncoderState, **kwargs: Any) -> Tensor:
         pruning.enter(self.number)
         step = pruning.step(self.number)
         if step is None and pruning.mask is None:
-            return type(self.layer).forward(self.layer, hidden_states, attention_mask, **kwargs)
+            return type(self.layer).forward(self.layer, hidden_states, *mask, **kwargs)
         hidden_states = self._attention_half(hidden_states, step, pruning, **kwargs)
         return hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
 
@@ -219,14 +219,9 @@ class PrunedEncoderLayer:
             query = self._heads(self.parts.q_proj(normed[:, 0])[:, None]) if query is None else query[:, :, :1]
             return query, value[:, :, :1]
         # Projections are linear, so the mean token's query and value cost one row each.
-        dtype = accumulate_dtype(normed.dtype)
-        if mask is None:
-            mean = normed.mean(1, keepdim=True, dtype=dtype)
-        else:
-            live = normed.masked_fill(~mask[..., None], 0)
-            mean = live.sum(1, keepdim=True, dtype=dtype) / mask.sum(1)[:, None, None]
-        mean = mean.to(normed.dtype)
-        return self._heads(self.parts.q_proj(mean)), self._heads(self.parts.v_proj(mean))
+        token, parts = _mean_token(normed, mask), self.parts
+        mean = parts.q_proj(token) if parts.linear else _mean_token(parts.q_proj(normed), mask)
+        return self._heads(mean), self._heads(parts.v_proj(token))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
         module: Any = self.parts.attention
@@ -239,7 +234,7 @@ class PrunedEncoderLayer:
                 name = "sdpa"
             mask = mask[:, None, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.parts.eager)
-        dropout = module.dropout if module.training else 0.0
+        dropout = self.parts.dropout if module.training else 0.0
         options = kwargs | dict(scaling=module.scale, dropout=dropout, is_causal=False)
         return attend(module, query, key, value, mask, **options)[0]
 
@@ -252,6 +247,15 @@ class PrunedEncoderLayer:
             return False
         backend = resolve_backend(backend)
         return backend in ("auto", "cpp") and choose_backend("attention", backend, query, ("cpp",)) == "cpp"
+
+
+def _mean_token(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean [B, 1, D] of the rows of x [B, N, D] that `mask` [B, N] says."""
+    dtype = accumulate_dtype(x.dtype)
+    if mask is None:
+        return x.mean(1, keepdim=True, dtype=dtype).to(x.dtype)
+    live = x.masked_fill(~mask[..., None], 0)
+    return (live.sum(1, keepdim=True, dtype=dtype) / mask.sum(1)[:, None, None]).to(x.dtype)
 
 
 class SkippedEncoderLayer:
@@ -309,8 +313,9 @@ class PrunedEncoder:
         follow = self.policy.prunes_features and self.policy.encoder_budget(rows) < rows
         if follow:
             state.number_patches(len(inputs_embeds), inputs_embeds.shape[1], inputs_embeds.device)
+        mask = (None,) if "attention_mask" in self.__signature__.parameters else ()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, pruning=state, **kwargs)
+            hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
         self.trace = state.trace
         if self.policy.prunes_features:
             live = slice(self.protect, None)

@@ -296,10 +296,9 @@ class Subclass(CLIPVisionModel):
 )
 def test_unsupported_models(build):
     model = build()
-    names = "CLIPVisionModel, SiglipVisionModel, LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration"
+    names = ", ".join(c.__name__ for c in fk.supported_models())
     with pytest.raises(TypeError, match=f"{type(model).__name__} is not supported; supported models: {names}"):
         fk.patch(model, POLICY)
-    assert [c.__name__ for c in fk.supported_models()] == names.split(", ")
     assert fk.supported_models()[:3] == [CLIPVisionModel, SiglipVisionModel, LlavaForConditionalGeneration]
 
 
