@@ -169,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
     std::optional<Tensor> attention, std::optional<Tensor> relevance, std::optional<Tensor> value_norm,
     std::optional<Tensor> history, std::optional<Tensor> entropy, std::optional<Tensor> lengths,
     double history_weight, int64_t protect, int64_t mode, int64_t budget, double divisor,
-    std::vector<double> criteria_weights, double entropy_exponent) {
+    std::vector<double> criteria_weights, double entropy_exponent, std::optional<Tensor> budgets,
+    int64_t block) {
   check(attention || relevance || value_norm,
         "score_select: attention, relevance and value_norm are all None");
   const Tensor first = attention ? *attention : relevance ? *relevance : *value_norm;
@@ -200,6 +201,16 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   check(0 <= mode && mode <= int64_t(Select::Fixed), "score_select: mode=", mode, " is unknown");
   check(0 <= protect && protect <= p.tokens && budget >= 0, "score_select: protect=", protect,
         " or budget=", budget, " does not fit ", p.tokens, " tokens");
+  check(block >= 1 && (p.tokens - protect) % block == 0, "score_select: block=", block,
+        " must be at least 1 and divide the ", p.tokens - protect, " tokens behind protect");
+  p.block = block;
+  if (budgets) {
+    check_shape("score_select: budgets", *budgets, {p.batch});
+    check(budgets->is_cpu() && budgets->scalar_type() == ScalarType::Int,
+          "score_select: budgets must be int32 on the CPU");
+    budgets = torch::stable::contiguous(*budgets);
+    p.budgets = static_cast<const int32_t*>(budgets->const_data_ptr());
+  }
   if (entropy) {
     check_shape("score_select: entropy", *entropy, {p.batch});
     check(entropy->is_cpu() && entropy->scalar_type() == ScalarType::Float,
@@ -218,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> score_select(
   p.lengths = live.data();
 
   p.width = p.mode == Select::ScoreOnly ? 0
-            : p.mode == Select::Fixed   ? std::min(protect + budget, p.tokens)
+            : p.mode == Select::Fixed   ? protect + std::min(budget, (p.tokens - protect) / block) * block
                                         : p.tokens;
   Tensor score = empty_floats({p.batch, p.tokens});
   const std::array<int64_t, 2> index_sizes{p.batch, p.width};

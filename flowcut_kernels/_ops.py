@@ -54,13 +54,14 @@ LIB.define(
 LIB.define(
     "score_select(Tensor? attention, Tensor? relevance, Tensor? value_norm, Tensor? history, Tensor? entropy, "
     "Tensor? lengths, *, float history_weight, int protect, int mode, int budget, float divisor, "
-    "float[] criteria_weights=[1.0, 1.0, 1.0], float entropy_exponent=2.0) -> (Tensor, Tensor, Tensor)"
+    "float[] criteria_weights=[1.0, 1.0, 1.0], float entropy_exponent=2.0, Tensor? budgets=None, int block=1) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 LIB.define(
     "anchor_stats_select(Tensor query, Tensor key, Tensor value, Tensor? value_anchor, Tensor? history, "
     "Tensor? lengths, *, float scale, int protect, bool attention, int relevance, int value_norm, "
     "float history_weight, int mode, int budget, float divisor, float[] criteria_weights=[1.0, 1.0, 1.0], "
-    "float entropy_exponent=2.0) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float entropy_exponent=2.0, Tensor? budgets=None, int block=1) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIB.define(
     "gather_tokens(Tensor[] inputs, Tensor index, Tensor? norm_weight=None, Tensor? norm_bias=None, *, "
@@ -133,14 +134,14 @@ def _(
 
 
 @torch.library.register_fake("flowcut_kernels::score_select", lib=LIB)
-def _(attention, relevance, value_norm, history, entropy, lengths, *, protect, mode, budget, **options):
+def _(attention, relevance, value_norm, history, entropy, lengths, *, protect, mode, budget, block=1, **options):
     first = any_tensor(attention, relevance, value_norm)
-    return tuple(select_outputs(first, *first.shape, mode, protect, budget))
+    return tuple(select_outputs(first, *first.shape, mode, protect, block * budget))
 
 
-def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, budget: int) -> list[Tensor]:
-    """Unwritten score, index and new lengths of `score_select` on the device of `like`."""
-    widths: dict[int, int] = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + budget, tokens)}
+def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: int, rows: int) -> list[Tensor]:
+    """Unwritten score, index and new lengths of `score_select` on the device of `like`; a budget of `rows`."""
+    widths: dict[int, int] = {Select.SCORE_ONLY: 0, Select.FIXED: min(protect + rows, tokens)}
     width = widths.get(mode, tokens)
     return [
         like.new_empty((batch, tokens), dtype=accumulate_dtype(like.dtype)),
@@ -150,8 +151,8 @@ def select_outputs(like: Tensor, batch: int, tokens: int, mode: int, protect: in
 
 
 @torch.library.register_fake("flowcut_kernels::anchor_stats_select", lib=LIB)
-def _(query, key, value, value_anchor, history, lengths, *, protect, mode, budget, **options):
-    selected = select_outputs(key, key.shape[0], key.shape[2], mode, protect, budget)
+def _(query, key, value, value_anchor, history, lengths, *, protect, mode, budget, block=1, **options):
+    selected = select_outputs(key, key.shape[0], key.shape[2], mode, protect, block * budget)
     return (*selected, key.new_empty((key.shape[0],), dtype=accumulate_dtype(key.dtype)))
 
 

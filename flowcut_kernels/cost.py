@@ -237,11 +237,12 @@ def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Sc
     """Rows of an image by layer, FLOPs of choosing them, and whether `entropy` mattered."""
     policy, config, protect = encoder.policy, _config(encoder.encoder), encoder.protect
     patches = live = _patches(config)
+    budget = policy.encoder_budget(patches)
     cuts: dict[int, int] = {}
     looks, adapts = 0, False
     for layer in range(runs):
-        step = policy.encoder_step(layer, encoder.feature_layer, patches)
-        if step is None or (cuts and live <= policy.encoder_budget(patches)):
+        step = policy.encoder_step(layer, encoder.feature_layer, patches, budget)
+        if step is None or (cuts and live <= budget):
             continue
         looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
         if step.prunes:

@@ -271,7 +271,7 @@ def test_assumed_entropy_follows_the_rule_of_the_operator(exponent):
     rows = fk.cost(llava_7b(), policy, pope(), entropy=0.8).pruned.encoder
     assert len(rows.leaving) == 23
     for layer, left in enumerate(rows.leaving):
-        step = policy.encoder_step(layer, 22, 576)
+        step = policy.encoder_step(layer, 22, 576, policy.encoder_budget(576))
         if step is not None and step.prunes:
             *_, lengths = score_select(
                 torch.rand(1, live), entropy=torch.tensor([0.8]), entropy_exponent=exponent, mode=step.mode,

@@ -34,6 +34,15 @@ void share(float* __restrict score, const float* __restrict x, float weight, int
     for (int64_t i = 0; i < n; ++i) score[i] = weight * (x[i] / sum);
 }
 
+// Every group of `block` scores becomes its mean.
+void average(float* __restrict score, int64_t n, int64_t block) {
+  for (int64_t i = 0; i + block <= n; i += block) {
+    float sum = 0;
+    for (int64_t j = 0; j < block; ++j) sum += score[i + j];
+    for (int64_t j = 0; j < block; ++j) score[i + j] = sum / (float)block;
+  }
+}
+
 // The cumulative score of candidates [begin, begin + n) of one image; false if one is NaN or Inf.
 bool update_score(const ScoreSelect& p, int64_t batch, int64_t begin, int64_t n) {
   auto row = [&](const Criterion& x) { return x.data ? x.data + batch * x.batch_stride + begin : nullptr; };
@@ -51,6 +60,7 @@ bool update_score(const ScoreSelect& p, int64_t batch, int64_t begin, int64_t n)
   }
   if (const float* __restrict history = row(p.history))
     for (int64_t i = 0; i < n; ++i) score[i] = p.history_weight * history[i] + p.score_weight * score[i];
+  if (p.block > 1) average(score, n, p.block);
   int32_t bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     score[i] += 0.0f;  // -0.0 becomes +0.0, so that the two tie
@@ -59,21 +69,30 @@ bool update_score(const ScoreSelect& p, int64_t batch, int64_t begin, int64_t n)
   return !bad;
 }
 
-// Tokens to drop of n candidates, in float like torch: round_half_even((n - T) / divisor * (1 - h^e)).
+// Groups that image `batch` is to end with.
+int64_t target(const ScoreSelect& p, int64_t batch) {
+  return p.budgets ? min(max(p.budgets[batch], 0), p.budget) : p.budget;
+}
+
+// Groups to drop of n, in float like torch: round_half_even((n - T) / divisor * (1 - h^e)).
 int64_t drop_count(const ScoreSelect& p, int64_t batch, int64_t n) {
   const float h = p.entropy[batch];
   const float share = p.entropy_exponent == 2 ? h * h : power(h < 0 ? 0 : h, p.entropy_exponent);
-  const float count = __builtin_rintf((float)(n - p.budget) / p.divisor * (1.0f - share));
+  const float count = __builtin_rintf((float)(n - target(p, batch)) / p.divisor * (1.0f - share));
   // A NaN says nothing of its own image, which falls to the budget, and does not decide for its batch.
   if (count != count) return INT64_MIN;
   return count > 0 ? (int64_t)(count < 0x1p62f ? count : 0x1p62f) : 0;
 }
 
-// Writes the k largest of score[0, n) as offset + position, ascending, ties to the lower position.
-void top_k(const float* score, int64_t n, int64_t k, int64_t offset, int32_t* __restrict keys, int64_t* out) {
+// Writes the rows of the k of n groups whose (equal) scores are largest, as offset + position, ascending, ties to the
+// lower position. Without groups, the loops are those of a block of 1.
+template <bool kGroups>
+void top_k(const float* score, int64_t n, int64_t k, int64_t block, int64_t offset, int32_t* __restrict keys,
+           int64_t* out) {
+  if constexpr (!kGroups) block = 1;
   for (int64_t i = 0; i < n; ++i) {
     int32_t bits;
-    memcpy(&bits, score + i, sizeof(bits));
+    memcpy(&bits, score + i * block, sizeof(bits));
     keys[i] = bits ^ (bits >> 31 & 0x7fffffff);  // integers in the order of the floats
   }
   // The largest threshold that at least k keys reach, bit by bit from the sign (whose bit counts upside
@@ -91,7 +110,7 @@ void top_k(const float* score, int64_t n, int64_t k, int64_t offset, int32_t* __
   for (int64_t i = 0, m = 0; m < k; ++i) {
     const bool tie = keys[i] == limit && ties > 0;
     ties -= tie;
-    out[m] = offset + i;
+    for (int64_t j = 0; j < block; ++j) out[m * block + j] = offset + i * block + j;
     m += keys[i] > limit || tie;
   }
 }
@@ -99,7 +118,7 @@ void top_k(const float* score, int64_t n, int64_t k, int64_t offset, int32_t* __
 }  // namespace
 
 void score_select(const ScoreSelect& p, ParallelFor run) {
-  auto candidates = [&](int64_t batch) { return max(p.lengths[batch] - p.protect, 0); };
+  auto candidates = [&](int64_t batch) { return max(p.lengths[batch] - p.protect, 0) / p.block; };
   const bool adaptive = (p.mode == Select::Adaptive || p.mode == Select::AdaptiveBatch) && p.divisor != 0;
   int64_t batch_drop = INT64_MIN;
   if (adaptive && p.mode == Select::AdaptiveBatch)
@@ -119,17 +138,17 @@ void score_select(const ScoreSelect& p, ParallelFor run) {
         p.lengths_out[b] = finite ? (int32_t)p.lengths[b] : -1;
         continue;
       }
-      int64_t keep = min(n, p.budget);
+      int64_t keep = min(n, target(p, b));
       if (adaptive) {
         const int64_t drop = p.mode == Select::AdaptiveBatch ? batch_drop : drop_count(p, b, n);
         if (drop >= 0) keep = max(keep, n - drop);
       }
-      const int64_t kept = finite ? p.protect + min(keep, live) : 0;
+      const int64_t kept = finite ? p.protect + p.block * keep : 0;
       int64_t* index = p.index_out + b * p.width;
       if (finite) {
         for (int64_t i = 0; i < p.protect; ++i) index[i] = i;
-        top_k(score + p.protect, live, kept - p.protect, p.protect, (int32_t*)(float*)keys,
-              index + p.protect);
+        (p.block > 1 ? top_k<true> : top_k<false>)(score + p.protect, n, keep, p.block, p.protect,
+                                                   (int32_t*)(float*)keys, index + p.protect);
       }
       for (int64_t i = kept; i < p.width; ++i) index[i] = -1;
       p.lengths_out[b] = finite ? (int32_t)kept : -1;

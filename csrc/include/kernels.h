@@ -79,6 +79,8 @@ struct ScoreSelect {
   int64_t protect;
   Select mode;
   int64_t budget;
+  const int32_t* budgets;  // [batch] or null: each at most `budget`
+  int64_t block;           // rows of a group; n and the budgets count groups
   float divisor, entropy_exponent;
   float* score_out;    // [batch, tokens]
   int64_t* index_out;  // [batch, width]

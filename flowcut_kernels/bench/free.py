@@ -31,12 +31,12 @@ class FreeSelection(Policy):
         counts = [(stage.layer, round(sum(stage.kept) / len(stage.kept))) for stage in stages]
         return cls(policy.target_tokens, policy.retain_ratio, schedule=tuple(counts))
 
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         kept = dict(self.schedule).get(layer)
         return None if kept is None else EncoderStep(Select.FIXED, kept, static=True)
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
-        images, rows = len(view.key), min(step.budget + view.protect, view.key.shape[2])
+        images, rows = len(view.key), min(step.budget * view.block + view.protect, view.key.shape[2])
         index, lengths = _rows(images, rows, view.key.device)
         return Selection(index, lengths)
 

@@ -204,7 +204,7 @@ def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tens
     heads, budget = layers[0].self_attn.num_heads, policy.budget(patches)
     history: Tensor | None = None
     for number, layer in enumerate(layers[: feature_layer + 1]):
-        step = policy.encoder_step(number, feature_layer, patches)
+        step = policy.encoder_step(number, feature_layer, patches, budget)
         if step is None or hidden.shape[1] - 1 <= budget:
             hidden = layer(hidden, None)
             continue

@@ -78,8 +78,9 @@ class EncoderState:
     def step(self, layer: int) -> EncoderStep | None:
         """The policy's step at `layer`; None once every image is down to its budget."""
         tokens = self.grid[0] * self.grid[1]
-        step = self.policy.encoder_step(layer, self.feature_layer, tokens)
-        done = self.most is not None and self.most <= self.policy.encoder_budget(tokens) + self.protect
+        budget = self.policy.encoder_budget(tokens)
+        step = self.policy.encoder_step(layer, self.feature_layer, tokens, budget)
+        done = self.most is not None and self.most <= budget + self.protect
         return None if done else step
 
     def select(self, layer: int, step: EncoderStep, view: EncoderView) -> Selection:

@@ -116,8 +116,13 @@ class Policy:
     def check_encoder(self, feature_layer: int, tokens: int) -> None:
         """ValueError where this policy does not fit an encoder of `tokens` patches that is read at `feature_layer`."""
 
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
-        """What to do at an encoder layer whose output feeds the next one; None: run the layer as it is."""
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
+        """What to do at an encoder layer whose output feeds the next one; None: run the layer as it is.
+
+        Args:
+            tokens: of an input of the encoder, unpruned: an image, or a tile of it, or a frame.
+            budget: tokens that the encoder leaves of it: `encoder_budget`, or a tile's part of that.
+        """
         raise NotImplementedError
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
@@ -199,7 +204,7 @@ class EncoderStep(NamedTuple):
     """A layer at which a policy looks at the tokens."""
 
     mode: Select
-    budget: int = 0  # patches to end with, for the pruning modes
+    budget: int = 0  # tokens to end with, for the pruning modes
     divisor: float = 0.0  # sqrt of the remaining layers, for the adaptive modes
     static: bool = False  # counts follow from the step and the shapes alone: nothing has to be read back
 
@@ -219,9 +224,13 @@ class EncoderView:
     protect: int  # leading tokens that are not patches (1 for CLS)
     lengths: Tensor | None  # live tokens per image [B] where the batch is ragged, else None
     history: Tensor | None  # cumulative score [B, N] of the layer before
-    grid: tuple[int, int]  # patches of the unpruned image: rows, columns
+    grid: tuple[int, int]  # tokens of the unpruned image: rows, columns
     pixels: Pixels | None  # where the policy wants them
     backend: str | None
+    block: int = 1  # patches of a token, consecutive rows behind `protect` that stay or go together
+    budgets: Tensor | None = None  # int32 [B] each one's part of the step's budget, the largest; None: all the same
+    places: Tensor | None = None  # int64 [B, n] of each token in its grid, row by row; None: in this order, all there
+    grids: list[tuple[int, int]] | None = None  # each one's; None: all the same
 
 
 class Pixels(NamedTuple):

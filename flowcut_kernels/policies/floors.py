@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .._ops import Select
 from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
@@ -20,33 +22,65 @@ class _BlindPolicy(Policy):
         super().__post_init__()
         check_feature_layer(self)
 
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
-        budget = self.budget(tokens)
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         return (
             EncoderStep(Select.FIXED, budget, static=True) if layer == feature_layer - 1 and budget < tokens else None
         )
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
-        index, lengths = _chosen(self, view.grid, step.budget, view.protect, view.key.device)
-        batch = view.key.shape[0]
-        return Selection(index.expand(batch, -1), lengths.expand(batch))
+        batch, device = view.key.shape[0], view.key.device
+        if view.budgets is None and view.places is None and view.grids is None:
+            index, length = _chosen(self, view.grid, step.budget, view.protect, view.block, device)
+            return Selection(index.expand(batch, -1), length.expand(batch))
+        budgets = [step.budget] * batch if view.budgets is None else view.budgets.tolist()
+        tokens = [prod(grid) for grid in view.grids or [view.grid] * batch]
+        if view.lengths is not None:
+            tokens = [(length - view.protect) // view.block for length in view.lengths.tolist()]
+        elif view.places is not None:
+            tokens = [view.places.shape[1]] * batch
+        places = [None] * batch if view.places is None else view.places.cpu()
+        rows = []
+        for grid, n, place, budget in zip(view.grids or [view.grid] * batch, tokens, places, budgets, strict=True):
+            if place is None:
+                chosen = self._tokens(grid, min(budget, n))
+            else:
+                place, order = place[:n].sort()
+                chosen = order[self._tokens(_rectangle(place, grid), min(budget, n))].sort().values
+            rows.append(_rows(chosen, view.protect, view.block))
+        index = pad_sequence(rows, batch_first=True, padding_value=-1)
+        return Selection(index.to(device), torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device))
 
-    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+    def _tokens(self, grid: tuple[int, int], budget: int) -> Tensor:
         raise NotImplementedError
+
+
+def _rectangle(places: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the part of a grid that ascending `places` [n] fill; one row where it is no rectangle."""
+    if len(places) == prod(grid):
+        return grid
+    row, column = places // grid[1], places % grid[1]
+    sides = int(row[-1] - row[0]) + 1, int(column.max() - column.min()) + 1
+    return sides if prod(sides) == len(places) else (1, len(places))
+
+
+def _rows(tokens: Tensor, protect: int, block: int) -> Tensor:
+    """Protected rows, then those of `tokens`."""
+    patches = (tokens[:, None] * block + torch.arange(block)).flatten()
+    return torch.cat([torch.arange(protect), patches + protect])
 
 
 @lru_cache(maxsize=16)
 def _chosen(
-    policy: _BlindPolicy, grid: tuple[int, int], budget: int, protect: int, device: torch.device
+    policy: _BlindPolicy, grid: tuple[int, int], budget: int, protect: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Rows [M] and their number [], copied to the device once: a copy would wait for it."""
-    index = torch.cat([torch.arange(protect), policy._patches(grid, budget) + protect])
+    index = _rows(policy._tokens(grid, budget), protect, block)
     return index.to(device), torch.tensor(len(index), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens(_BlindPolicy):
-    """Keep a random subset of patches: a function of ``seed`` and the grid alone, the same for every image.
+    """Keep a random subset of tokens: a function of ``seed`` and the grid alone, the same for every image.
 
     Args:
         target_tokens, retain_ratio: the budget per image, exactly one of them (see :class:`Policy`).
@@ -61,21 +95,21 @@ class RandomTokens(_BlindPolicy):
         if not is_whole(self.seed):
             raise TypeError(f"RandomTokens: seed={self.seed!r} must be an int")
 
-    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+    def _tokens(self, grid: tuple[int, int], budget: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(grid[0] * grid[1], generator=generator, device="cpu")[:budget].sort().values
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTokens(_BlindPolicy):
-    """Keep patches on a regular grid: about sqrt(T * rows / columns) rows, the budget spread evenly over them.
+    """Keep tokens on a regular grid: about sqrt(T * rows / columns) rows, the budget spread evenly over them.
 
     Args:
         target_tokens, retain_ratio: the budget per image, exactly one of them (see :class:`Policy`).
         feature_layer: hidden_states index that is read; None: what the model's configuration says.
     """
 
-    def _patches(self, grid: tuple[int, int], budget: int) -> Tensor:
+    def _tokens(self, grid: tuple[int, int], budget: int) -> Tensor:
         rows, columns = grid
         # Enough rows that none has to hold more than all its columns.
         lines = min(max(round((budget * rows / columns) ** 0.5), -(-budget // columns), 1), rows)

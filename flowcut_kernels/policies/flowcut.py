@@ -22,7 +22,7 @@ from .base import (
     is_number,
     is_whole,
 )
-from .recycling import select_features
+from .recycling import constant, select_features
 from .stages import check_stages, keep_most_important, ratio_space, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
@@ -195,9 +195,8 @@ class FlowCut(Policy):
             space |= dict(recycle_cell=(1.5, 24.0, "log"), encoder_surplus=(1.0, 4.0))
         return space | ratio_space(self, budget)
 
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         remaining = feature_layer - 1 - layer
-        budget = self.encoder_budget(tokens)
         if remaining < 0:
             return None
         if budget >= tokens:  # others may still want the score
@@ -206,7 +205,7 @@ class FlowCut(Policy):
                 EncoderStep(Select.SCORE_ONLY, static=True) if wanted and (self.cumulative or not remaining) else None
             )
         if self.schedule is not None:
-            return self._scheduled_step(layer)
+            return self._scheduled_step(layer, tokens, budget)
         if remaining % self.interval:
             return EncoderStep(Select.SCORE_ONLY, static=not self.adaptive) if self.cumulative else None
         if remaining == 0:
@@ -220,8 +219,13 @@ class FlowCut(Policy):
         kept = max(budget, round(tokens * (budget / tokens) ** (done / cuts)))
         return EncoderStep(Select.FIXED, kept, static=True)
 
-    def _scheduled_step(self, layer: int) -> EncoderStep | None:
+    def _scheduled_step(self, layer: int, tokens: int, budget: int) -> EncoderStep | None:
         assert self.schedule is not None
+        if self.schedule[-1][1] != budget:
+            raise ValueError(
+                f"FlowCut: schedule={self.schedule} does not end with the {budget} to keep of the {tokens} tokens of "
+                "an image or a tile: calibrate for images like these"
+            )
         kept = dict(self.schedule).get(layer)
         if kept is not None:
             return EncoderStep(Select.FIXED, kept, static=True)
@@ -249,6 +253,8 @@ class FlowCut(Policy):
             budget=step.budget,
             divisor=step.divisor,
             entropy_exponent=self.entropy_exponent,
+            budgets=view.budgets,
+            block=view.block,
             backend=view.backend,
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
@@ -289,20 +295,28 @@ class FlowCut(Policy):
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
         query, key, value, value_anchor = view.heads()
-        score, index, lengths, entropy = anchor_stats_select(
+        budget = max(view.budgets)
+        lengths = budgets = None
+        if min(view.lengths) < key.shape[2]:
+            lengths = constant(tuple(view.lengths), key.device)
+        if min(view.budgets) < budget:
+            budgets = constant(tuple(view.budgets), key.device).int()
+        score, index, kept, entropy = anchor_stats_select(
             query,
             key,
             value,
             value_anchor if relevance else None,
+            lengths=lengths,
             attention="attention" in self.criteria,
             relevance=relevance,
             value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
             criteria_weights=self.criteria_weights,
             mode=Select.FIXED,
-            budget=view.budgets[0],
+            budget=budget,
+            budgets=budgets,
             backend=view.backend,
         )
-        return Selection(index, lengths, score, entropy)
+        return Selection(index, kept, score, entropy)
 
     def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
         return 0 if self.llm_stages else self._statistics_flops(tokens, width, key_width)

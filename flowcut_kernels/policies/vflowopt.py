@@ -136,7 +136,7 @@ class VFlowOpt(Policy):
     def feature_budget(self, tokens: int) -> int | None:
         return None if self.counts == "release" else self.budget(tokens)
 
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int) -> EncoderStep | None:
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         needed = layer == feature_layer and (self.may_prune or self.llm_stages)
         return EncoderStep(Select.SCORE_ONLY, static=True) if needed else None
 
@@ -148,7 +148,10 @@ class VFlowOpt(Policy):
             bits = patch_entropy(
                 values, size, mean=self.pixel_mean or mean, std=self.pixel_std or std, backend=view.backend
             )
-            score = score + self.entropy_weight * bits.to(score.dtype).softmax(-1)
+            score = score + self.entropy_weight * _in_view(bits, view).to(score.dtype).softmax(-1)
+        if view.block > 1:
+            patches = score.unflatten(1, (-1, view.block))
+            score = patches.mean(2, keepdim=True).expand_as(patches).flatten(1)
         lengths = torch.where(score.isfinite().all(1), view.key.shape[2], -1).int()
         return Selection(None, lengths, torch.nn.functional.pad(score, (view.protect, 0)))
 
@@ -223,3 +226,15 @@ class VFlowOpt(Policy):
 
     def decoder_select(self, view: DecoderView) -> Selection:
         return keep_most_important(view)
+
+
+def _in_view(bits: Tensor, view: EncoderView) -> Tensor:
+    """Something of every patch [B, P], row by row of the image, in the order that an encoder's patches have."""
+    if view.block > 1:
+        side = math.isqrt(view.block)
+        rows, columns = view.grid
+        bits = bits.unflatten(1, (rows, side, columns, side)).transpose(2, 3).flatten(1)
+    if view.places is not None:
+        tokens = bits.unflatten(1, (-1, view.block))
+        bits = tokens.gather(1, view.places[..., None].expand(-1, -1, view.block)).flatten(1)
+    return bits

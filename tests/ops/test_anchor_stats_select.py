@@ -41,6 +41,11 @@ RULES = [
     dict(mode=Select.ADAPTIVE, budget=3, divisor=2.0, criteria_weights=(0.3, 1.7, 2.5), entropy_exponent=3.5),
     dict(mode=Select.ADAPTIVE_BATCH, budget=2, divisor=1.4, criteria_weights=(0, 1, 0.5), entropy_exponent=0.7),
     dict(mode=Select.FIXED, budget=7, relevance=Relevance.NONE, value_norm=ValueNorm.NONE),
+    dict(mode=Select.SCORE_ONLY, block=4),
+    dict(mode=Select.FIXED, budget=5, block=4, budgets=(5, 2)),
+    dict(mode=Select.ADAPTIVE, budget=3, divisor=2.0, block=4, budgets=(1, 3)),
+    dict(mode=Select.ADAPTIVE_BATCH, budget=3, divisor=2.0, block=16, budgets=(1, 3)),
+    dict(mode=Select.ADAPTIVE, budget=40, divisor=2.0, budgets=(5, 40)),
 ]
 
 
@@ -57,8 +62,13 @@ def rule_id(rule):
 def test_equals_the_definition(backend, device, case, rule, ragged):
     *inputs, history = draw(*case, torch.float32, device)
     tokens = case[3]
-    lengths = torch.tensor([max(1, tokens - 4 * b) for b in range(case[0])], dtype=torch.int32) if ragged else None
+    lengths = None
+    if ragged:
+        fewer = rule.get("block", 4)
+        lengths = torch.tensor([max(1, tokens - fewer * b) for b in range(case[0])], dtype=torch.int32)
     options = dict(protect=1, history=history if ragged else None, lengths=lengths) | rule
+    if "budgets" in rule:
+        options["budgets"] = torch.tensor(rule["budgets"], dtype=torch.int32, device=device)
     if ragged:  # what lies behind an image's last token must not matter
         options["lengths"] = lengths = lengths.to(device)
         for x in inputs[1:3]:
@@ -132,6 +142,8 @@ def test_opcheck():
         (dict(entropy_exponent=-1), "entropy_exponent=-1 must be a finite number > 0"),
         (dict(history_weight=2.0), "history_weight=2.0"),
         (dict(budget=-1), "budget=-1"),
+        (dict(block=2), "anchor_stats_select: block=2 must"),
+        (dict(budgets=torch.ones(2, dtype=torch.int32)), r"anchor_stats_select: budgets must be int32 \[1\]"),
         (dict(protect=6), "protect=6"),
         (dict(attention=False, relevance=Relevance.NONE, value_norm=ValueNorm.NONE), "no criterion"),
     ],

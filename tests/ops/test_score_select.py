@@ -77,6 +77,61 @@ def test_criteria_subsets(backend, device, drop, weights):
     torch.testing.assert_close(actual[0][:, 1:], expected)
 
 
+@pytest.mark.parametrize("rule", RULES[:2], ids=rule_id)
+@pytest.mark.parametrize("lengths", [None, [0, 3, 1, 2]], ids=["full", "ragged"])
+@pytest.mark.parametrize("protect", [0, 1])
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("mode", list(Select), ids=lambda x: x.name)
+def test_groups_and_budgets_equal_reference(backend, device, mode, block, protect, lengths, rule):
+    """Whole groups of tokens, each sample to its own budget: below, at and above what it has."""
+    inputs = draw(4, protect + 3 * block * (13 if block == 1 else 1), device)
+    groups = (inputs["history"].shape[1] - protect) // block
+    if lengths is not None:
+        lengths = [protect + n * groups // 3 * block for n in lengths]
+        for name in ("attention", "relevance", "value_norm", "history"):
+            for b, length in enumerate(lengths):
+                inputs[name][b, length:] = math.nan
+        lengths = torch.tensor(lengths, device=device)
+    for budgets in ([0, 1, groups, groups + 9], [2, 2, 2, 1], None):
+        options = dict(mode=mode, protect=protect, block=block, divisor=1.7, lengths=lengths, **rule)
+        options["budget"] = max(budgets) if budgets else 1
+        options["budgets"] = torch.tensor(budgets, dtype=torch.int32, device=device) if budgets else None
+        same(score_select(**inputs, **options, backend=backend), score_select(**inputs, **options, backend="reference"))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_sample_keeps_what_it_keeps_alone(backend, device, block):
+    """With its budget as the only one; and of groups, what their means keep."""
+    inputs = draw(3, 1 + 40, device)
+    budgets = torch.tensor([7, 2, 10], dtype=torch.int32, device=device)
+    for mode in (Select.ADAPTIVE, Select.FIXED):
+        options = dict(mode=mode, protect=1, divisor=1.3, block=block, backend=backend)
+        score, index, lengths = score_select(**inputs, **options, budget=10, budgets=budgets)
+        for b, budget in enumerate(budgets.tolist()):
+            alone = score_select(**{k: x[b : b + 1] for k, x in inputs.items()}, **options, budget=budget)
+            kept = int(alone[2])
+            torch.testing.assert_close(score[b], alone[0][0])
+            assert lengths[b] == kept
+            assert torch.equal(index[b, :kept], alone[1][0, :kept]) and (index[b, kept:] == -1).all()
+            means = score[b, 1:].view(-1, block)
+            assert (means == means[:, :1]).all()
+            best = means[:, 0].argsort(descending=True, stable=True)[: (kept - 1) // block].sort().values
+            rows = (best[:, None] * block + torch.arange(block, device=device)).flatten() + 1
+            assert torch.equal(index[b, 1:kept], rows)
+
+
+def test_scores_of_groups_are_means(backend, device):
+    """Of the scores with their history; ties go to the lower group, and one NaN marks the sample."""
+    norm = torch.tensor([[9.0, 1, 3, -0.0, 0.0, 4, 0, 2, 2, 0, 0, 8]], device=device)
+    options = dict(history=2 * norm, history_weight=0.5, budget=3, block=2, backend=backend)
+    score, index, lengths = score_select(None, None, norm, **options)
+    assert (score / 1.5).tolist() == [[5, 5, 1.5, 1.5, 2, 2, 1, 1, 1, 1, 4, 4]]
+    assert index.tolist() == [[0, 1, 4, 5, 10, 11]] and lengths.tolist() == [6]
+    assert score_select(None, None, norm, **options | dict(budget=5))[1].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 10, 11]]
+    norm[0, 8] = math.nan
+    assert score_select(None, None, norm, **options)[2].tolist() == [-1]
+
+
 @pytest.mark.parametrize("exponent", [2, 0.5, 1, 3, 7.3])
 def test_count_follows_the_paper(backend, device, exponent):
     """c = round_half_even((n - T) / sqrt(rem) * (1 - h^e)), each image its own; the paper has e = 2."""
@@ -194,6 +249,12 @@ def test_opcheck(mode):
         dict(criteria_weights=[1.0, 0.5, 2.0], history_weight=0.5, protect=1, mode=int(mode), budget=3)
         | dict(divisor=1.5, entropy_exponent=1.5),
     )
+    opcheck(
+        torch.ops.flowcut_kernels.score_select.default,
+        (*inputs.values(), None),
+        dict(history_weight=0.5, protect=1, mode=int(mode), budget=2, divisor=1.5, block=4)
+        | dict(budgets=torch.tensor([2, 1], dtype=torch.int32)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,6 +276,10 @@ def test_opcheck(mode):
         (dict(protect=6), "protect=6"),
         (dict(mode=9), "mode=9"),
         (dict(budget=-1), "budget=-1"),
+        (dict(block=0), "score_select: block=0 must be at least 1"),
+        (dict(block=2), "block=2 must be at least 1 and divide the 5 tokens behind protect"),
+        (dict(budgets=torch.ones(3, dtype=torch.int32)), r"score_select: budgets must be int32 \[2\] on cpu"),
+        (dict(budgets=torch.ones(2)), r"budgets must be int32 \[2\] on cpu, got torch.float32 \[?\(2,\)"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
 )

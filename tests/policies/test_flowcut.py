@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import flowcut_kernels as fk
 from flowcut_kernels._ops import Select
-from flowcut_kernels.policies.base import EncoderStep, EncoderView
+from flowcut_kernels.policies.base import DecoderView, EncoderStep, EncoderView, VisualHeads
 
 POLICIES = [fk.FlowCut, fk.RandomTokens, fk.UniformTokens]
 
@@ -174,7 +174,7 @@ def test_release_changes_exactly_what_methods_say():
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_schedule(interval, cumulative, adaptive):
     policy = fk.FlowCut(64, interval=interval, cumulative=cumulative, adaptive=adaptive)
-    steps = [policy.encoder_step(layer, 22, 576) for layer in range(24)]
+    steps = [policy.encoder_step(layer, 22, 576, 64) for layer in range(24)]
     cuts = set(range(21, -1, -interval))
     for layer, step in enumerate(steps):
         if layer > 21 or (layer not in cuts and not cumulative):
@@ -187,14 +187,15 @@ def test_schedule(interval, cumulative, adaptive):
             assert step == EncoderStep(Select.ADAPTIVE, 64, math.sqrt(21 - layer))
         else:
             assert step.mode == Select.FIXED and step.static
-    release = fk.FlowCut.release(64, interval=interval, adaptive=adaptive).encoder_step(21 - interval, 22, 576)
+    release = fk.FlowCut.release(64, interval=interval, adaptive=adaptive).encoder_step(21 - interval, 22, 576, 64)
     assert release.mode == (Select.ADAPTIVE_BATCH if adaptive else Select.FIXED)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, fk.FlowCut.release])
 @pytest.mark.parametrize("budget", [dict(target_tokens=576), dict(target_tokens=10**9), dict(retain_ratio=1.0)])
 def test_budget_of_everything_never_acts(policy, budget):
-    assert all(policy(**budget).encoder_step(layer, 22, 576) is None for layer in range(24))
+    all_of_them = policy(**budget).encoder_budget(576)
+    assert all(policy(**budget).encoder_step(layer, 22, 576, all_of_them) is None for layer in range(24))
 
 
 @given(
@@ -206,7 +207,7 @@ def test_budget_of_everything_never_acts(policy, budget):
 def test_fixed_ratio_ends_at_the_budget(tokens, target, feature_layer, interval):
     assume(target < tokens)
     policy = fk.FlowCut(target, interval=interval, adaptive=False, cumulative=False)
-    steps = [policy.encoder_step(layer, feature_layer, tokens) for layer in range(feature_layer + 2)]
+    steps = [policy.encoder_step(layer, feature_layer, tokens, target) for layer in range(feature_layer + 2)]
     budgets = [tokens] + [step.budget for step in steps if step]
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
     shares = [b / a for a, b in pairwise(budgets)]
@@ -338,13 +339,14 @@ def blind(policy, rows, columns, batch=2, protect=1):
     """What a floor policy keeps on a grid, without a model."""
     tokens = rows * columns
     kept = policy.budget(tokens)
-    if policy.encoder_step(3, 4, tokens) is None:
+    step = policy.encoder_step(3, 4, tokens, kept)
+    if step is None:
         assert kept == tokens
         return torch.arange(tokens)
-    assert policy.encoder_step(2, 4, tokens) is None and policy.encoder_step(4, 4, tokens) is None
+    assert policy.encoder_step(2, 4, tokens, kept) is None and policy.encoder_step(4, 4, tokens, kept) is None
     key = torch.empty(batch, 1, tokens + protect, 1)
     view = EncoderView(key, key, None, lambda kind: (key, key), protect, None, None, (rows, columns), None, None)
-    choice = policy.encoder_select(policy.encoder_step(3, 4, tokens), view)
+    choice = policy.encoder_select(step, view)
     assert choice.lengths.tolist() == [kept + protect] * batch
     assert choice.index.tolist() == [choice.index[0].tolist()] * batch
     assert choice.index[0, :protect].tolist() == list(range(protect))
@@ -398,3 +400,73 @@ def test_floors_cut_where_flowcut_makes_its_last(policy, kind):
     assert [s.layer for s in stages] == [stages_of(model, fk.FlowCut(8))[-1].layer]
     assert stages[0].kept == [8, 8, 8] and stages[0].scores is None and stages[0].entropy is None
     assert torch.equal(stages[0].indices, blind(policy, tiny.SIDE, tiny.SIDE, batch=3).expand(3, -1))
+
+
+@pytest.mark.parametrize("policy", [fk.RandomTokens(1, seed=2), fk.UniformTokens(1)], ids=["random", "uniform"])
+def test_floors_choose_tokens_of_every_tile(policy):
+    """Tiles of their own grids and budgets, rows in another order, some places gone: as on the rectangle that is left,
+    and all patches of a token together."""
+    block, protect, grid = 4, 1, (4, 6)
+    whole, part = torch.randperm(24), torch.arange(24).view(4, 6)[1:3, 2:].flatten()[torch.randperm(8)]
+    places = torch.stack([whole, torch.nn.functional.pad(part, (0, 16), value=-7)])
+    key = torch.empty(2, 1, protect + 24 * block, 1)
+    view = EncoderView(
+        key, key, None, lambda kind: (key, key), protect, torch.tensor([97, 33]), None, grid, None, None,
+        block=block, budgets=torch.tensor([7, 3], dtype=torch.int32), places=places,
+    )  # fmt: skip
+    choice = policy.encoder_select(EncoderStep(Select.FIXED, 7, static=True), view)
+    assert choice.lengths.tolist() == [1 + 28, 1 + 12] and choice.index.shape == (2, 29)
+    for image, (budget, sides, corner) in enumerate([(7, grid, 0), (3, (2, 4), 8)]):
+        rows = choice.index[image, : 1 + budget * block]
+        assert rows[0] == 0 and (rows.diff() > 0).all() and (choice.index[image, len(rows) :] == -1).all()
+        patches = (rows[1:] - 1).view(budget, block)
+        assert torch.equal(patches % block, torch.arange(block).expand(budget, -1))
+        chosen = places[image, patches[:, 0] // block].sort().values
+        want = policy._tokens(sides, budget)
+        assert torch.equal(chosen, corner + want // sides[1] * grid[1] + want % sides[1])
+
+
+def test_floors_choose_on_grids_of_their_own():
+    key = torch.empty(2, 1, 24, 1)
+    view = EncoderView(
+        key, key, None, lambda kind: (key, key), 0, torch.tensor([24, 15]), None, (4, 6), None, None,
+        grids=[(4, 6), (5, 3)], budgets=torch.tensor([6, 5], dtype=torch.int32),
+    )  # fmt: skip
+    policy = fk.UniformTokens(1)
+    choice = policy.encoder_select(EncoderStep(Select.FIXED, 6, static=True), view)
+    assert choice.lengths.tolist() == [6, 5] and choice.index[1, 5] == -1
+    assert torch.equal(choice.index[0], policy._tokens((4, 6), 6))
+    assert torch.equal(choice.index[1, :5], policy._tokens((5, 3), 5))
+
+
+def test_a_schedule_demands_its_budget():
+    policy = fk.FlowCut(retain_ratio=0.25, schedule=((1, 100), (3, 64)))
+    assert policy.encoder_step(3, 4, 256, 64) == EncoderStep(Select.FIXED, 64, static=True)
+    with pytest.raises(ValueError, match=r"does not end with the 50 to keep of the 200 tokens .* calibrate for images"):
+        policy.encoder_step(1, 4, 200, 50)
+
+
+@pytest.mark.parametrize("switch", [{}, dict(relevance="softmax"), dict(criteria=("attention",))], ids=str)
+def test_images_of_different_sizes_in_the_language_model(switch):
+    """Each one keeps what it keeps alone; what stands behind a smaller one's tokens does not count."""
+    policy = fk.FlowCut(5, llm_layer=1, **switch)
+    lengths, budgets = [11, 23, 4], [5, 9, 4]
+    query, anchor = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 1, 8)
+    key, value = torch.randn(2, 3, 2, 23, 8)
+
+    def choose(images, lengths, budgets):
+        n = max(lengths)
+        heads = VisualHeads(query[images], key[images, :, :n], value[images, :, :n], anchor[images])
+        return policy.decoder_select(DecoderView(budgets, lengths, None, lambda: heads, None))
+
+    alone = [choose(slice(i, i + 1), lengths[i : i + 1], budgets[i : i + 1]) for i in range(3)]
+    for image, length in enumerate(lengths):
+        for x in (key, value):
+            x[image, :, length:] = float("nan")
+    together = choose(slice(None), lengths, budgets)
+    assert together.lengths.tolist() == budgets and together.index.shape == (3, 9)
+    for image, budget in enumerate(budgets):
+        assert torch.equal(together.index[image, :budget], alone[image].index[0])
+        assert (together.index[image, budget:] == -1).all()
+        torch.testing.assert_close(together.score[image, : lengths[image]], alone[image].score[0])
+        torch.testing.assert_close(together.entropy[image], alone[image].entropy[0])

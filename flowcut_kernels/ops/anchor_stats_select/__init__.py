@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._library import choose_backend
 from ..._ops import LIB, Relevance, Select, ValueNorm, accumulate_dtype
 from ..anchor_stats import check_arguments as _check_statistics
-from ..score_select import tuned_options
+from ..score_select import group_options, tuned_options
 from ._compose import compose
 from .reference import anchor_stats_select as _reference
 
@@ -36,6 +36,8 @@ def anchor_stats_select(
     budget: int = 0,
     divisor: float = 0.0,
     entropy_exponent: float = 2.0,
+    budgets: Tensor | None = None,
+    block: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score N tokens by what one anchor thinks of them and pick those to keep; on a GPU a single launch.
@@ -43,7 +45,7 @@ def anchor_stats_select(
     Args:
         query, key, value, value_anchor, scale, protect, relevance, value_norm: as in
             :func:`~flowcut_kernels.ops.anchor_stats`, with one anchor; NONE drops a criterion.
-        history, criteria_weights, history_weight, mode, budget, divisor, entropy_exponent: as in
+        history, criteria_weights, history_weight, mode, budget, divisor, entropy_exponent, budgets, block: as in
             :func:`~flowcut_kernels.ops.score_select`.
         lengths: live tokens per sample [B] (int32 or int64), protected ones included; None: all N.
         attention: whether the anchor's attention is a criterion (its entropy is computed in any case).
@@ -70,6 +72,7 @@ def anchor_stats_select(
             f"criteria_weights={criteria_weights} leave no criterion"
         )
     _check(query, key, history, lengths, history_weight, mode, budget, divisor)
+    grouped = group_options("anchor_stats_select", key.shape[0], key.shape[2] - protect, key.device, budgets, block)
     arguments = (query, key, value, value_anchor, history, lengths)
     options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -82,9 +85,10 @@ def anchor_stats_select(
         budget=budget,
         divisor=float(divisor),
         **tuned,
+        **grouped,
     )
     choice = choose_backend("anchor_stats_select", backend, key)
-    if choice == "reference":
+    if choice == "reference" or (grouped and choice == "triton"):
         return _reference(*arguments, **options)
     if choice == "triton" and key.device.type == "cpu":
         return _triton(*arguments, **options)

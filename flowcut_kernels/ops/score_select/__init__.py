@@ -32,6 +32,8 @@ def score_select(
     budget: int = 0,
     divisor: float = 0.0,
     entropy_exponent: float = 2.0,
+    budgets: Tensor | None = None,
+    block: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the cumulative score S and pick the tokens to keep (FlowCut, arXiv 2505.19536, section 3).
@@ -46,14 +48,17 @@ def score_select(
         history_weight: weight of ``history`` in S, 0..1.
         protect: leading tokens that are always kept and never scored (1 for CLS).
         mode: SCORE_ONLY, ADAPTIVE, ADAPTIVE_BATCH or FIXED.
-        budget: tokens to end with (T), protected ones not counted.
+        budget: groups of `block` tokens to end with (T), protected ones not counted.
         divisor: sqrt of the remaining layers; 0 cuts to the budget at once.
         entropy_exponent: e in the share 1 - h^e of (n - T) / divisor that the adaptive modes drop, positive and finite.
+        budgets: T of each sample, int32 [B]; ``budget``, the largest of them, is then the limit that shapes follow.
+        block: consecutive candidates that stay or go together, with the mean of their S: N - protect and ``lengths`` -
+            protect are multiples of it, and n and T count groups.
         backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         S [B, N], 0 where not a candidate; index int64 [B, M] of kept rows, ascending, then -1, with
-        M = 0, N, N or min(protect + budget, N) for the four modes; new lengths int32 [B], protected included.
+        M = 0, N, N or min(protect + block * budget, N) for the four modes; new lengths int32 [B], protected included.
         A sample whose candidates hold NaN or Inf has length -1 and no index (see :func:`raise_if_not_finite`).
         Definition: ``reference.py``.
 
@@ -68,6 +73,8 @@ def score_select(
         attention, relevance, value_norm = (x if weight else None for x, weight in given)
         if attention is None and relevance is None and value_norm is None:
             raise ValueError(f"score_select: criteria_weights={criteria_weights} leaves no criterion that is given")
+    first = any_tensor(attention, relevance, value_norm)
+    grouped = group_options("score_select", first.shape[0], first.shape[1] - protect, first.device, budgets, block)
     arguments = (attention, relevance, value_norm, history, entropy, lengths)
     options: dict[str, Any] = dict(
         history_weight=float(history_weight),
@@ -76,10 +83,10 @@ def score_select(
         budget=budget,
         divisor=float(divisor),
         **tuned,
+        **grouped,
     )
-    first = any_tensor(attention, relevance, value_norm)
     choice = choose_backend("score_select", backend, first)
-    if choice == "reference":
+    if choice == "reference" or (grouped and choice == "triton"):
         return _reference(*arguments, **options)
     if choice == "triton" and first.device.type == "cpu":
         return _triton(*arguments, **options)
@@ -114,6 +121,31 @@ def tuned_options(op: str, criteria_weights: Sequence[float], entropy_exponent: 
     return dict(
         criteria_weights=[float(weight) for weight in criteria_weights], entropy_exponent=float(entropy_exponent)
     )
+
+
+def group_options(
+    op: str, batch: int, candidates: int, device: torch.device, budgets: Tensor | None, block: int
+) -> dict[str, Any]:
+    """`budgets` and `block` as options of operator `op`, those alone that are not its defaults.
+
+    Raises:
+        ValueError: unless block >= 1 divides `candidates` and budgets are int32 [batch] on `device`.
+    """
+    options: dict[str, Any] = {}
+    if budgets is not None:
+        if budgets.shape != (batch,) or budgets.dtype != torch.int32 or budgets.device != device:
+            raise ValueError(
+                f"{op}: budgets must be int32 [{batch}] on {device}, got {budgets.dtype} {tuple(budgets.shape)} on "
+                f"{budgets.device}"
+            )
+        options["budgets"] = budgets
+    if block != 1:
+        if block < 1 or candidates % block:
+            raise ValueError(
+                f"{op}: block={block} must be at least 1 and divide the {candidates} tokens behind protect"
+            )
+        options["block"] = block
+    return options
 
 
 def _check(attention, relevance, value_norm, history, entropy, lengths, history_weight, protect, mode, budget, divisor):
