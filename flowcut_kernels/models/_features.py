@@ -32,7 +32,7 @@ class Visuals(NamedTuple):
 
     token_id: int
     full: list[int]  # placeholders of each as the processor writes them
-    kept: list[int]  # features of each that enter the language model
+    kept: list[int]  # features of each that are put into the prompt
     leading: int  # features of each that are no patches (a class token) and are never dropped
     tiles: Callable[[], int]  # what the encoder is given of them, all together
     encoded: Callable[[], Encoded | None]  # what is known of them, once the features are made
@@ -67,6 +67,7 @@ class Kind:
     method: str  # of the inner model that makes their features
     usual: int | None = None  # tokens of each where all have as many
     leading = 0  # features of each in front that are no patches and are never dropped
+    shrinks = True  # prompts; False: features have every place, and dropped ones leave inside the language model
 
     def __init__(self, model: Any, token_id: int) -> None:
         self.model, self.token_id = model, token_id
@@ -119,6 +120,9 @@ class PrunedFeatures(Bound):
         output = self.original(**arguments | dict(return_dict=True))
         full = self.kind.tokens(pixels, arguments)
         self.encoded = Encoded(full, [self._budget(n) or n for n in full])
+        if not self.kind.shrinks and self.encoder.position is not None:
+            places = list(self.encoder.position)
+            self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
         if self.policy.prunes_features and self.encoder.importance is not None:
             self._choose(arguments, output, self.encoder.importance, self.encoder.position)
         setattr(output, _ENCODED, self.encoded)
@@ -148,7 +152,7 @@ class PrunedFeatures(Bound):
         if pixels is None:
             return []
         whole = kind.tokens(pixels, arguments)
-        budgets = [self._budget(n) for n in whole]
+        budgets = [self._budget(n) if kind.shrinks else n for n in whole]
         left = [n for n in budgets if n is not None]
         if len(left) < len(whole):
             left = self._encode_ahead(pixels, arguments)
@@ -205,6 +209,11 @@ class PrunedFeatures(Bound):
                 last = torch.arange(item.full - item.behind, item.full, device=places.device)
                 positions[i] = torch.cat([positions[i], last])
                 weights[i] = torch.cat([weights[i], weights[i].new_ones(item.behind)])
+        if not self.kind.shrinks:
+            rows = [
+                x.new_zeros(item.full, x.shape[1]).index_copy(0, at, x)
+                for item, x, at in zip(items, rows, positions, strict=True)
+            ]
         whole = isinstance(output.pooler_output, Tensor)
         output.pooler_output = torch.stack(rows) if whole else rows
         self.encoded = Encoded(

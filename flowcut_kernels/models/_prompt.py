@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ._bound import Bound, named
-from ._features import PrunedFeatures, Visuals
+from ._features import Encoded, PrunedFeatures, Visuals
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -361,8 +361,7 @@ class PrunedForward(_PromptMethod):
             if end > seen + length:
                 raise ValueError(
                     "prefill_chunk_size puts the end of the prompt into another pass than an image, but the language "
-                    "model drops the image's tokens knowing the whole prompt: leave it unset, or prune before the "
-                    "language model alone (llm_layer=None, llm_stages=())"
+                    "model drops the image's tokens knowing the whole prompt: leave it unset"
                 )
             before = before & (column < end - seen)
             if cache is not None:
@@ -416,24 +415,28 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
         samples += [row for row, count in enumerate(counts) for _ in range(count)]
         column = is_kind.nonzero(as_tuple=True)[1]
         columns += [part[lead:] for part in column.split(visuals.kept)]
-        known.append((visuals.encoded, source))
+        known.append((visuals, source))
     order = sorted(range(len(samples)), key=samples.__getitem__)
     device = found[0][1].device
 
     def encoded() -> EncodedTokens:
-        pieces: list[list[Tensor]] = [[], []]
-        for get, source in known:
-            info = get()
-            for piece, x in zip(
-                pieces, (None, None) if info is None else (info.importance, info.position), strict=True
-            ):
-                piece += [] if x is None else [x[i] for i in source]
-        return EncodedTokens(
-            *(
-                pad_sequence([piece[i] for i in order], batch_first=True) if len(piece) == len(order) else None
-                for piece in pieces
-            )
-        )
+        kept: list[int] = []
+        importance: list[Tensor] = []
+        position: list[Tensor] = []
+        for visuals, source in known:
+            whole = [n - visuals.leading for n in visuals.full]
+            info = visuals.encoded() or Encoded(whole, whole)
+            kept += [info.kept[i] for i in source]
+            importance += [] if info.importance is None else [info.importance[i] for i in source]
+            if info.position is not None:
+                position += [info.position[i] for i in source]
+            elif info.kept == info.full:
+                position += [torch.arange(info.full[i], device=device) for i in source]
+
+        def padded(x: list[Tensor]) -> Tensor | None:
+            return pad_sequence([x[i] for i in order], batch_first=True) if len(x) == len(order) else None
+
+        return EncodedTokens(padded(importance), padded(position), [kept[i] for i in order])
 
     return dict(
         columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1),

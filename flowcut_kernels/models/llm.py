@@ -1,4 +1,4 @@
-"""Language models (Llama, Qwen2, Mistral share their layers' layout) whose layers can drop visual tokens."""
+"""Language models (Llama, Mistral and the Qwens share their layers' layout) whose layers can drop visual tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 
-FAMILIES = ("Llama", "Qwen2", "Mistral")
+# By name: the modules of families that nobody loaded stay unloaded. Class, its file, the beginning of its norm's name.
+FAMILIES = {
+    "LlamaModel": ("llama", "Llama"),
+    "MistralModel": ("mistral", "Mistral"),
+    "Qwen2Model": ("qwen2", "Qwen2"),
+    "Qwen3Model": ("qwen3", "Qwen3"),
+    "Qwen2VLTextModel": ("qwen2_vl", "Qwen2VL"),
+    "Qwen2_5_VLTextModel": ("qwen2_5_vl", "Qwen2_5_VL"),
+    "Qwen3VLTextModel": ("qwen3_vl", "Qwen3VLText"),
+}
 
 
-def _parts(layer: Any, module: str, family: str) -> DecoderParts:
+def _parts(layer: Any, module: str, norm: str) -> DecoderParts:
     attention, modeling = layer.self_attn, sys.modules[module]
     return DecoderParts(
         norm1=layer.input_layernorm,
@@ -27,7 +36,9 @@ def _parts(layer: Any, module: str, family: str) -> DecoderParts:
         mlp=layer.mlp,
         eager=modeling.eager_attention_forward,
         rotate=modeling.apply_rotary_pos_emb,
-        rms_norm=getattr(modeling, f"{family}RMSNorm"),
+        rms_norm=getattr(modeling, f"{norm}RMSNorm"),
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
     )
 
 
@@ -39,8 +50,13 @@ def decoder_replacements(
     *,
     backend: str | None = None,
     compact_cache: bool = False,
+    entrance: bool = False,
 ) -> tuple[PrunedDecoder | None, list[Replacement]]:
     """What makes a language model prune by `policy`; nothing where the policy leaves it alone.
+
+    Args:
+        tokens: of an image, the most where they differ.
+        entrance: the prompt has columns for all tokens of an image: those that the encoder drops leave here.
 
     Raises:
         ValueError: a language model that cannot be served, by class, sliding window or attention implementation.
@@ -49,18 +65,18 @@ def decoder_replacements(
     policy.check_decoder(count)
     left = policy.feature_budget(tokens) or tokens
     steps = [policy.decoder_step(i, count, tokens, left) for i in range(count)]
-    if all(step is None or step >= left for step in steps):
+    if not entrance and all(step is None or step >= left for step in steps):
         return None, []
-    # By name: the modules of families that nobody loaded stay unloaded.
-    family, module = type(model).__name__.removesuffix("Model"), type(model).__module__
-    if family not in FAMILIES or module != f"transformers.models.{family.lower()}.modeling_{family.lower()}":
+    name, module = type(model).__name__, type(model).__module__
+    file, norm = FAMILIES.get(name, ("", ""))
+    if module != f"transformers.models.{file}.modeling_{file}":
         raise ValueError(
-            f"{policy} prunes inside the language model, which must be one of "
-            f"{', '.join(f'{name}Model' for name in FAMILIES)}; got {module}.{type(model).__name__}"
+            f"{policy} drops tokens inside the language model, which must be one of {', '.join(FAMILIES)}; got "
+            f"{module}.{name}"
         )
-    parts = partial(_parts, module=module, family=family)
+    parts = partial(_parts, module=module, norm=norm)
     window = getattr(model.config, "sliding_window", None)
-    if window is not None:
+    if window is not None and set(getattr(model.config, "layer_types", None) or ["?"]) != {"full_attention"}:
         raise ValueError(
             f"text_config.sliding_window={window}: visual tokens cannot be dropped from layers that keep only recent "
             "rows; set it to None, or prune before the language model alone (llm_layer=None, llm_stages=())"

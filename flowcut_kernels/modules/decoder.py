@@ -3,7 +3,8 @@
 As in the encoder, a layer that prunes projects K and V for all its rows, lets the policy choose, and computes queries,
 attention output and MLP for the kept rows alone. Its own keys and values stay complete; the layers after it hold those
 of the kept rows. The rest of transformers goes on to see the prompt's length: only the layers of the cache know that
-some of them lack rows (kv_layers.py).
+some of them lack rows (kv_layers.py). Where a prompt keeps the columns of tokens that the encoder dropped, as its
+positions follow from them (M-RoPE), a cut before the first layer drops these.
 
 A column is a token of the conversation as the language model is given it; a row is a column that a layer still has.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..ops import gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import DecoderView, Policy, Selection, VisualHeads
 from ..trace import Stage, Trace
@@ -34,6 +36,8 @@ class DecoderParts(LayerParts):
 
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # query, key, cos, sin -> query, key
     rms_norm: type[nn.Module]  # the family's
+    q_norm: nn.Module | None = None  # of each head, before it is rotated
+    k_norm: nn.Module | None = None
 
 
 @dataclass
@@ -52,25 +56,30 @@ class VisualTokens:
     encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
     kept: Tensor | None = None  # int64 [B, M] columns that reach the last layer, -1 for padding
 
+    def known(self) -> EncodedTokens:
+        """What is known of the tokens by now."""
+        return EncodedTokens() if self.encoded is None else self.encoded()
+
 
 class EncodedTokens(NamedTuple):
     """What a policy found out about I images' tokens that enter the language model. Rows of n, filled up with 0."""
 
-    importance: Tensor | None  # float32 [I, n]
-    position: Tensor | None  # int64 [I, n] their places among all tokens of the image, ascending
+    importance: Tensor | None = None  # float32 [I, n]
+    position: Tensor | None = None  # int64 [I, n] their places among all tokens of the image, ascending
+    kept: list[int] | None = None  # how many of each they are; the prompt may have columns for all tokens of the image
 
 
 @dataclass
 class Cut:
     """What the layers after a cut see of a pass's L new columns."""
 
-    layer: int  # that cut
+    layer: int  # that cut; -1: before the first
     index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
     columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
     gaps: bool  # whether there is padding of this kind
     visual: Tensor  # int64 [I, K] rows of each image's tokens after the cut, -1 after the last
     lengths: list[int]  # tokens of each image after the cut
-    tokens: Tensor  # int64 [I, K] which of the tokens that entered the language model they are, -1 after the last
+    tokens: Tensor | None  # int64 [I, K] which of the tokens that entered they are, -1 after the last; None: all
     asks: Tensor  # int64 [B] row of the last instruction token after the cut
     dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
@@ -221,6 +230,24 @@ class DecoderState:
         lowest = torch.finfo(self.embeds.dtype).min
         return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)
 
+    def enter(self) -> None:
+        """Cut what the encoder dropped and the prompt still has columns of, before the first layer."""
+        assert self.visual is not None
+        known = self.visual.known()
+        if known.kept is None or known.kept == self.visual.lengths:
+            return
+        assert known.position is not None
+        place = torch.arange(max(known.kept), device=known.position.device)
+        absent = place >= torch.tensor(known.kept, device=place.device)[:, None]
+        self._drop(-1, known.kept, known.position[:, : len(place)].masked_fill(absent, -1), None)
+
+    def entered(self, cut: Cut, hidden_states: Tensor, rotary: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The rows that the first layer is given after `cut`, with their cosine and sine."""
+        tables = [x.expand(len(hidden_states), -1, -1) for x in rotary]
+        hidden_states, *tables = gather_tokens([hidden_states, *tables], cut.index, backend=self.decoder.backend)
+        cut.rotary = tables[0], tables[1]
+        return hidden_states, cut.rotary
+
     def make_cut(
         self, layer: int, budgets: list[int], choose: Callable[[Tensor, list[int], Tensor, Tensor | None], Selection]
     ) -> Cut:
@@ -230,27 +257,39 @@ class DecoderState:
         [B], and the importance of the tokens [I, n].
         """
         assert self.visual is not None
-        before, visual = self.before(layer), self.visual
-        if before is None:
-            at, lengths, asks, tokens = visual.columns, visual.lengths, visual.asks, None
-        else:
-            at, lengths, asks, tokens = before.visual, before.lengths, before.asks, before.tokens
-        known = EncodedTokens(None, None) if visual.encoded is None else visual.encoded()
+        before, visual, known = self.before(layer), self.visual, self.visual.known()
+        tokens = None if before is None else before.tokens
         importance = known.importance
         if importance is not None and tokens is not None:
             importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
-            choice = choose(at, lengths, asks, importance)
+            if before is None:
+                choice = choose(visual.columns, visual.lengths, visual.asks, importance)
+            else:
+                choice = choose(before.visual, before.lengths, before.asks, importance)
         if choice.lengths.device.type == "cpu":
             raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {layer}")
         assert choice.index is not None
-        all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
-        columns = all_columns if before is None else before.columns
         # Scores that are not finite choose nothing (-1); on a GPU nobody looks, and attention carries them on.
-        place = torch.arange(choice.index.shape[1], device=at.device)
+        place = torch.arange(choice.index.shape[1], device=choice.index.device)
         chosen = torch.where(choice.index < 0, place, choice.index)
         if min(budgets) < max(budgets):
-            chosen = chosen.masked_fill(place >= torch.tensor(budgets, device=at.device)[:, None], -1)
+            chosen = chosen.masked_fill(place >= torch.tensor(budgets, device=place.device)[:, None], -1)
+        cut = self._drop(layer, budgets, chosen, chosen if tokens is None else _taken(tokens, chosen))
+        if self.trace is not None:
+            self._record(cut, choice, known.position, tokens)
+        return cut
+
+    def _drop(self, layer: int, budgets: list[int], chosen: Tensor, tokens: Tensor | None) -> Cut:
+        """The cut after `layer` that leaves of each image's tokens those `chosen`, int64 [I, K], -1 for none."""
+        assert self.visual is not None
+        before, visual = self.before(layer), self.visual
+        if before is None:
+            at, lengths, asks = visual.columns, visual.lengths, visual.asks
+        else:
+            at, lengths, asks = before.visual, before.lengths, before.asks
+        all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
+        columns = all_columns if before is None else before.columns
         samples, kept = visual.samples[:, None], _taken(at, chosen)
         # One more column, for the places that have no token.
         spare = columns.shape[1]
@@ -283,18 +322,24 @@ class DecoderState:
             gaps=gaps,
             visual=place[samples, kept.clamp_min(0)].masked_fill(kept < 0, -1),
             lengths=budgets,
-            tokens=chosen if tokens is None else _taken(tokens, chosen),
+            tokens=tokens,
             asks=place.gather(1, asks[:, None])[:, 0].clamp_min(0),  # a dropped one: the row before it
             dropped=dropped if before is None else dropped + before.dropped,
         )
         visual.kept = cut.columns
-        if self.trace is not None:
-            self._record(cut, choice, known.position, tokens)
         return cut
+
+    def add_deepstack(self, hidden_states: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+        """`features` [n, D] of the columns that are `visual` [B, L], added to the rows that are left of them."""
+        cut = self.cuts[max(self.cuts)]
+        column, visual = cut.columns.clamp_min(0), visual.to(hidden_states.device)
+        number = (visual.flatten().cumsum(0) - 1).clamp_min(0).view_as(visual).gather(1, column)
+        adds = visual.gather(1, column) & (cut.columns >= 0)
+        return torch.where(adds[..., None], hidden_states + features.to(hidden_states)[number], hidden_states)
 
     def _record(self, cut: Cut, choice: Selection, position: Tensor | None, tokens: Tensor | None) -> None:
         """The cut in tokens of the original image. Of `tokens` [I, n] the policy chose (None: of all that entered)."""
-        assert self.trace is not None and self.visual is not None
+        assert self.trace is not None and self.visual is not None and cut.tokens is not None
         images, full = len(cut.tokens), max(self.visual.full)
         if position is None:  # what the encoder left
             left = [stage.indices for stage in self.trace.stages if stage.name != "llm"]
@@ -340,6 +385,8 @@ class PrunedDecoderLayer:
         state, budgets = pruning, None
         if state is not None:
             before, budgets = state.before(self.number), state.budgets(self.number)
+            if before is not None and self.number == 0:
+                hidden_states, position_embeddings = state.entered(before, hidden_states, position_embeddings)
             held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budgets is None:
@@ -380,7 +427,7 @@ class PrunedDecoderLayer:
         """Everything up to the kept rows of the residual stream after attention; the rest is gone before the MLP."""
         parts = self.parts_of(self.layer)
         normed = parts.norm1(hidden_states)
-        key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
+        key, value = _heads(parts, parts.k_proj(normed), parts.k_norm), _heads(parts, parts.v_proj(normed))
         key = _rotated(parts, key, rotary)
         cut = state.cuts.get(self.number) or self._cut(parts, state, budgets, normed, key, value, rotary)
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
@@ -389,7 +436,7 @@ class PrunedDecoderLayer:
             rms_norm=parts.rms_norm, backend=state.decoder.backend,
         )  # fmt: skip
         cut.rotary = state.rotary_after(self.number, cut, rotary, positions, cache)
-        query = _rotated(parts, _heads(parts, parts.q_proj(normed)), rotary)
+        query = _rotated(parts, _heads(parts, parts.q_proj(normed), parts.q_norm), rotary)
         if cache is not None:
             key, value = cache.update(key, value, parts.attention.layer_idx)
         mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
@@ -413,7 +460,8 @@ class PrunedDecoderLayer:
             def heads() -> VisualHeads:
                 every = torch.arange(len(asks), device=asks.device)
                 cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
-                query = _rotated(parts, _heads(parts, parts.q_proj(normed[every, asks][:, None])), (cos, sin))
+                query = parts.q_proj(normed[every, asks][:, None])
+                query = _rotated(parts, _heads(parts, query, parts.q_norm), (cos, sin))
                 image = samples[:, None], at.clamp_min(0)
                 return VisualHeads(
                     query[samples].to(value.dtype),  # autocast leaves what was rotated in float32
@@ -428,8 +476,9 @@ class PrunedDecoderLayer:
         return state.make_cut(self.number, budgets, choose)
 
 
-def _heads(parts: DecoderParts, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, parts.attention.head_dim)).transpose(1, 2)
+def _heads(parts: DecoderParts, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    x = x.unflatten(-1, (-1, parts.attention.head_dim))
+    return (x if norm is None else norm(x)).transpose(1, 2)
 
 
 def _rotated(parts: DecoderParts, x: Tensor, rotary: Any) -> Tensor:
@@ -487,6 +536,10 @@ class PrunedDecoder:
             )
             if state.trace is not None:  # of this pass alone
                 state.trace.stages = [stage for stage in state.trace.stages if stage.name != "llm"]
+            if visual_tokens is not None:
+                state.enter()
+            if arguments.get("visual_pos_masks") is not None:
+                arguments["visual_pos_masks"] = _VisualRows(state, arguments["visual_pos_masks"])
         rewind = Rewind(cache) if visual_tokens is not None and cache is not None else None
         try:
             output = type(self.model).forward(self.model, **arguments)
@@ -499,3 +552,23 @@ class PrunedDecoder:
             for filled in (x for x in values if isinstance(x, Cache)):
                 compact(filled, state.visual.kept, int(state.seen), state.length, self.backend)
         return output
+
+
+class _VisualRows(NamedTuple):
+    """What travels to `_deepstack_process` in place of the mask of visual columns."""
+
+    state: DecoderState
+    visual: Tensor  # bool [B, L]
+
+
+@dataclass
+class PrunedDeepstack:
+    """Replacement ``_deepstack_process``: adds features of earlier encoder layers to the rows that are left."""
+
+    model: Any
+
+    def __call__(self, hidden_states: Tensor, visual_pos_masks: Any, visual_embeds: Tensor) -> Tensor:
+        state, visual = visual_pos_masks if isinstance(visual_pos_masks, _VisualRows) else (None, visual_pos_masks)
+        if state is not None and state.cuts:
+            return state.add_deepstack(hidden_states, visual, visual_embeds)
+        return type(self.model)._deepstack_process(self.model, hidden_states, visual, visual_embeds)

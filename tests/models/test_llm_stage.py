@@ -28,6 +28,7 @@ from transformers import (
     LogitsProcessorList,
     MistralConfig,
     Qwen2Config,
+    Qwen3Config,
     StaticCache,
 )
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
@@ -44,6 +45,7 @@ DECODERS = {
     "llama mha": (LlamaConfig, dict(num_key_value_heads=4)),
     "qwen2": (Qwen2Config, {}),
     "mistral": (MistralConfig, dict(sliding_window=None, head_dim=16)),
+    "qwen3": (Qwen3Config, dict(head_dim=16)),
 }
 PROMPTS = {
     "one": [[1, IMG, 5, 6, 7]],
@@ -133,6 +135,8 @@ class Oracle:
                 projection(normed).unflatten(-1, (-1, attention.head_dim))
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
+            if hasattr(attention, "q_norm"):
+                q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
             q, k = rotated(q, positions), rotated(k, positions)
             group = q.shape[1] // k.shape[1]
             logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / attention.head_dim**0.5
