@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from oracle import Oracle
+from torch.testing import assert_close
 from zoo import Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
 
 EVERYTHING = (fk.FlowCut(10**6), fk.FlowCut(retain_ratio=1.0), fk.VFlowOpt(10**6), fk.UniformTokens(10**6))
-GREEDY = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+STEPS = 3
+WRITTEN = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, return_dict_in_generate=True, output_logits=True)
+GREEDY = WRITTEN | dict(do_sample=False)
 
 
 @pytest.fixture(params=families(), ids=str)
@@ -71,3 +77,160 @@ def test_prompts_are_of_different_sizes(family):
     assert len({x.tobytes() for x in images}) == len(images)
     inputs = family.prompt(prompts(family)["sizes in a batch"])
     assert (inputs["attention_mask"] == 0).any()
+
+
+PRUNING = {
+    "flowcut": fk.FlowCut(12),
+    "flowcut llm": fk.FlowCut(9, llm_layer=1),
+    "vflowopt": fk.VFlowOpt(retain_ratio=0.3, hub_threshold=1.6, recycle_cell=2.5, llm_stages=((2, 0.5),)),
+    "uniform": fk.UniformTokens(13),
+}
+# RMSNorm, rotary tables and the logits of generate are fp32 in an fp64 model.
+CLOSE = dict(rtol=1e-4, atol=5e-5)
+
+
+def pruning(family: Family, name: str) -> fk.policies.base.Policy:
+    policy = PRUNING[name]
+    if not isinstance(policy, family.policies) or (name == "flowcut llm" and not family.prunes_llm):
+        pytest.skip("not defined for this family")
+    return policy
+
+
+def first_policy(family: Family) -> fk.policies.base.Policy:
+    """FlowCut, or what the family has."""
+    return next(policy for policy in PRUNING.values() if isinstance(policy, family.policies))
+
+
+@pytest.mark.parametrize("policy", PRUNING)
+@torch.no_grad()
+def test_every_logit(family, policy):
+    """Of a batch padded on either side and of every decoding step: those of each row alone, by the oracle."""
+    policy, model = pruning(family, policy), family.model(dtype=torch.float64)
+    oracle = Oracle(family, policy)
+    for name, rows in prompts(family).items():
+        inputs = {side: given(family, rows, side, torch.float64) for side in ("left", "right")}
+        with fk.patched(model, policy):
+            logits = {side: model(**inputs[side]).logits for side in inputs}
+            out = model.generate(**inputs["left"], **GREEDY)
+        length = inputs["left"]["input_ids"].shape[1]
+        assert torch.equal(out.sequences[:, :length], inputs["left"]["input_ids"])
+        for i, row in enumerate(rows):
+            want, _ = oracle(row, out.sequences[i, length:])
+            want, steps = want[:-STEPS], want[-STEPS - 1 : -1]
+            found = dict(
+                left=(logits["left"][i, -len(want) :], want),
+                right=(logits["right"][i, : len(want)], want),
+                steps=(torch.stack([step[i] for step in out.logits]), steps),
+            )
+            for way, (got, expected) in found.items():
+                assert_close(got.double(), expected, **CLOSE, msg=lambda m, at=(name, i, way): f"{at}: {m}")
+
+
+@torch.no_grad()
+def test_the_oracle_can_tell(family):
+    """Policies and budgets give different logits: the comparisons mean something."""
+    row = prompts(family)["one image"][0]
+    policies = [policy for policy in (*PRUNING.values(), *EVERYTHING[1:3]) if isinstance(policy, family.policies)]
+    last = [Oracle(family, policy)(row)[0][-1] for policy in policies]
+    for i, one in enumerate(last):
+        same = [policies[i] for i, other in enumerate(last[:i]) if (one - other).abs().max() < 0.05]
+        assert not same or policies[i] in EVERYTHING, (policies[i], same)
+
+
+def likelihood(oracle: Oracle, row: list, new: torch.Tensor) -> torch.Tensor:
+    """Mean log probability of the tokens `new` behind a row."""
+    steps = oracle(row, new)[0][-len(new) - 1 : -1].log_softmax(-1)
+    return steps.gather(1, new[:, None]).mean()
+
+
+@torch.no_grad()
+def test_beams(family):
+    """Scores of the beams that won are the probabilities of what they wrote."""
+    policy, model, rows = first_policy(family), family.model(dtype=torch.float64), prompts(family)["sizes in a batch"]
+    oracle, inputs = Oracle(family, policy), given(family, rows, dtype=torch.float64)
+    with fk.patched(model, policy):
+        out = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=2, output_scores=True)
+    for i, (ids, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+        assert_close(score.double(), likelihood(oracle, rows[i // 2], ids[-STEPS:]), **CLOSE)
+
+
+@torch.no_grad()
+def test_sampling(family):
+    """By a seed, several answers to a row: every step's logits follow from what was written before."""
+    policy, model, rows = first_policy(family), family.model(dtype=torch.float64), prompts(family)["image or none"]
+    oracle, inputs, seen = Oracle(family, policy), given(family, rows, dtype=torch.float64), []
+    with fk.patched(model, policy):
+        for _ in range(2):
+            torch.manual_seed(11)
+            settings = WRITTEN | dict(do_sample=True, temperature=2.0, top_k=0, num_return_sequences=2)
+            seen.append(model.generate(**inputs, **settings))
+    assert torch.equal(seen[0].sequences, seen[1].sequences)
+    assert len({tuple(ids[-STEPS:].tolist()) for ids in seen[0].sequences}) > len(rows)
+    for i, ids in enumerate(seen[0].sequences):
+        want = oracle(rows[i // 2], ids[-STEPS:])[0][-STEPS - 1 : -1]
+        assert_close(torch.stack([step[i] for step in seen[0].logits]).double(), want, **CLOSE)
+
+
+@torch.no_grad()
+def test_conversation(family):
+    """A second question goes on with the returned cache, and the images are not given again."""
+    policy, model = first_policy(family), family.model(dtype=torch.float64)
+    row, oracle = prompts(family)["interleaved"][0], Oracle(family, policy)
+    with fk.patched(model, policy):
+        first = model.generate(**given(family, [row], dtype=torch.float64), **GREEDY)
+        written = first.sequences[0, -STEPS:].tolist()
+        row = [*row, *written, 8, 9]
+        whole = family.prompt([row])
+        ids = whole["input_ids"]
+        assert torch.equal(ids[:, :-2], first.sequences)
+        text = {name: x for name, x in whole.items() if x.shape == ids.shape}
+        second = model.generate(**text, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second.sequences[:, : ids.shape[1]], ids)
+    want = oracle(row, second.sequences[0, -STEPS:])[0][-STEPS - 1 : -1]
+    assert_close(torch.cat(second.logits).double(), want, **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_precision(family, dtype, attention):
+    """As close to the fp64 model as the stock model is, where both keep the same; and any policy's budget is exact."""
+    rows = prompts(family)["sizes in a batch"]
+    model, exact = family.model(attention, dtype), family.model(dtype=torch.float64)
+    inputs, reference = given(family, rows, dtype=dtype), given(family, rows, dtype=torch.float64)
+    noise = (model(**inputs).logits[:, -1] - exact(**reference).logits[:, -1]).abs().mean()
+    for policy in (p for p in (*PRUNING.values(), fk.RandomTokens(13)) if isinstance(p, family.policies)):
+        with fk.patched(model, policy, record=True), fk.patched(exact, policy, record=True):
+            error = (model(**inputs).logits[:, -1] - exact(**reference).logits[:, -1]).abs().mean()
+            stages, others = fk.trace(model).stages, fk.trace(exact).stages
+        assert stages[-1].kept == others[-1].kept and error.isfinite()
+        if all(torch.equal(a.indices, b.indices) for a, b in zip(stages, others, strict=True)):
+            assert error < 3 * noise, policy
+
+
+# Copies
+
+
+@torch.no_grad()
+def test_copies(family, tmp_path):
+    """A copy of a patched model, pickled or not, is patched by itself; what is saved is the model without its patch."""
+    policy, stock, model = first_policy(family), family.model(), family.model()
+    inputs = given(family, prompts(family)["one image"])
+    names, whole = list(stock.state_dict()), stock(**inputs).logits
+    # transformers' own hooks, which come with the first call, do not pickle.
+    pickled = pickle.loads(pickle.dumps(fk.patch(model, policy)))
+    want = model(**inputs).logits
+    assert want.shape != whole.shape and list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert not torch.equal(model(**inputs).logits, want)
+    for other in (twin, pickled):
+        assert torch.equal(other(**inputs).logits, want)
+        assert torch.equal(fk.unpatch(other)(**inputs).logits, whole)
+    fk.unpatch(model)
+    loaded = type(stock).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, whole)
+    with fk.patched(loaded, policy):
+        assert torch.equal(loaded(**inputs).logits, want)

@@ -69,15 +69,16 @@ class Family:
     """What the conformance tests need of a family."""
 
     name: str
-    model: Callable[
-        ..., Any
-    ]  # (attention="sdpa", dtype=torch.float32) -> tiny model with a GQA LLM of 3 layers or more
+    # (attention="sdpa", dtype=torch.float32) -> a tiny model whose language model has GQA and 3 layers or more
+    model: Callable[..., Any]
     prompt: Callable[..., dict[str, Any]]  # (rows, padding="left") -> what the processor gives of a list of rows
     layers: Callable[[Any], Sequence[nn.Module]]  # vision layers of a model that run before the features are read
     attention: Callable[[nn.Module], nn.Module]  # the attention module of such a layer
     projector: Callable[[Any], nn.Module]  # of a model: its output [.., tokens, D] is what the model then assembles
     # (model, inputs, "image" | "video") -> the tiles of every image or video, in the order of the tower's rows
     tiles: Callable[[Any, dict[str, Any], str], list[list[Tile]]]
+    # The same -> rows and columns of the grids that an image's tokens make up in the language model, newlines included
+    grids: Callable[[Any, dict[str, Any], str], list[list[tuple[int, int]]]] | None = None  # None: the tiles'
     kinds: tuple[str, ...] = ("image",)
     policies: tuple[type[fk.policies.base.Policy], ...] = (fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens)
     prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages

@@ -8,6 +8,7 @@ import tiny
 import torch
 from tiny import IMAGE, PATCH, SIDE, VIDEO
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 import flowcut_kernels as fk
@@ -18,6 +19,9 @@ IMAGES = LlavaOnevisionImageProcessorPil(
     size=dict(height=EDGE, width=EDGE),
     image_grid_pinpoints=[[EDGE * h, EDGE * w] for h in (1, 2) for w in (1, 2, 3) if h * w > 1],
 )
+# The processor wants a video processor, which needs torchvision; its count of an image's tokens does not.
+COUNTS = object.__new__(LlavaOnevisionProcessor)
+COUNTS.image_processor, COUNTS.num_image_tokens, COUNTS.vision_aspect_ratio = IMAGES, SIDE**2, "anyres_max_9"
 
 
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -25,16 +29,12 @@ def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
 
 
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
-    # The processor wants a video processor, which needs torchvision; its count of an image's tokens does not.
-    counts = object.__new__(LlavaOnevisionProcessor)
-    counts.image_processor, counts.num_image_tokens, counts.vision_aspect_ratio = IMAGES, SIDE**2, "anyres_max_9"
-
     def spelled(part: Any, row: list[Part]) -> list[int]:
         if isinstance(part, Video):
             return [VIDEO] * (part.frames * ((SIDE + 1) // 2) ** 2 + 1)
         if len(parts_of([row], Image)) > 1:
             return [IMAGE] * (SIDE**2 + 1)
-        return [IMAGE] * counts._get_number_of_features(part.height, part.width, EDGE, EDGE)
+        return [IMAGE] * COUNTS._get_number_of_features(part.height, part.width, EDGE, EDGE)
 
     given = spell(write(rows, spelled), padding)
     by_row = [images for row in rows if (images := [x.pixels for x in parts_of([row], Image)])]
@@ -60,6 +60,22 @@ def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
     return [[next(every) for _ in range(count)] for count in counts]
 
 
+def grids(model: Any, inputs: dict[str, Any], kind: str) -> list[list[tuple[int, int]]]:
+    made = []
+    for group, size in zip(
+        tiles(model, inputs, kind), inputs.get("image_sizes", inputs.get("pixel_values_videos")), strict=True
+    ):
+        if kind == "video":
+            made.append([((SIDE + 1) // 2,) * 2] * len(group))
+        elif len(group) == 1:
+            made.append([(SIDE, SIDE)])
+        else:
+            lines = [side // EDGE for side in select_best_resolution(size.tolist(), IMAGES.image_grid_pinpoints)]
+            patches, rows = COUNTS._get_unpadded_features(*size.tolist(), SIDE, SIDE, *lines)
+            made.append([(SIDE, SIDE), (rows, patches // rows + 1)])
+    return made
+
+
 FAMILY = Family(
     name="llava_onevision",
     model=model,
@@ -68,6 +84,7 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
+    grids=grids,
     kinds=("image", "video"),
     policies=(fk.VFlowOpt,),
 )

@@ -1,0 +1,389 @@
+"""What a pruned model must answer, from the stock model in fp64: slow, and by other means than the package's.
+
+The stock model runs on whole images and whole prompts. Its attention is replaced by one that writes the map out, sees
+every layer's queries, keys and values, decides by the formulas what is dropped, and from then on masks the keys that
+are gone. What a dropped token goes on to compute reaches nobody. Which features are left of the tokens is found by
+sending marks, in the projected tokens' place, through the model's own assembly. The prompt keeps its length too:
+columns that are gone are masked, and the others get their positions from outside.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from test_feature_stage import Item, pruned_by_hand, staged
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from zoo import Family, Tile
+
+import flowcut_kernels as fk
+
+LOWEST = -1e30  # of a logit that counts for nothing; finite, so that rows without any key stay finite
+
+
+def attend(module, query, key, value, attention_mask=None, scaling=None, **_):
+    """transformers' attention function, written out; a module's ``watch`` looks on and says which keys are left."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    watch = vars(module).get("watch")
+    live = None if watch is None else watch.see(module, query, key, value, scaling)
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, 1).mT * scaling
+    if attention_mask is not None:
+        flags = attention_mask.dtype == torch.bool
+        logits = logits.masked_fill(~attention_mask, LOWEST) if flags else logits + attention_mask
+    if live is not None:
+        logits = logits.masked_fill(~live[:, None, None], LOWEST)
+    mixed = logits.softmax(-1) @ value.repeat_interleave(groups, 1)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("oracle", attend)
+AttentionMaskInterface.register("oracle", eager_mask)
+
+
+def shares(budget: int, room: list[int]) -> list[int]:
+    """A budget dealt out one by one, the first tile first, to those that have room."""
+    dealt = [0] * len(room)
+    while budget > 0 and dealt != room:
+        for i, most in enumerate(room):
+            if dealt[i] < most and budget > 0:
+                dealt[i], budget = dealt[i] + 1, budget - 1
+    return dealt
+
+
+def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first: int, scaling: float) -> tuple:
+    """FlowCut's s of the rows behind the `first` ones, and the entropy ratio of the anchor's attention.
+
+    Args:
+        query, anchor: [H, d] the anchor's query and [G, d] value.
+        key, value: [n, G, d].
+    """
+    groups = query.shape[0] // key.shape[1]
+    logits = torch.einsum("hd,nhd->hn", query, key.repeat_interleave(groups, 1)) * scaling
+    attention = logits.softmax(-1).mean(0)[first:]
+    relevance = (1 + torch.cosine_similarity(value.flatten(1)[first:], anchor.flatten()[None], dim=1)) / 2
+    norm = value.flatten(1)[first:].abs().sum(1)
+    share = attention / attention.sum()
+    entropy = -(share * share.clamp_min(1e-300).log()).sum() / math.log(max(len(share), 2))
+    return (share + relevance / relevance.sum()) * norm, entropy.item()
+
+
+class Tower:
+    """One pass of a vision tower: which tokens of its tiles are left, and their importance."""
+
+    def __init__(self, policy: fk.policies.base.Policy, tiles: list[Tile], budgets: list[int], layers: int) -> None:
+        self.policy, self.tiles, self.budgets, self.layers = policy, tiles, budgets, layers
+        count = 1 + max(int(max(tile.rows.max(), *tile.protected.tolist(), 0)) for tile in tiles)
+        self.live = torch.ones(count, dtype=torch.bool)
+        self.alive = [torch.ones(len(tile.tokens), dtype=torch.bool) for tile in tiles]
+        self.history: list[Tensor | None] = [None] * len(tiles)
+        self.importance: list[Tensor] = []
+        self.seen: list[list[Tensor]] = []
+
+    def see(self, module, query, key, value, scaling) -> Tensor:
+        """bool [B, N]: keys that are left."""
+        start = sum(len(x[0]) for x in self.seen)
+        self.seen.append([x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)])
+        self.scaling = scaling
+        return self.live[start : start + len(self.seen[-1][0])].view(len(query), -1)
+
+    def end(self, layer: int) -> None:
+        """All rows of a layer have been seen."""
+        query, key, value = (torch.cat(x) for x in zip(*self.seen, strict=True))
+        self.seen = []
+        last = layer == self.layers - 1
+        for i, tile in enumerate(self.tiles):
+            if isinstance(self.policy, fk.VFlowOpt):
+                if last:
+                    self.importance.append(self._importance(tile, query, key))
+            elif isinstance(self.policy, fk.FlowCut):
+                self._flow(i, tile, query, key, value, layer)
+            elif layer == self.layers - 2 and self.budgets[i] < len(tile.tokens):
+                self.alive[i] = torch.zeros_like(self.alive[i])
+                self.alive[i][self.policy._patches(tile.grid, self.budgets[i])] = True
+            self.live[tile.rows[~self.alive[i]].flatten()] = False
+
+    def _flow(self, i: int, tile: Tile, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
+        remaining = self.layers - 2 - layer
+        tokens = self.alive[i].nonzero().flatten()
+        if remaining < 0 or len(tokens) <= self.budgets[i]:
+            return
+        patches = tile.rows[tokens].flatten()
+        rows = torch.cat([tile.protected, patches])
+        anchor = tile.protected if len(tile.protected) else patches
+        score, entropy = flow_score(
+            query[anchor].mean(0), key[rows], value[rows], value[anchor].mean(0), len(tile.protected), self.scaling
+        )
+        score = score.view(len(tokens), -1).mean(1)
+        before = self.history[i]
+        score = score if before is None else 0.5 * before + 0.5 * score
+        if remaining % 2 == 0:
+            surplus = len(tokens) - self.budgets[i]
+            count = round(surplus / math.sqrt(remaining) * (1 - entropy**2)) if remaining else surplus
+            kept = score.argsort(descending=True, stable=True)[: len(tokens) - min(count, surplus)].sort().values
+            self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, tokens[kept], True)
+            score = score[kept]
+        self.history[i] = score
+
+    def _importance(self, tile: Tile, query: Tensor, key: Tensor) -> Tensor:
+        """VFlowOpt's, of every token: attention of the hubs' mean row, or what is received where there is none."""
+        rows, first = torch.cat([tile.protected, tile.rows.flatten()]), len(tile.protected)
+        attention = (torch.einsum("qhd,khd->hqk", query[rows], key[rows]) * self.scaling).softmax(-1).mean(0)
+        received = attention.mean(0)[first:]
+        hubs = (received > self.policy.hub_threshold * received.mean()).nonzero().flatten() + first
+        hubs = torch.cat([torch.arange(first), hubs])
+        found = attention[hubs, first:].mean(0) if len(hubs) else received
+        return found.view(len(tile.tokens), -1).mean(1)
+
+
+class Text:
+    """A pass of the language model: columns that are gone by a layer are keys to nobody."""
+
+    def __init__(self, choose: Callable[..., Tensor | None]) -> None:
+        self.choose = choose
+        self.cuts: dict[int, Tensor] = {}  # bool [L] gone after a layer
+
+    def see(self, module, query, key, value, scaling) -> Tensor:
+        layer, live = module.layer_idx, torch.ones(key.shape[2], dtype=torch.bool)
+        for _, gone in filter(lambda cut: cut[0] < layer, self.cuts.items()):
+            live &= ~gone
+        gone = self.choose(layer, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
+        if gone is not None:
+            self.cuts[layer] = gone
+        return live[None]
+
+
+@dataclass
+class Visuals:
+    """What a kind of visuals of one row puts into the language model, in the order of its placeholders."""
+
+    features: Tensor  # [T, D] of all places
+    kept: Tensor  # bool [T]
+    visual: Tensor  # int64 [T] whose
+    importance: Tensor | None = None  # [T]
+    output: Any = None  # the same features as get_image_features returns them
+
+
+class Oracle:
+    """Logits of single rows under a policy."""
+
+    def __init__(self, family: Family, policy: fk.policies.base.Policy) -> None:
+        self.family, self.policy = family, policy
+        self.model = family.model(dtype=torch.float64).requires_grad_(False)
+        self.model.set_attn_implementation("oracle")
+        self.inner = self.model.model
+        self.token_ids = {kind: getattr(self.model.config, f"{kind}_token_id") for kind in family.kinds}
+
+    def __call__(self, row: list, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [L', V] of what is left of a row, with `new` tokens behind it, and the columns [L'] those are."""
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in self.family.prompt([row]).items()}
+        ids = inputs["input_ids"]
+        length, more = ids.shape[1], 0 if new is None else len(new)
+        positions = None if self.family.positions is None else self.family.positions(self.model, inputs)
+        visuals, live = {}, torch.ones(length, dtype=torch.bool)
+        for kind, token_id in self.token_ids.items():
+            columns = (ids[0] == token_id).nonzero().flatten()
+            if len(columns):
+                visuals[kind] = made = self.visuals(inputs, kind, len(columns))
+                live[columns[~made.kept]] = False
+        for name, x in inputs.items():  # what goes with the prompt grows by what was written
+            if x.shape[:2] == ids.shape and name != "attention_mask":
+                inputs[name] = (
+                    torch.cat([x, new[None] if name == "input_ids" else x.new_zeros(1, more)], 1) if more else x
+                )
+        live = torch.cat([live, torch.ones(more, dtype=torch.bool)])
+        if positions is None:
+            positions = (live.long().cumsum(0) - 1).clamp_min(0)[None]
+        else:
+            after = positions.amax() + 1 + torch.arange(more)
+            positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
+        inputs |= dict(attention_mask=live[None].long(), position_ids=positions, use_cache=False)
+        watch = Text(self._chooser(ids[0], visuals, live))
+        layers = self.inner.language_model.layers
+        try:
+            for kind, made in visuals.items():
+                setattr(self.inner, f"get_{kind}_features", lambda *_, output=made.output, **__: output)
+            for layer in layers:
+                layer.self_attn.watch = watch
+            logits = self.model(**inputs).logits[0]
+        finally:
+            for layer in layers:
+                vars(layer.self_attn).pop("watch", None)
+            for kind in visuals:
+                vars(self.inner).pop(f"get_{kind}_features", None)
+        for gone in watch.cuts.values():
+            live = live & ~gone
+        return logits[live], live.nonzero().flatten()
+
+    def visuals(self, inputs: dict[str, Any], kind: str, places: int) -> Visuals:
+        """The features of a kind, which has so many places in the prompt, and which of these are left."""
+        groups = self.family.tiles(self.model, inputs, kind)
+        tiles = [tile for group in groups for tile in group]
+        owner = torch.zeros(sum(len(tile.tokens) for tile in tiles))
+        for i, group in enumerate(groups):
+            for tile in group:
+                owner[tile.tokens] = i
+        # Which tokens the model takes, and whose a place is; newlines come behind a place that is known.
+        with torch.enable_grad():
+            ones, self.later = torch.ones_like(owner).requires_grad_(), 0
+            marks = self._assembled(inputs, kind, torch.stack([ones, owner], 1))
+            if len(marks) < places:
+                self.later = (places - len(marks)) // len(groups)
+                marks = self._assembled(inputs, kind, torch.stack([ones, owner], 1))
+            weight, whose = marks.unbind(1)
+            taken = torch.autograd.grad(weight.sum(), ones)[0] > 0
+        patch, whose = weight.detach() > 0, (whose / weight).detach().round()
+        visual = torch.where(patch, whose, 0).cummax(0).values.long()
+        full = torch.bincount(visual, minlength=len(groups)).tolist()
+        budgets = []
+        for group, tokens in zip(groups, full, strict=True):
+            budgets += shares(self.policy.encoder_budget(tokens), [int(taken[tile.tokens].sum()) for tile in group])
+
+        features, output, tower = self._watched(inputs, kind, tiles, budgets)
+        if isinstance(self.policy, fk.VFlowOpt):
+            importance = torch.zeros_like(owner, dtype=torch.float64)
+            for tile, x in zip(tiles, tower.importance, strict=True):
+                importance[tile.tokens] = x
+            importance = self._assembled(inputs, kind, importance[:, None])[:, 0].masked_fill(~patch, 1.0)
+            made = self._recycled(inputs, kind, groups, Visuals(features, patch, visual, importance))
+        else:
+            alive = torch.zeros_like(owner)
+            for tile, left in zip(tiles, tower.alive, strict=True):
+                alive[tile.tokens] = left.to(alive)
+            pruned = torch.tensor([any(not alive[t.tokens[taken[t.tokens]]].all() for t in group) for group in groups])
+            marks = self._assembled(inputs, kind, alive[:, None])[:, 0]
+            partial = (marks > 0) & (marks < weight.detach())
+            if partial.any():  # resampled: made of those of its tokens that are left
+                weighed = self._watched(inputs, kind, tiles, budgets, lambda n, out: out * alive[n, None].to(out))[0]
+                features[partial] = (weighed / marks[:, None])[partial]
+            made = Visuals(features, torch.where(patch, marks > 0, ~pruned[visual]), visual)
+        made.output = output
+        made.output.pooler_output = laid_out(made.features, output.pooler_output, self.later)
+        return made
+
+    def _recycled(self, inputs: dict[str, Any], kind: str, groups: list[list[Tile]], made: Visuals) -> Visuals:
+        """By the oracle of test_feature_stage.py."""
+        assert made.importance is not None
+        if self.family.grids is None:
+            grids = [[tile.grid for tile in group] for group in groups]
+        else:
+            grids = self.family.grids(self.model, inputs, kind)
+        made.kept = torch.zeros_like(made.kept)
+        for i, grid in enumerate(grids):
+            at = (made.visual == i).nonzero().flatten()
+            item = Item(made.features[at], made.importance[at], list(grid), len(at) - sum(h * w for h, w in grid))
+            left = pruned_by_hand(item, self.policy.budget(len(at)), self.policy.recycle_cell)
+            made.features[at[left.kept]], made.kept[at[left.kept]] = left.features, True
+        return made
+
+    def _assembled(self, inputs: dict[str, Any], kind: str, values: Tensor) -> Tensor:
+        """[T, C]: `values` [tokens, C] in the projected tokens' place, as the model assembles them; 0 for newlines."""
+        line = getattr(self.inner, "image_newline", None)
+        before = None if line is None else line.data.clone()
+
+        def put(number: Tensor, out: Tensor) -> Tensor:
+            return torch.nn.functional.pad(values[number].to(out), (0, out.shape[1] - values.shape[1]))
+
+        try:
+            if line is not None:
+                line.data.zero_()
+            return self._call(inputs, kind, put)[0][:, : values.shape[1]]
+        finally:
+            if line is not None:
+                line.data.copy_(before)
+
+    def _watched(
+        self, inputs: dict[str, Any], kind: str, tiles: list[Tile], budgets: list[int], change: Any = None
+    ) -> tuple[Tensor, Any, Tower]:
+        """Features [T, D] of a pruning tower, the output they came in, and what it dropped."""
+        modules = [self.family.attention(layer) for layer in self.family.layers(self.model)]
+        watch = Tower(self.policy, tiles, budgets, len(modules))
+        handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
+        try:
+            for module in modules:
+                module.watch = watch
+            return *self._call(inputs, kind, change), watch
+        finally:
+            for module, handle in zip(modules, handles, strict=True):
+                handle.remove()
+                del module.watch
+
+    def _call(
+        self, inputs: dict[str, Any], kind: str, change: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Any]:
+        """The model's own get_image_features [T, D], zeros for what it adds later on, and the output they came in.
+
+        `change` gets the projected tokens' numbers [n] and values [n, D].
+        """
+        done = 0
+
+        def put(module, args, out):
+            nonlocal done
+            number = torch.arange(done, done + out.shape[:-1].numel())
+            done += len(number)
+            return change(number, out.flatten(0, -2)).view_as(out)
+
+        hook = None if change is None else self.family.projector(self.model).register_forward_hook(put)
+        try:
+            output = made_of(self.inner, inputs, kind)
+        finally:
+            if hook is not None:
+                hook.remove()
+        pieces = [torch.nn.functional.pad(x.flatten(0, -2), (0, 0, 0, self.later)) for x in output.pooler_output]
+        return torch.cat(pieces), output
+
+    def _chooser(self, ids: Tensor, visuals: dict[str, Visuals], live: Tensor) -> Callable[..., Tensor | None]:
+        """What the language model drops after a layer."""
+        images = []  # columns of each that enter, tokens before pruning, importance
+        for kind, made in visuals.items():
+            columns = (ids == self.token_ids[kind]).nonzero().flatten()
+            for i in range(int(made.visual.max()) + 1):
+                mine = made.visual == i
+                importance = None if made.importance is None else made.importance[mine & made.kept]
+                images.append((columns[mine & made.kept], int(mine.sum()), importance))
+        text = torch.ones(len(ids), dtype=torch.bool)
+        for token_id in self.token_ids.values():
+            text &= ids != token_id
+        asks = int(text.nonzero().max()) if text.any() else len(ids) - 1
+
+        def choose(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
+            if not images:
+                return None
+            gone = torch.zeros_like(live)
+            for columns, full, importance in images:
+                if isinstance(self.policy, fk.VFlowOpt):
+                    cuts = staged(Item(columns, importance, []), columns.tolist(), self.policy.llm_stages)
+                    if layer not in cuts:
+                        return None
+                    kept = torch.tensor(cuts[layer])
+                elif layer == getattr(self.policy, "llm_layer", None):
+                    score, _ = flow_score(query[asks], key[columns], value[columns], value[asks], 0, scaling)
+                    kept = columns[score.argsort(descending=True, stable=True)[: self.policy.budget(full)]]
+                else:
+                    return None
+                gone[columns] = True
+                gone[kept] = False
+            return gone
+
+        return choose
+
+
+def laid_out(features: Tensor, like: Any, later: int) -> Any:
+    """Features [T, D] in the form of `like`, a tensor or several, without the last `later` of each."""
+    pieces = features.split([x[..., 0].numel() + later for x in like])
+    pieces = [piece[: len(piece) - later].view_as(x) for piece, x in zip(pieces, like, strict=True)]
+    return torch.stack(pieces) if isinstance(like, Tensor) else type(like)(pieces)
+
+
+def made_of(inner: nn.Module, inputs: dict[str, Any], kind: str) -> Any:
+    """What the model's own get_image_features returns for the arguments that it takes of a prompt's."""
+    method = getattr(inner, f"get_{kind}_features")
+    first, *names = inspect.signature(method).parameters
+    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    return method(**{name: inputs[name] for name in names if name in inputs} | {first: pixels, "return_dict": True})
