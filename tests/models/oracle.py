@@ -106,7 +106,7 @@ class Tower:
                 self._flow(i, tile, query, key, value, layer)
             elif layer == self.layers - 2 and self.budgets[i] < len(tile.tokens):
                 self.alive[i] = torch.zeros_like(self.alive[i])
-                self.alive[i][self.policy._patches(tile.grid, self.budgets[i])] = True
+                self.alive[i][self.policy._tokens(tile.grid, self.budgets[i])] = True
             self.live[tile.rows[~self.alive[i]].flatten()] = False
 
     def _flow(self, i: int, tile: Tile, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
