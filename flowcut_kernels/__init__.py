@@ -11,7 +11,7 @@ from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .cost import Cost, cost
 from .models import patch, patched, supported_models, trace, unpatch
-from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt
+from .policies import FlowCut, RandomTokens, UniformTokens, VFlowOpt, VisionZip
 from .trace import Stage, Trace
 from .tune import tune
 
@@ -25,6 +25,7 @@ __all__ = [
     "Trace",
     "UniformTokens",
     "VFlowOpt",
+    "VisionZip",
     "calibrate",
     "compact_kv_cache",
     "cost",

@@ -32,6 +32,7 @@ class Schedule:
 
     entering: tuple[int, ...] = ()
     leaving: tuple[int, ...] = ()
+    merging: frozenset[int] = frozenset()  # layers that run on all that enter, and whose output is merged
 
     @staticmethod
     def stock(layers: int, rows: int) -> Schedule:
@@ -46,6 +47,12 @@ class Schedule:
             live = kept_after.get(layer, live)
             leaving.append(live)
         return Schedule(tuple(entering), tuple(leaving))
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """Rows that enter each layer, and those that it computes."""
+        pairs = zip(self.entering, self.leaving, strict=True)
+        return [(rows, rows if i in self.merging else left) for i, (rows, left) in enumerate(pairs)]
 
     def __str__(self) -> str:
         return ", ".join(f"{rows} x {len(list(same))}" for rows, same in groupby(self.leaving))
@@ -187,7 +194,7 @@ def encoder_flops(config: Any, schedule: Schedule) -> int:
     """
     hidden = config.hidden_size
     flops = 2 * _patches(config) * hidden * config.num_channels * config.patch_size**2
-    flops += sum(layer_flops(config, *rows) for rows in zip(schedule.entering, schedule.leaving, strict=True))
+    flops += sum(layer_flops(config, *rows) for rows in schedule.layers)
     if config.model_type == "siglip_vision_model" and getattr(config, "vision_use_head", True):
         flops += layer_flops(config, schedule.leaving[-1], 1)
     return flops
@@ -200,7 +207,7 @@ def projector_flops(vision: Any, text: Any, rows: int) -> int:
 
 def decoder_flops(config: Any, schedule: Schedule, logits: int = 1) -> int:
     """FLOPs of a language model for one prompt: its layers, and 2 D V for each of the columns the output head sees."""
-    layers = sum(layer_flops(config, *rows) for rows in zip(schedule.entering, schedule.leaving, strict=True))
+    layers = sum(layer_flops(config, *rows) for rows in schedule.layers)
     return layers + 2 * logits * config.hidden_size * config.vocab_size
 
 
@@ -239,17 +246,20 @@ def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Sc
     patches = live = _patches(config)
     budget = policy.encoder_budget(patches)
     cuts: dict[int, int] = {}
-    looks, adapts = 0, False
+    looks, adapts, merging = 0, False, set()
     for layer in range(runs):
         step = policy.encoder_step(layer, encoder.feature_layer, patches, budget)
         if step is None or (cuts and live <= budget):
             continue
-        looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size)
+        looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size, config.num_attention_heads)
         if step.prunes:
             adapts |= _adapts(step)
             live = _kept(step, live, entropy ** getattr(policy, "entropy_exponent", 2.0))
             cuts[layer] = protect + live
-    return Schedule.cut(runs, protect + patches, cuts), looks, adapts
+        if step.merges:
+            merging.add(layer)
+    rows = Schedule.cut(runs, protect + patches, cuts)
+    return replace(rows, merging=frozenset(merging)), looks, adapts
 
 
 def _adapts(step: EncoderStep) -> bool:

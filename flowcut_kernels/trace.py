@@ -21,7 +21,7 @@ class Stage:
     lengths: Tensor  # int32 [B], as a tensor, the numbers of `kept`
     scores: Tensor | None  # float [B, N] score the cut was made by, NaN for patches that were gone before
     entropy: Tensor | None  # float [B] entropy ratio of the anchor's attention, 0..1
-    recycled: Tensor | None = None  # bool [B, K] kept places whose feature is a mean of pruned ones, theirs included
+    recycled: Tensor | None = None  # bool [B, K] kept places that stand for pruned ones or for a class token
 
 
 @dataclass

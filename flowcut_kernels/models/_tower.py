@@ -54,6 +54,8 @@ class Tower:
             )
         if getattr(policy, "anchor", None) == "cls" and not self.protect:
             raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
+        if policy.needs_class_token and not self.protect:
+            raise ValueError(f"{policy} asks for a class token, which {type(model).__name__} has none of")
         policy.check_encoder(feature_layer, self.patches(model))
         encoder = PrunedEncoder(
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend

@@ -73,6 +73,11 @@ def replace_tower(
             f"vision_feature_select_strategy={strategy!r} drops the first token, but {type(tower_model).__name__} has "
             "no class token: set 'full'"
         )
+    if strategy == "full" and getattr(policy, "class_token", False):
+        raise ValueError(
+            "class_token=True, but vision_feature_select_strategy='full' gives the language model the class token "
+            "anyway: set class_token=False"
+        )
     wanted = getattr(policy, "feature_layer", None)
     if wanted not in (None, index):
         raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._library import choose_backend, resolve_backend
 from .._ops import accumulate_dtype
-from ..ops import attention
+from ..ops import attention, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..trace import Stage, Trace
@@ -111,14 +111,29 @@ class EncoderState:
 
     def gather(self, index: Tensor, hidden: Tensor, normed: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass."""
+        travels = self._travels(hidden)
+        hidden, normed, rows = gather_normed(norm, hidden, normed, list(travels.values()), index, backend=self.backend)
+        self._arrive(travels, rows)
+        return hidden, normed
+
+    def merge(self, choice: Selection, hidden: Tensor) -> Tensor:
+        """What the policy makes of a layer's output, and the state that travels with it."""
+        assert choice.merge is not None and choice.index is not None
+        travels = self._travels(hidden)
+        rows = gather_tokens(list(travels.values()), choice.index, backend=self.backend) if travels else []
+        self._arrive(travels, rows)
+        return choice.merge(hidden)
+
+    def _travels(self, hidden: Tensor) -> dict[str, Tensor]:
         travels = {name: getattr(self, name) for name in ("patches", "history") if getattr(self, name) is not None}
         if self.lengths is not None:  # rows of padding come out as zeros: the mask
-            travels["mask"] = torch.ones((1, 1), dtype=torch.bool, device=index.device).expand(hidden.shape[:2])
-        hidden, normed, rows = gather_normed(norm, hidden, normed, list(travels.values()), index, backend=self.backend)
+            travels["mask"] = torch.ones((1, 1), dtype=torch.bool, device=hidden.device).expand(hidden.shape[:2])
+        return travels
+
+    def _arrive(self, travels: Iterable[str], rows: list[Tensor]) -> None:
         self.mask = None
         for name, x in zip(travels, rows, strict=True):
             setattr(self, name, x)
-        return hidden, normed
 
     def number_patches(self, batch: int, rows: int, device: torch.device) -> None:
         """From now on it is known which patch a row is."""
@@ -146,7 +161,10 @@ class EncoderState:
                 column = column.masked_fill(dead, scores.shape[1] - 1)
             scores = scores.scatter(1, column, choice.score[:, live])[:, :-1]
         lengths = choice.lengths - self.protect
-        self.trace.stages.append(Stage("encoder", layer, lengths.tolist(), kept, lengths, scores, choice.entropy))
+        recycled = None if choice.merged is None else choice.merged[:, self.protect :]
+        self.trace.stages.append(
+            Stage("encoder", layer, lengths.tolist(), kept, lengths, scores, choice.entropy, recycled)
+        )
 
 
 class PrunedEncoderLayer:
@@ -170,19 +188,23 @@ class PrunedEncoderLayer:
         step = pruning.step(self.number)
         if step is None and pruning.mask is None:
             return type(self.layer).forward(self.layer, hidden_states, *mask, **kwargs)
-        hidden_states = self._attention_half(hidden_states, step, pruning, **kwargs)
-        return hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
+        hidden_states, choice = self._attention_half(hidden_states, step, pruning, **kwargs)
+        hidden_states = hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
+        return hidden_states if choice is None else pruning.merge(choice, hidden_states)
 
     def _attention_half(
         self, hidden_states: Tensor, step: EncoderStep | None, pruning: EncoderState, **kwargs: Any
-    ) -> Tensor:
-        """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
+    ) -> tuple[Tensor, Selection | None]:
+        """Everything up to the residual stream after attention; what it made on the way is gone before the MLP.
+
+        With a choice that is still to be made true, where tokens are merged after the layer.
+        """
         parts = self.parts
         residual, normed = hidden_states, parts.norm1(hidden_states)
         key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
-        key_mask, key_lengths, query = pruning.mask, pruning.lengths, None
+        key_mask, key_lengths, query, merged = pruning.mask, pruning.lengths, None, None
         if step is not None:
-            if not step.prunes:  # all queries are needed anyway; the anchor's is among them
+            if not step.prunes or step.merges:  # all queries are needed anyway; the anchor's is among them
                 query = self._heads(parts.q_proj(normed))
             view = EncoderView(
                 key=key,
@@ -197,7 +219,9 @@ class PrunedEncoderLayer:
                 backend=pruning.backend,
             )
             choice = pruning.select(self.number, step, view)
-            if choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):
+            if step.merges:
+                merged = choice
+            elif choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):
                 residual, normed = pruning.gather(choice.index, residual, normed, parts.norm1)
         if query is None:
             query = self._heads(parts.q_proj(normed))
@@ -207,7 +231,7 @@ class PrunedEncoderLayer:
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
         else:
             mixed = self._attend(query, key, value, key_mask, **kwargs)
-        return residual + parts.out_proj(mixed.flatten(2))
+        return residual + parts.out_proj(mixed.flatten(2)), merged
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.parts.attention.head_dim)).transpose(1, 2)

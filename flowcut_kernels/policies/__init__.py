@@ -4,5 +4,6 @@ from .base import Policy
 from .floors import RandomTokens, UniformTokens
 from .flowcut import FlowCut
 from .vflowopt import VFlowOpt
+from .visionzip import VisionZip
 
-__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt"]
+__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]

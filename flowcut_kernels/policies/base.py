@@ -129,9 +129,14 @@ class Policy:
         """Score the tokens of a layer and choose which rows go on."""
         raise NotImplementedError
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
         """FLOPs of the matrix products by which `encoder_select` chooses among `tokens` patches of `width` channels."""
         return 0
+
+    @property
+    def needs_class_token(self) -> bool:
+        """Whether `encoder_select` asks for a class token, which some encoders lack."""
+        return False
 
     @property
     def wants_pixels(self) -> bool:
@@ -146,6 +151,22 @@ class Policy:
     def feature_budget(self, tokens: int) -> int | None:
         """Tokens that enter the language model of an image that has `tokens`; None: known once they are chosen."""
         return self.encoder_budget(tokens)
+
+    def tokens_by_layer(self, layers: int, tokens: int) -> list[int]:
+        """Tokens of an image of `tokens` among the keys of each of `layers` layers of a language model."""
+        left = self.feature_budget(tokens)
+        if left is None:
+            raise ValueError(f"{self}: how many tokens enter the language model is known only once they are chosen")
+        found = []
+        for layer in range(layers):
+            step = self.decoder_step(layer, layers, tokens, left)
+            found.append(left)
+            left = left if step is None else min(step, left)
+        return found
+
+    def average_tokens(self, layers: int, tokens: int) -> float:
+        """Mean of :meth:`tokens_by_layer`: what papers call the average retention of `tokens`."""
+        return sum(self.tokens_by_layer(layers, tokens)) / layers
 
     def feature_select(self, view: FeatureView) -> FeatureSelection:
         """Choose which projected features go on, `feature_budget` of every image."""
@@ -182,6 +203,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
+def check_preset(policy: type[Policy], average: int, known: Sequence[int]) -> None:
+    """ValueError unless there is a preset for that many tokens."""
+    if average not in known:
+        raise ValueError(
+            f"{policy.__name__}.preset: average={average!r} must be one of {', '.join(map(str, known))}; for others "
+            "set the fields"
+        )
+
+
 def is_whole(value: object) -> bool:
     """True for an int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -207,6 +237,7 @@ class EncoderStep(NamedTuple):
     budget: int = 0  # tokens to end with, for the pruning modes
     divisor: float = 0.0  # sqrt of the remaining layers, for the adaptive modes
     static: bool = False  # counts follow from the step and the shapes alone: nothing has to be read back
+    merges: bool = False  # the layer runs on all rows, and the choice merges its output
 
     @property
     def prunes(self) -> bool:
@@ -293,3 +324,5 @@ class Selection:
     lengths: Tensor  # int32 [B] live rows afterwards; -1 marks scores that are not finite
     score: Tensor | None = None  # cumulative score [B, N]
     entropy: Tensor | None = None  # entropy ratio of the anchor's attention [B]
+    merge: Callable[[Tensor], Tensor] | None = None  # layer's output [B, N, D] -> [B, M, D], where the step merges
+    merged: Tensor | None = None  # bool [B, M] rows that are no longer a token's own

@@ -259,7 +259,7 @@ class FlowCut(Policy):
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
         # The mean token's query and value are rows of their own, the class token's query where a layer prunes.
         mean = self.anchor == "mean" or (self.anchor == "auto" and not protect)
         own = 2 if mean else int(step.prunes)

@@ -192,7 +192,7 @@ class VFlowOpt(Policy):
         # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
         return patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int) -> int:
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
         # All queries by all keys, which the kernels do twice, and those of the hubs: as many as there can be.
         rows = protect + tokens
         return 2 * width * rows * (2 * rows + protect + self._most_hubs(tokens))
