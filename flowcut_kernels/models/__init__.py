@@ -19,10 +19,11 @@ from .idefics3 import IDEFICS3_VIT, SMOLVLM_VIT
 from .internvl import INTERN_VIT
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
+from .paligemma import PaliGemma
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision(), INTERN_VIT, IDEFICS3_VIT, SMOLVLM_VIT)
+ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision(), PaliGemma(), INTERN_VIT, IDEFICS3_VIT, SMOLVLM_VIT)
 _HANDLE = "_flowcut_patch"
 
 

@@ -167,6 +167,7 @@ def _said(sizes: list[int]) -> str:
 
 class _PromptMethod(Bound):
     may_repeat_cache = False  # generate takes the cached conversation again, in front of the new tokens
+    first_position = 0  # of a prompt's first token
 
     def __init__(self, model: Any, shrinker: PromptShrinker) -> None:
         super().__init__(model)
@@ -250,7 +251,7 @@ class _PromptMethod(Bound):
         positions = arguments.get("position_ids")
         if positions is not None:
             if mask is None:
-                original = repeats or bool(positions.max() >= seen + length)
+                original = repeats or bool(positions.max() - self.first_position >= seen + length)
             else:
                 original = mask.shape[1] == talk.length
             removed = (talk if original else short).removed()[:, -prompt.kept :]
@@ -299,9 +300,12 @@ class PrunedForward(_PromptMethod):
 
     method = "forward"
 
-    def __init__(self, model: Any, shrinker: PromptShrinker, decoder: PrunedDecoder | None = None) -> None:
+    def __init__(
+        self, model: Any, shrinker: PromptShrinker, decoder: PrunedDecoder | None = None, first_position: int = 0
+    ) -> None:
         super().__init__(model, shrinker)
         self.decoder = decoder  # where the language model prunes too
+        self.first_position = first_position
 
     def run(self, arguments: dict[str, Any]) -> Any:
         shrunk = self.shrink(arguments)

@@ -23,12 +23,14 @@ def vlm_replacements(
     *,
     backend: str | None,
     compact_cache: bool,
+    first_position: int = 0,
 ) -> list[Replacement]:
     """Features of all `kinds` of visuals, prompts, and the language model where `policy` prunes there.
 
     Args:
         tokens: of an image, the most where they differ.
         fixed: settings that must not change after patching.
+        first_position: of a prompt's first token, in the positions that ``forward`` takes.
     """
     features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend) for kind in kinds)
     shrinker = PromptShrinker(features)
@@ -37,7 +39,7 @@ def vlm_replacements(
     )
     return [
         *((model.model, each.method, each) for each in features),
-        (model, "forward", PrunedForward(model, shrinker, decoder)),
+        (model, "forward", PrunedForward(model, shrinker, decoder, first_position)),
         (model, "generate", PrunedGenerate(model, shrinker)),
         *layers,
     ]

@@ -83,3 +83,18 @@ def replace_tower(
         raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
     encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
     return tower, encoder, replacements, dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)
+
+
+def replace_siglip(
+    model: Any, policy: Policy, *, record: bool, backend: str | None
+) -> tuple[PrunedEncoder, list[Replacement]]:
+    """The SigLIP tower of a model that reads its last hidden state, behind the final norm."""
+    tower_model, wanted = model.model.vision_tower, getattr(policy, "feature_layer", None)
+    if type(tower_model) is not SIGLIP.model_class:
+        raise ValueError(
+            f"vision tower {type(tower_model).__name__} of {type(model).__name__} is not supported: use a model with "
+            f"{SIGLIP.model_class.__name__}"
+        )
+    if wanted not in (None, -1):
+        raise ValueError(f"feature_layer={wanted} but {type(model).__name__} reads the last layer: leave it None")
+    return SIGLIP.build(tower_model, policy, -1, runs_rest=False, record=record, backend=backend)

@@ -1,4 +1,4 @@
-"""Language models (Llama, Mistral and the Qwens share their layers' layout) whose layers can drop visual tokens."""
+"""Language models (Llama, Mistral, Gemma and the Qwens share their layers' layout) whose layers can drop visual tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 
-# By name: the modules of families that nobody loaded stay unloaded. Class, its file, the beginning of its norm's name.
+# By name: the modules of families that nobody loaded stay unloaded. Class, its file, the beginning of the name of its
+# norm if that scales by its weight alone.
 FAMILIES = {
     "LlamaModel": ("llama", "Llama"),
+    "GemmaModel": ("gemma", ""),  # whose norm adds 1 to its weight
     "MistralModel": ("mistral", "Mistral"),
     "Qwen2Model": ("qwen2", "Qwen2"),
     "Qwen3Model": ("qwen3", "Qwen3"),
@@ -36,7 +38,7 @@ def _parts(layer: Any, module: str, norm: str) -> DecoderParts:
         mlp=layer.mlp,
         eager=modeling.eager_attention_forward,
         rotate=modeling.apply_rotary_pos_emb,
-        rms_norm=getattr(modeling, f"{norm}RMSNorm"),
+        rms_norm=getattr(modeling, f"{norm}RMSNorm") if norm else None,
         q_norm=getattr(attention, "q_norm", None),
         k_norm=getattr(attention, "k_norm", None),
     )
@@ -72,7 +74,7 @@ def decoder_replacements(
     if module != f"transformers.models.{file}.modeling_{file}":
         raise ValueError(
             f"{policy} drops tokens inside the language model, which must be one of {', '.join(FAMILIES)}; got "
-            f"{module}.{name}"
+            f"{module}.{name}: prune before the language model alone (llm_layer=None, llm_stages=())"
         )
     parts = partial(_parts, module=module, norm=norm)
     window = getattr(model.config, "sliding_window", None)

@@ -35,7 +35,7 @@ class DecoderParts(LayerParts):
     """Where a family keeps the parts of a pre-norm decoder layer; attention with head_dim, scaling, layer_idx."""
 
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # query, key, cos, sin -> query, key
-    rms_norm: type[nn.Module]  # the family's
+    rms_norm: type[nn.Module] | None  # the family's, where its weight alone scales (Gemma's adds 1)
     q_norm: nn.Module | None = None  # of each head, before it is rotated
     k_norm: nn.Module | None = None
 
@@ -224,8 +224,12 @@ class DecoderState:
 
     def _causal(self, live: Tensor, new: Tensor, columns: Tensor) -> Tensor:
         """Of bool [B, K] live keys, those up to each query: bool [B, 1, Q, K], or what eager attention adds."""
-        allowed = live[:, None, None] & (columns[:, None, None] <= (new + self.seen)[:, None, :, None])
-        if self.decoder.model.config._attn_implementation != "eager":
+        config = self.decoder.model.config
+        if getattr(config, "use_bidirectional_attention", False):  # without a mask (PaliGemma's Gemma) nothing is later
+            allowed = live[:, None, None].expand(-1, -1, new.shape[1], -1)
+        else:
+            allowed = live[:, None, None] & (columns[:, None, None] <= (new + self.seen)[:, None, :, None])
+        if config._attn_implementation != "eager":
             return allowed
         lowest = torch.finfo(self.embeds.dtype).min
         return torch.zeros_like(allowed, dtype=self.embeds.dtype).masked_fill(~allowed, lowest)
