@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from test_llava import IMG, spell
-from tiny import IMAGE, PAD, PATCH, PATCHES, SIDE, VISION, VOCAB
+from tiny import PATCHES
 from torch.testing import assert_close
-from transformers import (
-    Gemma2Config,
-    GemmaConfig,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    SiglipVisionConfig,
-)
+from transformers import Gemma2Config, GemmaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from zoo.paligemma import model as model_of
 
 import flowcut_kernels as fk
 
@@ -32,34 +27,10 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)  # rotary tables and norms are fp32 in an fp6
 ROWS = [[IMG, 1, 5, 6, 7, 8], [IMG, IMG, 1, 9, 4], [1, 4, 5, 3]]
 
 
-def paligemma(text_config=GemmaConfig, attention=None, seed=5):
-    text = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1,
-        head_dim=8, vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    if text_config is Gemma2Config:
-        text |= dict(sliding_window=12, query_pre_attn_scalar=8)
-    config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(**VISION, image_size=SIDE * PATCH, vision_use_head=False),
-        text_config=text_config(**text),
-        image_token_index=IMAGE,
-        vocab_size=VOCAB,
-        projection_dim=32,
-        hidden_size=32,
-        tie_word_embeddings=False,
-    )
-    model = PaliGemmaForConditionalGeneration(config)
-    if attention is not None:
-        model.set_attn_implementation(attention)
-    model.generation_config.suppress_tokens = [IMAGE]
-    tiny.fill(model, seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "language_model" in name and "norm" in name:
-                weight -= 1  # Gemma's norms add it again
-            if "embed_tokens" in name:
-                weight /= config.hidden_size**0.5
-    return model.double()
+def paligemma(**text):
+    if text.get("text_config") is Gemma2Config:  # which takes no SDPA
+        text |= dict(sliding_window=12, query_pre_attn_scalar=8, attention=None)
+    return model_of(dtype=torch.float64, **text)
 
 
 def inputs_for(rows, side="left", suffix=0):
@@ -101,7 +72,8 @@ def oracle(model, policy, rows, pixels, suffix=0, cut=None):
 @contextmanager
 def given_only(model, features):
     """The stock model, whose images' features are these."""
-    model.model.get_image_features = lambda *args, **kwargs: SimpleNamespace(pooler_output=features)
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    model.model.get_image_features = lambda pixel_values, **kwargs: output
     yield
     del model.model.get_image_features
 
@@ -162,8 +134,8 @@ def test_cut_in_gemma(types):
 @pytest.mark.parametrize("text_config", [GemmaConfig, Gemma2Config])
 @torch.no_grad()
 def test_positions_count_from_one(text_config):
-    """A loop of the caller's own, with positions of the full prompt or of the pruned one, continues as `generate` does."""
-    model, rows = paligemma(text_config), ROWS[:1]
+    """A loop of the caller's own goes on as `generate` does, with positions of the full prompt or of the pruned one."""
+    model, rows = paligemma(text_config=text_config), ROWS[:1]
     inputs = inputs_for(rows)
     length = inputs["input_ids"].shape[1]
     with fk.patched(model, fk.FlowCut(KEEP)):
@@ -183,7 +155,7 @@ def test_positions_count_from_one(text_config):
 @torch.no_grad()
 def test_sliding_windows_of_gemma_2():
     """The stock model on a prompt of the kept tokens alone says the same, prefix and windows included."""
-    model, policy = paligemma(Gemma2Config), fk.FlowCut(KEEP)
+    model, policy = paligemma(text_config=Gemma2Config), fk.FlowCut(KEEP)
     inputs = inputs_for(ROWS)
     tower = copy.deepcopy(model.model.vision_tower)
     with fk.patched(tower, policy):
@@ -205,7 +177,7 @@ def test_refused():
     for model, policy, why in (
         (paligemma(), fk.FlowCut(KEEP, feature_layer=-2), "feature_layer=-2"),
         (paligemma(), fk.FlowCut(KEEP, anchor="cls"), "class token"),
-        (paligemma(Gemma2Config), fk.FlowCut(KEEP, llm_layer=1), "Gemma2Model.*llm_layer=None"),
+        (paligemma(text_config=Gemma2Config), fk.FlowCut(KEEP, llm_layer=1), "Gemma2Model.*llm_layer=None"),
     ):
         with pytest.raises(ValueError, match=why):
             fk.patch(model, policy)
