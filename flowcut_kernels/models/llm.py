@@ -1,4 +1,4 @@
-"""Language models (Llama, Mistral, Gemma and the Qwens share their layers' layout) whose layers can drop visual tokens."""
+"""Language models (Llama, Mistral, Gemma, Qwen share their layers' layout) whose layers can drop visual tokens."""
 
 from __future__ import annotations
 

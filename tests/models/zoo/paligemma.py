@@ -72,4 +72,5 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), (SIDE, SIDE))],
+    skips=dict(test_conversation="a prompt is all prefix: what was written before would be a part of it"),
 )
