@@ -194,9 +194,8 @@ class Oracle:
                 live[columns[~made.kept]] = False
         for name, x in inputs.items():  # what goes with the prompt grows by what was written
             if x.shape[:2] == ids.shape and name != "attention_mask":
-                inputs[name] = (
-                    torch.cat([x, new[None] if name == "input_ids" else x.new_zeros(1, more)], 1) if more else x
-                )
+                kind = x.new_full((1, more), self.family.written_type)
+                inputs[name] = torch.cat([x, new[None] if name == "input_ids" and more else kind], 1)
         live = torch.cat([live, torch.ones(more, dtype=torch.bool)])
         if positions is None:
             positions = (live.long().cumsum(0) - 1).clamp_min(0)[None]

@@ -82,6 +82,7 @@ class Family:
     kinds: tuple[str, ...] = ("image",)
     policies: tuple[type[fk.policies.base.Policy], ...] = (fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens)
     prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages
+    written_type: int = 0  # token type of what the model writes
     # (model, inputs) -> position_ids of an unpruned prompt, which kept tokens keep (M-RoPE); None: contiguous ones
     positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
     processor: Callable[[], Any] | None = None  # a whole ProcessorMixin, where it can be made without torchvision

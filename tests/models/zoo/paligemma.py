@@ -72,5 +72,6 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), (SIDE, SIDE))],
+    written_type=1,
     skips=dict(test_conversation="a prompt is all prefix: what was written before would be a part of it"),
 )
