@@ -40,7 +40,7 @@ build: .venv/built
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
 	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis scikit-image ruff mypy \
-		rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet
+		accelerate rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet
 	touch $@
 
 .venv/floor/ready: .venv/ready

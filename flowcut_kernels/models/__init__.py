@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._library import choose_backend, resolve_backend
 from ..modules.encoder import PrunedEncoder
@@ -48,9 +48,23 @@ def adapter_of(model: nn.Module, policy: Policy) -> Any:
         raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
     adapter = next((a for a in ADAPTERS if type(model) is a.model_class), None)
     if adapter is None:
-        names = ", ".join(c.__name__ for c in supported_models())
-        raise TypeError(f"{type(model).__name__} is not supported; supported models: {names}")
+        raise TypeError(f"{type(model).__name__} is not supported; {_what_to_do(model)}")
     return adapter
+
+
+def _what_to_do(model: nn.Module) -> str:
+    """With a model whose class has no adapter."""
+    classes = supported_models()
+    names = f"supported models: {', '.join(c.__name__ for c in classes)}"
+    wrapped = next((n for n, m in model.named_modules() if type(m) in classes and hasattr(m, "generate")), None)
+    if wrapped is not None:
+        return f"{names}. It holds one of them: patch that, .{wrapped}"
+    if type(model).__module__.startswith("transformers_modules."):
+        return (
+            f"{names}. Its code came with its checkpoint, so nobody knows how it works: load a checkpoint for "
+            "transformers' own class, without trust_remote_code=True (their names often end in -hf)"
+        )
+    return f"{names}. CONTRIBUTING.md says how to add one (Adding a model family)"
 
 
 def patch(
@@ -89,7 +103,7 @@ def patch(
             f"this {type(model).__name__} is already patched with {vars(model)[_HANDLE].policy}: "
             "call unpatch(model) first"
         )
-    weight = next(model.parameters())
+    weight = _weight_of(model)
     if choose_backend("patch", backend, weight) == "triton" and weight.device.type == "cuda":
         from ..ops._triton_common import reserve_counters
 
@@ -98,14 +112,16 @@ def patch(
         model, policy, record=record, backend=backend, compact_cache=compact_cache
     )
     for module, name, _ in replacements:
-        if name in vars(module):
+        now = vars(module).get(_slot(module, name))
+        if now is not None and not _is_own(module, name, now):
             raise ValueError(
                 f"{type(module).__name__}.{name} of this instance is already replaced (by patching a part of the "
-                "model, or by accelerate's hooks for offloaded weights): undo that first"
+                "model, or by another library): undo that first"
             )
+    _check_devices(model, replacements)
     setattr(model, _HANDLE, _Patch(policy, encoder, replacements, record))
     for module, name, replacement in replacements:
-        setattr(module, name, replacement)
+        setattr(module, _slot(module, name), replacement)
     return model
 
 
@@ -117,12 +133,44 @@ def unpatch(model: Model) -> Model:
     """
     handle = _handle(model)
     for module, name, replacement in handle.replacements:
-        if vars(module).get(name) is not replacement:
+        if vars(module).get(_slot(module, name)) is not replacement:
             raise ValueError(f"{type(module).__name__}.{name} was replaced after patch(): undo that first")
     for module, name, _ in handle.replacements:
-        delattr(module, name)
+        slot = _slot(module, name)
+        if slot == name:
+            delattr(module, name)
+        else:
+            setattr(module, slot, getattr(type(module), name).__get__(module))
     delattr(model, _HANDLE)
     return model
+
+
+def _slot(module: nn.Module, name: str) -> str:
+    """The attribute that holds a method of this instance; accelerate's hooks keep what they call in their own."""
+    return "_old_forward" if name == "forward" and "_hf_hook" in vars(module) else name
+
+
+def _is_own(module: nn.Module, name: str, method: Any) -> bool:
+    """Whether `method` is the class's own, which removed hooks leave on the instance."""
+    return getattr(method, "__func__", None) is getattr(type(module), name)
+
+
+def _weight_of(model: nn.Module) -> Tensor:
+    """A parameter that says on which device and in which dtype a model computes."""
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]  # quantised ones may be integers
+    return next((weight for weight in weights if not weight.is_meta), weights[0])
+
+
+def _check_devices(model: nn.Module, replacements: list[Replacement]) -> None:
+    """ValueError unless all layers that were given a new forward compute on one device; what they share is there."""
+    layers = {module for module, name, _ in replacements if name == "forward" and module is not model}
+    weights = [weight for module in layers for weight in module.parameters() if not weight.is_meta]
+    devices = sorted({str(weight.device) for weight in weights})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the layers that would be patched lie on {', '.join(devices)}: give a device_map that puts the vision "
+            "tower on one device, and with it the language model where the policy prunes there too"
+        )
 
 
 @contextmanager

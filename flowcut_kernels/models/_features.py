@@ -15,7 +15,8 @@ from ..policies.base import FeatureSelection, FeatureView, Policy
 from ..trace import Stage
 from ._bound import Bound, named
 
-_ENCODED = "_flowcut_encoded"  # attribute of what get_image_features returns
+# Attribute of what get_image_features returns, and of its first features: accelerate's hooks make a new output of them.
+_ENCODED = "_flowcut_encoded"
 
 
 class Encoded(NamedTuple):
@@ -125,7 +126,8 @@ class PrunedFeatures(Bound):
             self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
         if self.policy.prunes_features and self.encoder.importance is not None:
             self._choose(arguments, output, self.encoder.importance, self.encoder.position)
-        setattr(output, _ENCODED, self.encoded)
+        for holder in (output, *_first(output)):
+            setattr(holder, _ENCODED, self.encoded)
         return output.to_tuple() if as_tuple else output
 
     @property
@@ -144,7 +146,8 @@ class PrunedFeatures(Bound):
         kind, lead = self.kind, self.kind.leading
         output = (arguments.get("mm_encoder_outputs") or {}).get(kind.modality)
         if output is not None:
-            known, kept = getattr(output, _ENCODED, None), [len(x) for x in output.pooler_output]
+            known = next((getattr(x, _ENCODED) for x in (output, *_first(output)) if hasattr(x, _ENCODED)), None)
+            kept = [len(x) for x in output.pooler_output]
             full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
             full = full if known is None else [n + lead for n in known.full]
             return [Visuals(kind.token_id, full, kept, lead, lambda: 0, lambda: known)]
@@ -245,6 +248,12 @@ class PrunedFeatures(Bound):
                 recycled=pad_sequence(marks, batch_first=True),
             )
         )  # fmt: skip
+
+
+def _first(output: Any) -> Sequence[Tensor]:
+    """The tensor that holds the features of an output, or the first of several."""
+    features = output.pooler_output
+    return (features,) if isinstance(features, Tensor) else features[:1]
 
 
 def _surrounded(item: Item, rows: Tensor) -> Tensor:

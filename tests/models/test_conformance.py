@@ -6,10 +6,14 @@ import copy
 import pickle
 from typing import Any
 
+import accelerate
+import PIL.Image
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
 from oracle import Oracle
 from torch.testing import assert_close
+from transformers import pipeline
 from zoo import Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
@@ -234,3 +238,52 @@ def test_copies(family, tmp_path):
     assert torch.equal(loaded(**inputs).logits, whole)
     with fk.patched(loaded, policy):
         assert torch.equal(loaded(**inputs).logits, want)
+
+
+# Other libraries
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@torch.no_grad()
+def test_hooks_of_accelerate(family, place, tmp_path):
+    """A device map over several modules, which then run between hooks; weights on disk are loaded layer by layer."""
+    policy, model = first_policy(family), family.model()
+    inputs, settings = given(family, prompts(family)["sizes in a batch"]), GREEDY | dict(output_logits=False)
+    with fk.patched(model, policy):
+        want, written = model(**inputs).logits, model.generate(**inputs, **settings).sequences
+    whole = model(**inputs).logits
+    layers = {*family.layers(model), *model.model.language_model.layers}
+    places = {name: place for name, module in model.named_modules() if module in layers}
+    rest = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(tuple(places))}
+    places |= dict.fromkeys(rest, "cpu")
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    for _ in range(2):
+        with fk.patched(model, policy):
+            assert_close(model(**inputs).logits, want, **CLOSE)
+            assert torch.equal(model.generate(**inputs, **settings).sequences, written)
+        assert torch.equal(model(**inputs).logits, whole)
+    fk.patch(model, policy)
+    remove_hook_from_module(model, recurse=True)
+    if place == "cpu":
+        assert_close(model(**inputs).logits, want, **CLOSE)
+    fk.unpatch(model)
+    fk.unpatch(fk.patch(model, policy))
+
+
+@torch.no_grad()
+def test_pipeline(family):
+    if family.processor is None:
+        pytest.skip("its processor needs torchvision")
+    policy, model, processor = first_policy(family), family.model(), family.processor()
+    image = PIL.Image.fromarray(Image(70, 90).pixels)
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    settings = dict(max_new_tokens=STEPS, do_sample=False)
+    options = dict(text=f"w3 {processor.image_token} w5 w6", generate_kwargs=settings)
+    whole = ask(images=image, **options)
+    with fk.patched(model, policy, record=True):
+        pruned = ask(images=image, **options)
+        assert fk.trace(model).stages
+        inputs = processor(images=image, text=options["text"], return_tensors="pt")
+        want = processor.decode(model.generate(**inputs, **settings)[0], skip_special_tokens=True)
+    assert pruned[0]["generated_text"].split()[-STEPS:] == want.split()[-STEPS:]
+    assert ask(images=image, **options) == whole
