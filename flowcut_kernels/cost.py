@@ -350,7 +350,8 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
         if kept == left:
             continue
         chosen = len(left) * policy.decoder_scoring_flops(max(left), *widths)
-        if chosen:  # with the query of each sample's last instruction token
+        chosen += prompt.samples * policy.attention_scoring_flops(rows, widths[0])
+        if chosen:  # with the query of the token of each sample that is asked
             looks += chosen + 2 * prompt.samples * text.hidden_size * widths[0]
         lost = [0] * prompt.samples
         for sample, now, then in zip(visual.samples.tolist(), left, kept, strict=True):

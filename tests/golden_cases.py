@@ -85,6 +85,7 @@ def one_image(start: int, count: int, length: int) -> VisualTokens:
         samples=torch.tensor([0]),
         counts=[1],
         asks=torch.tensor([length - 1]),
+        last=torch.tensor([length - 1]),
         live=torch.ones(1, length, dtype=torch.bool),
         right=False,
     )

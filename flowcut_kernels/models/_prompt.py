@@ -375,10 +375,11 @@ class PrunedForward(_PromptMethod):
             before = before & (((labels != -100) & (column > images_end)).cumsum(1) == 0)
         # The last instruction token: the last of the text, or where there is none the last of the images.
         asks = torch.where(before & ~is_image, column, -1).amax(1)
-        asks = torch.where(asks < 0, torch.where(before, column, -1).amax(1), asks).clamp_min(0)
+        last = torch.where(before, column, -1).amax(1)
         return VisualTokens(
             **_located(found),
-            asks=asks,
+            asks=torch.where(asks < 0, last, asks).clamp_min(0),
+            last=last.clamp_min(0),
             live=live,
             right=bool((~live[:, -1]).any() and live[:, 0].all()),
         )

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops import gather_tokens
+from .._ops import Relevance, ValueNorm
+from ..ops import anchor_stats, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import DecoderView, Policy, Selection, VisualHeads
 from ..trace import Stage, Trace
@@ -51,6 +52,7 @@ class VisualTokens:
     samples: Tensor  # int64 [I] the sample each image belongs to
     counts: list[int]  # images of each sample
     asks: Tensor  # int64 [B] column of the last instruction token
+    last: Tensor  # int64 [B] column of the prompt's last token, which is another one where an image comes last
     live: Tensor  # bool [B, L] columns that are no padding
     right: bool  # padding is on the right
     encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
@@ -69,6 +71,16 @@ class EncodedTokens(NamedTuple):
     kept: list[int] | None = None  # how many of each they are; the prompt may have columns for all tokens of the image
 
 
+class VisualRows(NamedTuple):
+    """Where a layer's rows have the I images, for who chooses among them."""
+
+    at: Tensor  # int64 [I, n] rows of each image's tokens, -1 after the last
+    lengths: list[int]  # tokens of each image
+    asks: Tensor  # int64 [B] row of the last instruction token
+    last: Tensor  # int64 [B] row of the prompt's last token
+    importance: Tensor | None  # float32 [I, n]
+
+
 @dataclass
 class Cut:
     """What the layers after a cut see of a pass's L new columns."""
@@ -81,6 +93,7 @@ class Cut:
     lengths: list[int]  # tokens of each image after the cut
     tokens: Tensor | None  # int64 [I, K] which of the tokens that entered they are, -1 after the last; None: all
     asks: Tensor  # int64 [B] row of the last instruction token after the cut
+    last: Tensor  # int64 [B] row of the prompt's last token
     dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
 
@@ -202,6 +215,15 @@ class DecoderState:
             self.masks[memo] = made
         return self.masks[memo]
 
+    def seen_by(self, given: Tensor | None, new: Tensor, columns: Tensor) -> Tensor:
+        """bool [B, K] which keys, at `columns` [B, K], a query at the new columns `new` [B] attends to."""
+        if given is not None and given.dim() == 4:
+            made = self._selected(given, new[:, None], columns)[:, 0, 0]
+        else:
+            made = columns >= 0 if given is None else self._padding(given, columns)
+            made = self._causal(made, new[:, None], columns)[:, 0, 0]
+        return made if made.dtype == torch.bool else made == 0
+
     # Three ways to make a mask of queries at `new` columns [B, Q] and keys at `columns` [B, K], -1 for padding.
 
     @staticmethod
@@ -252,14 +274,8 @@ class DecoderState:
         cut.rotary = tables[0], tables[1]
         return hidden_states, cut.rotary
 
-    def make_cut(
-        self, layer: int, budgets: list[int], choose: Callable[[Tensor, list[int], Tensor, Tensor | None], Selection]
-    ) -> Cut:
-        """Ask which visual tokens go on from `layer`, `budgets` of the images, and put their rows with all others'.
-
-        `choose` gets the rows of each image's tokens [I, n] and their numbers, the rows of the last instruction tokens
-        [B], and the importance of the tokens [I, n].
-        """
+    def make_cut(self, layer: int, budgets: list[int], choose: Callable[[VisualRows], Selection]) -> Cut:
+        """Ask which visual tokens go on from `layer`, `budgets` of the images, and put their rows with all others'."""
         assert self.visual is not None
         before, visual, known = self.before(layer), self.visual, self.visual.known()
         tokens = None if before is None else before.tokens
@@ -268,9 +284,9 @@ class DecoderState:
             importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
             if before is None:
-                choice = choose(visual.columns, visual.lengths, visual.asks, importance)
+                choice = choose(VisualRows(visual.columns, visual.lengths, visual.asks, visual.last, importance))
             else:
-                choice = choose(before.visual, before.lengths, before.asks, importance)
+                choice = choose(VisualRows(before.visual, before.lengths, before.asks, before.last, importance))
         if choice.lengths.device.type == "cpu":
             raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {layer}")
         assert choice.index is not None
@@ -289,9 +305,9 @@ class DecoderState:
         assert self.visual is not None
         before, visual = self.before(layer), self.visual
         if before is None:
-            at, lengths, asks = visual.columns, visual.lengths, visual.asks
+            at, lengths, asks, last = visual.columns, visual.lengths, visual.asks, visual.last
         else:
-            at, lengths, asks = before.visual, before.lengths, before.asks
+            at, lengths, asks, last = before.visual, before.lengths, before.asks, before.last
         all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
         columns = all_columns if before is None else before.columns
         samples, kept = visual.samples[:, None], _taken(at, chosen)
@@ -328,6 +344,7 @@ class DecoderState:
             lengths=budgets,
             tokens=tokens,
             asks=place.gather(1, asks[:, None])[:, 0].clamp_min(0),  # a dropped one: the row before it
+            last=place.gather(1, last[:, None])[:, 0].clamp_min(0),
             dropped=dropped if before is None else dropped + before.dropped,
         )
         visual.kept = cut.columns
@@ -433,7 +450,10 @@ class PrunedDecoderLayer:
         normed = parts.norm1(hidden_states)
         key, value = _heads(parts, parts.k_proj(normed), parts.k_norm), _heads(parts, parts.v_proj(normed))
         key = _rotated(parts, key, rotary)
-        cut = state.cuts.get(self.number) or self._cut(parts, state, budgets, normed, key, value, rotary)
+        cut = state.cuts.get(self.number)
+        if cut is None:
+            rows = _Rows(parts, state, state.before(self.number), normed, key, value, rotary, attention_mask, cache)
+            cut = state.make_cut(self.number, budgets, lambda found: rows.choose(found, budgets))
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
             parts.norm1, hidden_states, normed, tables, cut.index,
@@ -446,38 +466,98 @@ class PrunedDecoderLayer:
         mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
         return hidden_states + parts.out_proj(_attend(parts, query, key, value, mask, **kwargs).flatten(2))
 
-    def _cut(
-        self,
-        parts: DecoderParts,
-        state: DecoderState,
-        budgets: list[int],
-        normed: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotary: Any,
-    ) -> Cut:
-        """What the policy says to the images' keys and values and to the last instruction tokens' queries."""
-        assert state.visual is not None
-        samples = state.visual.samples
 
-        def choose(at: Tensor, lengths: list[int], asks: Tensor, importance: Tensor | None) -> Selection:
-            def heads() -> VisualHeads:
-                every = torch.arange(len(asks), device=asks.device)
-                cos, sin = (x.expand(len(asks), -1, -1)[every, asks][:, None] for x in rotary)
-                query = parts.q_proj(normed[every, asks][:, None])
-                query = _rotated(parts, _heads(parts, query, parts.q_norm), (cos, sin))
-                image = samples[:, None], at.clamp_min(0)
-                return VisualHeads(
-                    query[samples].to(value.dtype),  # autocast leaves what was rotated in float32
-                    key.transpose(1, 2)[image].transpose(1, 2).to(value.dtype),
-                    value.transpose(1, 2)[image].transpose(1, 2),
-                    value[every, :, asks][:, :, None][samples],
-                )
+@dataclass
+class _Rows:
+    """The M rows of a layer's input, and what a policy may ask about them."""
 
-            view = DecoderView(budgets, lengths, importance, heads, state.decoder.backend)
-            return state.decoder.policy.decoder_select(view)
+    parts: DecoderParts
+    state: DecoderState
+    before: Cut | None  # the last one that they have been through
+    normed: Tensor  # [B, M, D]
+    key: Tensor  # [B, G, M, d] rotated
+    value: Tensor  # [B, G, M, d]
+    rotary: Any
+    mask: Tensor | None  # of all columns
+    cache: Any
 
-        return state.make_cut(self.number, budgets, choose)
+    def choose(self, found: VisualRows, budgets: list[int]) -> Selection:
+        """What the policy says."""
+        view = DecoderView(
+            budgets=budgets,
+            lengths=found.lengths,
+            importance=found.importance,
+            heads=lambda: self.heads(found),
+            attention=lambda: self.attention(found),
+            backend=self.state.decoder.backend,
+        )
+        return self.state.decoder.policy.decoder_select(view)
+
+    def heads(self, found: VisualRows) -> VisualHeads:
+        """The images' keys and values, and the last instruction tokens' queries and values."""
+        every = torch.arange(len(found.asks), device=found.asks.device)
+        samples, at = self._samples, found.at.clamp_min(0)
+        image = samples[:, None], at
+        return VisualHeads(
+            self._queries(found.asks)[samples],
+            self.key.transpose(1, 2)[image].transpose(1, 2).to(self.value.dtype),
+            self.value.transpose(1, 2)[image].transpose(1, 2),
+            self.value[every, :, found.asks][:, :, None][samples],
+        )
+
+    def attention(self, found: VisualRows) -> Tensor:
+        """Of the prompt's last token to the images' [I, n]: head mean of the softmax over all keys that it sees."""
+        key, columns, gaps = self._keys()
+        at, old = found.at, key.shape[2] - self.key.shape[2]
+        if self.mask is None and not gaps:
+            place, end = at + old, found.last + old + 1
+        else:  # what it does not see goes behind the rest
+            asker = found.last if self.before is None else self.before.columns.gather(1, found.last[:, None])[:, 0]
+            seen = self.state.seen_by(self.mask, asker, columns)
+            order = (~seen).long().argsort(dim=1, stable=True)
+            key = key.gather(2, order[:, None, :, None].expand_as(key))
+            place, end = (seen.cumsum(1) - 1)[self._samples[:, None], at.clamp_min(0) + old], seen.sum(1)
+        attention, *_ = anchor_stats(
+            self._queries(found.last),
+            key,
+            key,
+            key_span=torch.stack([torch.zeros_like(end), end], 1),
+            scale=self.parts.attention.scaling,  # type: ignore[arg-type]
+            relevance=Relevance.NONE,
+            value_norm=ValueNorm.NONE,
+            backend=self.state.decoder.backend,
+        )
+        return attention[self._samples[:, None], 0, place.clamp_min(0)].masked_fill(at < 0, 0)
+
+    @property
+    def _samples(self) -> Tensor:
+        assert self.state.visual is not None
+        return self.state.visual.samples
+
+    def _queries(self, rows: Tensor) -> Tensor:
+        """[B, H, 1, d] of the rows [B]; autocast leaves what was rotated in float32."""
+        parts, every = self.parts, torch.arange(len(rows), device=rows.device)
+        cos, sin = (x.expand(len(rows), -1, -1)[every, rows][:, None] for x in self.rotary)
+        query = _heads(parts, parts.q_proj(self.normed[every, rows][:, None]), parts.q_norm)
+        return _rotated(parts, query, (cos, sin)).to(self.value.dtype)
+
+    def _keys(self) -> tuple[Tensor, Tensor, bool]:
+        """Those of earlier passes and of the rows [B, G, K, d], their columns [B, K], and whether some are padding."""
+        state, number = self.state, self.parts.attention.layer_idx
+        key, batch, device = self.key.to(self.value.dtype), len(self.key), self.key.device
+        if self.before is None:
+            columns, gaps = torch.arange(state.length, device=device).expand(batch, -1) + state.seen, False
+        else:
+            new = self.before.columns
+            columns, gaps = torch.where(new < 0, new, new + state.seen), self.before.gaps
+        if self.cache is None or not state.seen:
+            return key, columns, gaps
+        layer = self.cache.layers[number]
+        held = layer if isinstance(layer, PrunedRows) else None
+        rows = int(state.seen) if held is None else held.rows()
+        old = torch.arange(rows, device=device)[None] if held is None else held.columns_of(rows)[:, :rows]
+        key = torch.cat([layer.keys[:, :, :rows].to(key.dtype), key], 2)
+        return key, torch.cat([old.expand(batch, -1), columns], 1), gaps or (held is not None and held.gaps)
 
 
 def _heads(parts: DecoderParts, x: Tensor, norm: nn.Module | None = None) -> Tensor:

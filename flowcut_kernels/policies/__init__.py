@@ -1,9 +1,10 @@
 """Policies: one file per method, decisions only, no model code."""
 
 from .base import Policy
+from .fastv import FastV
 from .floors import RandomTokens, UniformTokens
 from .flowcut import FlowCut
 from .vflowopt import VFlowOpt
 from .visionzip import VisionZip
 
-__all__ = ["FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]
+__all__ = ["FastV", "FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]

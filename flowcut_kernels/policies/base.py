@@ -197,6 +197,10 @@ class Policy:
         """The same of `decoder_select`; columns of all query and of all key heads. 0 where no heads are asked for."""
         return 0
 
+    def attention_scoring_flops(self, rows: int, width: int) -> int:
+        """The same of one sample with `rows` keys, where `decoder_select` asks for the attention of its last token."""
+        return 0
+
 
 def _as_tuple(value: Any) -> Any:
     """Sequences of a field are tuples, which JSON does not know."""
@@ -304,6 +308,7 @@ class DecoderView:
     lengths: list[int]  # tokens of each image; n is the largest
     importance: Tensor | None  # float32 [I, n] of the tokens, for policies that prune features
     heads: Callable[[], VisualHeads]  # made when asked for
+    attention: Callable[[], Tensor]  # float32 [I, n] of the prompt's last token: head mean of the softmax over all keys
     backend: str | None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .._ops import Select
+from ..ops import score_select
 from .base import DecoderView, Range, Selection, is_number, is_whole
 from .recycling import constant
 
@@ -113,3 +115,18 @@ def keep_most_important(view: DecoderView) -> Selection:
         index = index.masked_fill(place[:width] >= lengths[:, None], most)
     index = index.sort(dim=1).values
     return Selection(index.masked_fill(index == most, -1), lengths, importance)
+
+
+def keep_most_attended(view: DecoderView) -> Selection:
+    """The `view.budgets` tokens of every image to which the prompt's last token attends most, ties to the earlier."""
+    attention, budget = view.attention(), max(view.budgets)
+    ragged, uneven = min(view.lengths) < attention.shape[1], min(view.budgets) < budget
+    score, index, lengths = score_select(
+        attention,
+        lengths=constant(tuple(view.lengths), attention.device) if ragged else None,
+        mode=Select.FIXED,
+        budget=budget,
+        budgets=constant(tuple(view.budgets), attention.device).int() if uneven else None,
+        backend=view.backend,
+    )
+    return Selection(index, lengths, score)

@@ -46,6 +46,7 @@ def test_choice(name, backend):
                 value=value[:, :, visual],
                 value_anchor=value[:, :, ask : ask + 1],
             ),
+            attention=pytest.fail,
             backend=backend,
         )
     )
