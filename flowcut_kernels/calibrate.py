@@ -52,7 +52,13 @@ def calibrate(
             stages = [stage for stage in trace(model).stages if stage.name == "encoder"]
             images = len(stages[0].kept) if stages else 0
             if stages and stages[0].scores is not None:
-                patches = stages[0].scores.shape[1]
+                sizes = set(stages[0].scores.isfinite().sum(1).tolist()) | ({patches} - {0})
+                if len(sizes) > 1:
+                    raise ValueError(
+                        f"calibrate: images of {sorted(sizes)} tokens, but a schedule fits one number; give images of "
+                        "one size"
+                    )
+                patches = sizes.pop()
             kept += [{stage.layer: stage.kept[image] for stage in stages} for image in range(images)]
     if not batches:
         raise ValueError("calibrate: inputs is empty; give at least one batch of images")

@@ -20,6 +20,7 @@ from .models import adapter_of
 from .models._prompt import PrunedForward
 from .modules.decoder import VisualTokens
 from .modules.encoder import PrunedEncoder, PrunedEncoderLayer
+from .modules.packed_encoder import PackedEncoder
 from .policies.base import EncoderStep, Policy, is_whole
 
 # Matrices of hidden by intermediate in an MLP, for the families whose layers the formulas describe.
@@ -158,6 +159,10 @@ def cost(
     encoder, replacements = adapter_of(model, policy).replacements(
         model, policy, record=False, backend=None, compact_cache=compact_cache
     )
+    if isinstance(encoder, PackedEncoder):
+        raise ValueError(
+            f"cost: no formula for {type(model).__name__}, whose encoder reads images of any size in one sequence"
+        )
     runs = sum(isinstance(new, PrunedEncoderLayer) for _, _, new in replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
     prompt = None if forward is None else _Prompt.read(forward, encoder, arguments)

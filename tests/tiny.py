@@ -14,7 +14,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -35,7 +41,7 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
     gains = GAINS if any(name.endswith(("class_embedding", "cls_token")) for name in names) else GAINS_MEAN
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        parts = ("language_model", "text_model", "lm_head", "projector", "connector", "head.", "newline")
+        parts = ("language_model", "text_model", "lm_head", "projector", "connector", "merger", "head.", "newline")
         if any(part in name for part in parts):
             if parameter.dim() == 1 and name.endswith("weight"):
                 value = drawn(name, seed, shape, 0.1, 1.0)
@@ -125,6 +131,48 @@ def onevision(attention: str = "sdpa", seed: int = 4, **changes) -> LlavaOnevisi
     model.set_attn_implementation(attention)
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return fill(model, seed)
+
+
+QWENS = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
+START, END = 92, 93  # ids around an image or a video
+
+
+def qwen(family: str, attention: str = "sdpa", seed: int = 5, **vision) -> nn.Module:
+    """A Qwen-VL of six vision layers and four of a GQA decoder; patches of 4 x 4, windows of 3 x 3 tokens."""
+    settings = dict(depth=6, num_heads=4, patch_size=4, temporal_patch_size=1, spatial_merge_size=2)
+    if family == "qwen2_vl":
+        settings |= dict(embed_dim=32, hidden_size=48, mlp_ratio=2)
+    else:
+        settings |= dict(hidden_size=32, out_hidden_size=48, intermediate_size=48)
+    if family == "qwen2_5_vl":
+        settings |= dict(window_size=24, fullatt_block_indexes=[2, 5])
+    if family == "qwen3_vl":
+        settings |= dict(num_position_embeddings=64, deepstack_visual_indexes=[1, 3])
+    text = dict(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=12, vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2]),
+    )  # fmt: skip
+    config, made = QWENS[family]
+    model = made(
+        config(
+            vision_config=settings | vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )
+    )  # fmt: skip
+    model.set_attn_implementation(attention)
+    model.generation_config.suppress_tokens = [IMAGE, VIDEO]
+    fill(model, seed)
+    with torch.no_grad():
+        visual = model.model.visual
+        visual.patch_embed.proj.weight /= visual.patch_embed.proj.weight[0, 0].numel() ** 0.5
+        for block in visual.blocks:  # queries and keys
+            block.attn.qkv.weight[: -block.attn.proj.in_features] *= 5
+    return model
 
 
 def images(count: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .._library import choose_backend, resolve_backend
-from ..modules.encoder import PrunedEncoder
+from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ..trace import Trace
 from ._bound import Replacement
@@ -20,10 +20,23 @@ from .internvl import INTERN_VIT
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
 from .paligemma import PaliGemma
+from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ADAPTERS = (CLIP, SIGLIP, Llava(), LlavaOnevision(), PaliGemma(), INTERN_VIT, IDEFICS3_VIT, SMOLVLM_VIT)
+ADAPTERS = (
+    CLIP,
+    SIGLIP,
+    Llava(),
+    LlavaOnevision(),
+    PaliGemma(),
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    INTERN_VIT,
+    IDEFICS3_VIT,
+    SMOLVLM_VIT,
+)
 _HANDLE = "_flowcut_patch"
 
 
@@ -32,7 +45,7 @@ class _Patch:
     """What `patch` installed on a model."""
 
     policy: Policy
-    encoder: PrunedEncoder
+    encoder: VisionEncoder
     replacements: list[Replacement]
     record: bool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modules.encoder import PrunedEncoder
+from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import FeatureSelection, FeatureView, Policy
 from ..trace import Stage
 from ._bound import Bound, named
 
 # Attribute of what get_image_features returns, and of its first features: accelerate's hooks make a new output of them.
 _ENCODED = "_flowcut_encoded"
+_RUNNING: ContextVar[bool] = ContextVar("running", default=False)  # a family's videos may be made by its images' method
 
 
 class Encoded(NamedTuple):
@@ -84,7 +86,10 @@ class Kind:
     def items(
         self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
     ) -> list[Item]:
-        """The features that the model made, with the encoder's `importance` [tiles, patches] and their `position`."""
+        """The features that the model made, with the encoder's `importance` [tiles, patches] and their `position`.
+
+        Of a packed encoder, whose images differ in size, both are lists of one tensor [tokens] for each.
+        """
         raise NotImplementedError
 
 
@@ -95,7 +100,7 @@ class PrunedFeatures(Bound):
     """
 
     def __init__(
-        self, kind: Kind, policy: Policy, encoder: PrunedEncoder, fixed: dict[str, Any], backend: str | None
+        self, kind: Kind, policy: Policy, encoder: VisionEncoder, fixed: dict[str, Any], backend: str | None
     ) -> None:
         super().__init__(kind.model)
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
@@ -105,6 +110,8 @@ class PrunedFeatures(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
+        if _RUNNING.get():
+            return self.original(**arguments)
         for name, value in self.fixed.items():
             given = arguments.get(name)
             given = getattr(self.model.config, name) if given is None else given
@@ -118,7 +125,11 @@ class PrunedFeatures(Bound):
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
-        output = self.original(**arguments | dict(return_dict=True))
+        before = _RUNNING.set(True)
+        try:
+            output = self.original(**arguments | dict(return_dict=True))
+        finally:
+            _RUNNING.reset(before)
         full = self.kind.tokens(pixels, arguments)
         self.encoded = Encoded(full, [self._budget(n) or n for n in full])
         if not self.kind.shrinks and self.encoder.position is not None:
@@ -179,7 +190,7 @@ class PrunedFeatures(Bound):
         return self.encoded.kept
 
     def _choose(
-        self, arguments: dict[str, Any], output: Any, importance: Tensor, position: Tensor | None
+        self, arguments: dict[str, Any], output: Any, importance: Any, position: Any
     ) -> None:  # fmt: skip
         items = self.kind.items(output.pooler_output, arguments, importance, position)
         budgets = [self._budget(item.full) for item in items]

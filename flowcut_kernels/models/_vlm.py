@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..modules.encoder import PrunedEncoder
+from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 from ._features import Kind, PrunedFeatures
@@ -18,7 +18,7 @@ def vlm_replacements(
     kinds: Iterable[Kind],
     policy: Policy,
     tokens: int,
-    encoder: PrunedEncoder,
+    encoder: VisionEncoder,
     fixed: dict[str, Any],
     *,
     backend: str | None,
@@ -35,8 +35,9 @@ def vlm_replacements(
     features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend) for kind in kinds)
     shrinker = PromptShrinker(features)
     decoder, layers = decoder_replacements(
-        model.model.language_model, policy, tokens, encoder, backend=backend, compact_cache=compact_cache
-    )
+        model.model.language_model, policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
+        entrance=not all(each.kind.shrinks for each in features),
+    )  # fmt: skip
     return [
         *((model.model, each.method, each) for each in features),
         (model, "forward", PrunedForward(model, shrinker, decoder, first_position)),

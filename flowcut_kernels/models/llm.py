@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..modules.decoder import DecoderParts, PrunedDecoder, PrunedDecoderLayer
-from ..modules.encoder import PrunedEncoder
+from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 
@@ -48,7 +48,7 @@ def decoder_replacements(
     model: Any,
     policy: Policy,
     tokens: int,
-    encoder: PrunedEncoder,
+    encoder: VisionEncoder,
     *,
     backend: str | None = None,
     compact_cache: bool = False,

@@ -27,8 +27,9 @@ from ..ops.score_select import raise_if_not_finite
 from ..policies.base import DecoderView, Policy, Selection, VisualHeads
 from ..trace import Stage, Trace
 from ._rows import gather_normed
-from .encoder import LayerParts, PrunedEncoder
+from .encoder import LayerParts
 from .kv_layers import NEVER, PrunedRows, Rewind, compact, is_pruned, pruned_layer
+from .packed_encoder import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -587,7 +588,7 @@ class PrunedDecoder:
 
     model: Any  # with layers, rotary_emb, config
     policy: Policy
-    encoder: PrunedEncoder  # whose trace goes on here
+    encoder: VisionEncoder  # whose trace goes on here
     backend: str | None = None
     compact_cache: bool = False  # after a prompt, no layer keeps rows of tokens that did not reach the last one
 

@@ -118,4 +118,4 @@ class UniformTokens(_BlindPolicy):
             row = (2 * i + 1) * rows // (2 * lines)
             count = (i + 1) * budget // lines - i * budget // lines
             chosen += [row * columns + (2 * j + 1) * columns // (2 * count) for j in range(count)]
-        return torch.tensor(chosen)
+        return torch.tensor(chosen, dtype=torch.long)

@@ -152,16 +152,20 @@ class VFlowOpt(Policy):
         if view.block > 1:
             patches = score.unflatten(1, (-1, view.block))
             score = patches.mean(2, keepdim=True).expand_as(patches).flatten(1)
-        lengths = torch.where(score.isfinite().all(1), view.key.shape[2], -1).int()
+        live = view.key.shape[2] if view.lengths is None else view.lengths
+        lengths = torch.where(score.isfinite().all(1), live, -1).int()
         return Selection(None, lengths, torch.nn.functional.pad(score, (view.protect, 0)))
 
     def _context(self, view: EncoderView) -> Tensor:
         """Attention of the hubs' mean row to every patch [B, N], or what a patch receives where there is no hub."""
         assert view.query is not None
         first = view.protect
-        received = received_attention(view.query, view.key, backend=view.backend)[:, first:]
-        patches = received.shape[1]
-        floor = self.hub_threshold * received.mean(1, keepdim=True)
+        received = received_attention(view.query, view.key, lengths=view.lengths, backend=view.backend)[:, first:]
+        patches, span, mean = received.shape[1], None, received.mean(1, keepdim=True)
+        if view.lengths is not None:  # nothing is received behind them
+            span = torch.stack([torch.zeros_like(view.lengths), view.lengths], 1)
+            mean = received.sum(1, keepdim=True) / (view.lengths - first).clamp_min(1)[:, None]
+        floor = self.hub_threshold * mean
         most = self._most_hubs(patches)
         if received.device.type == "cpu" and not torch.compiler.is_compiling() and received.numel():
             most = min(most, int((received > floor).sum(1).max()))
@@ -179,6 +183,7 @@ class VFlowOpt(Policy):
                 view.key,
                 view.value,
                 None,
+                key_span=span,
                 protect=first,
                 relevance=Relevance.NONE,
                 value_norm=ValueNorm.NONE,

@@ -1,0 +1,143 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed images and frames of any size, a 2 x 2 merger, M-RoPE.
+
+Budgets count merged tokens, per image or per video. The positions of a prompt follow from the grids of its images and
+videos, so that it keeps all its placeholders: what the encoder drops leaves at the entrance of the language model, and
+every token that is kept has the position that it has in the unpruned prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.vision_utils import get_vision_window_index
+
+from ..modules.decoder import PrunedDeepstack
+from ..modules.packed_encoder import PackedBlock, PackedEncoder, PackedMerger, PackedParts
+from ..policies.base import Policy
+from ._bound import Replacement
+from ._features import Item, Kind
+from ._vlm import vlm_replacements
+
+_MANY = 1 << 20  # more tokens than an image or a video has
+
+
+class QwenVL:
+    """Adapter of a Qwen-VL: images and videos of different sizes side by side."""
+
+    def __init__(self, model_class: type[nn.Module]) -> None:
+        self.model_class = model_class
+
+    def replacements(
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
+    ) -> tuple[PackedEncoder, list[Replacement]]:
+        inner, config = model.model, model.config
+        encoder, replacements = packed(inner.visual, policy, record=record, backend=backend)
+        if policy.renumbers:
+            raise ValueError(
+                f"positions='renumber' with {type(model).__name__}: its positions have three axes and gaps of their "
+                "own, which numbers in a row cannot replace; leave positions='keep'"
+            )
+        kinds = [QwenVisuals(inner, getattr(config, f"{kind}_token_id"), kind) for kind in ("image", "video")]
+        replacements += vlm_replacements(
+            model, kinds, policy, _MANY, encoder, {}, backend=backend, compact_cache=compact_cache
+        )
+        if hasattr(inner.language_model, "_deepstack_process"):
+            replacements.append((inner.language_model, "_deepstack_process", PrunedDeepstack(inner.language_model)))
+        return encoder, replacements
+
+
+QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration)
+QWEN2_5_VL = QwenVL(Qwen2_5_VLForConditionalGeneration)
+QWEN3_VL = QwenVL(Qwen3VLForConditionalGeneration)
+
+
+def packed(
+    visual: Any, policy: Policy, *, record: bool, backend: str | None
+) -> tuple[PackedEncoder, list[Replacement]]:
+    """What replaces the parts of a vision encoder, whose last block is what the merger reads."""
+    depth, full = len(visual.blocks), getattr(visual, "fullatt_block_indexes", None)
+    if getattr(policy, "feature_layer", None) not in (None, -1, depth):
+        raise ValueError(
+            f"feature_layer={policy.feature_layer} but {type(visual).__name__} merges what its last block puts out; "  # type: ignore[attr-defined]
+            "leave it None"
+        )
+    if getattr(policy, "anchor", None) == "cls":
+        raise ValueError(f"anchor='cls' but {type(visual).__name__} has no class token: use anchor='auto' or 'mean'")
+    if policy.needs_class_token:
+        raise ValueError(f"{policy} asks for a class token, which {type(visual).__name__} has none of")
+    if policy.wants_pixels:
+        raise ValueError(
+            f"entropy_weight of {policy} needs images, but {type(visual).__name__} is given patches: set it to 0"
+        )
+    if depth < 2:
+        raise ValueError(f"{type(visual).__name__} of {depth} layer has none to prune before its last")
+
+    encoder = PackedEncoder(
+        visual, policy, visual.spatial_merge_size**2, depth - 1, None if full is None else _windows, record, backend
+    )
+    replacements: list[Replacement] = [(visual, "forward", encoder)]
+    for i, block in enumerate(visual.blocks):
+        windowed = full is not None and i not in full
+        replacements.append((block, "forward", PackedBlock(block, _parts, i, windowed)))
+    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+    return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for merger in mergers)]
+
+
+def _windows(visual: Any, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    size = visual.window_size
+    return get_vision_window_index(grid_thw, visual.spatial_merge_size, size, visual.patch_size, kwargs=kwargs)
+
+
+def _parts(block: Any) -> PackedParts:
+    modeling = sys.modules[type(block.attn).__module__]
+    return PackedParts(
+        norm1=block.norm1,
+        attention=block.attn,
+        norm2=block.norm2,
+        mlp=block.mlp,
+        eager=modeling.eager_attention_forward,
+        rotate=modeling.apply_rotary_pos_emb_vision,
+    )
+
+
+class QwenVisuals(Kind):
+    """Images, or videos, by their grids; of a video every temporal patch is a frame."""
+
+    shrinks = False
+
+    def __init__(self, model: Any, token_id: int, modality: str) -> None:
+        super().__init__(model, token_id)
+        self.modality, self.method, self.grid = modality, f"get_{modality}_features", f"{modality}_grid_thw"
+        self.pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
+
+    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
+        return [count * rows * columns for count, rows, columns in self._grids(arguments)]
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
+        return sum(count for count, _, _ in self._grids(arguments))
+
+    def items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Any, position: Any
+    ) -> list[Item]:
+        position = [None] * len(features) if position is None else position
+        return [
+            Item(x if at is None else x[at], weight, ((rows, columns),) * count, at)
+            for x, weight, at, (count, rows, columns) in zip(
+                features, importance, position, self._grids(arguments), strict=True
+            )
+        ]
+
+    def _grids(self, arguments: dict[str, Any]) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns of tokens."""
+        grids, side = arguments.get(self.grid), self.model.visual.spatial_merge_size
+        if grids is None:
+            raise ValueError(f"{self.grid} is missing, which says how large each one is: pass the processor's")
+        return [(count, rows // side, columns // side) for count, rows, columns in grids.tolist()]

@@ -1,0 +1,493 @@
+"""Replacement blocks of a packed vision encoder (Qwen-VL), which reads images and frames of any size in one sequence.
+
+The tiles of this encoder are frames: an image is one, a video one per temporal patch. Tokens are the blocks of patches
+that the merger makes one of, consecutive rows here, which are kept or dropped whole. A frame's anchor is its mean token
+and statistics are over all its rows, also at layers whose attention stays within windows.
+
+As in encoder.py a layer that prunes computes attention output, projection and MLP for the kept rows alone; their
+queries attend to all rows. Queries of dropped rows are projected, as the mean query after RoPE is made of all of them.
+Layers that score nothing run the stock block on what is left. The mergers work on that too, but what they put out has
+every place again, zeros where tokens were dropped: the rest of the model sees the shapes it expects.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from .._ops import accumulate_dtype
+from ..ops import gather_tokens
+from ..ops.score_select import raise_if_not_finite
+from ..policies.base import EncoderStep, EncoderView, Policy, Selection
+from ..policies.recycling import constant
+from ..trace import Stage, Trace
+from .encoder import PrunedEncoder
+
+
+@dataclass(frozen=True)
+class PackedParts:
+    """Where a family keeps the parts of a pre-norm block of a packed encoder."""
+
+    norm1: nn.Module
+    attention: nn.Module  # with qkv, proj, num_heads, scaling, attention_dropout, config
+    norm2: nn.Module
+    mlp: nn.Module
+    eager: Callable  # the family's eager attention function
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # query, key, cos, sin -> query, key
+
+
+class Frame(NamedTuple):
+    """A tile of the encoder."""
+
+    visual: int  # the image or video it is of
+    grid: tuple[int, int]  # rows and columns of its tokens
+    budget: int  # tokens to leave
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @classmethod
+    def of(cls, grids: list[list[int]], side: int, policy: Policy) -> list[Frame]:
+        """The frames of visuals of (frames, rows, columns) of patches, whose tokens are `side` patches wide and high.
+
+        What the encoder leaves of a video is spread evenly over its frames, the first ones get the remainder.
+        """
+        frames = []
+        for visual, (count, height, width) in enumerate(grids):
+            grid = height // side, width // side
+            budget = policy.encoder_budget(count * grid[0] * grid[1])
+            frames += [cls(visual, grid, budget // count + (i < budget % count)) for i in range(count)]
+        return frames
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive pieces of a packed sequence [R, ...], and the same pieces padded: [F, W, ...]."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    @property
+    def tensor(self) -> Tensor:
+        """int32 [F]."""
+        return constant(self.lengths, self.device).int()
+
+    @property
+    def starts(self) -> Tensor:
+        """int64 [F]."""
+        return constant(tuple(accumulate((0, *self.lengths[:-1]))), self.device)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [F, W] rows of the pieces; behind a piece's last any."""
+        column = torch.arange(max(self.lengths), device=self.device)
+        return (self.starts[:, None] + column).clamp_max(sum(self.lengths) - 1)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [R] of each row among the F * W padded ones."""
+        count, width, total = len(self.lengths), max(self.lengths), sum(self.lengths)
+        ahead = torch.arange(count, device=self.device) * width - self.starts
+        lengths = constant(self.lengths, self.device)
+        return torch.arange(total, device=self.device) + ahead.repeat_interleave(lengths, output_size=total)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(self.lengths), -1)) if self.even else x[self.rows]
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if self.even else x.flatten(0, 1)[self.places]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of each piece's rows of x [R, H, d]: [F, H, 1, d]. No rows: 0."""
+        dtype = accumulate_dtype(x.dtype)
+        if self.even:
+            mean = self.pad(x).mean(1, dtype=dtype)
+        else:  # `unsafe` skips a check of the lengths that would wait for the device
+            lengths = constant(self.lengths, self.device)
+            mean = torch.segment_reduce(x.to(dtype), "mean", lengths=lengths, axis=0, unsafe=True).nan_to_num(0.0)
+        return mean.to(x.dtype)[:, :, None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer is given."""
+
+    segments: Segments  # of the frames
+    windows: tuple[int, ...] = ()  # rows of each window, where the encoder has some
+    tokens: Tensor | None = None  # int64 [F, n] tokens left of each frame, in the encoder's order; None: all
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [R, d]; None: all rows are there
+    history: Tensor | None = None  # [F, W] cumulative score
+
+
+@dataclass
+class PackedState:
+    """One forward pass through a packed encoder."""
+
+    encoder: PackedEncoder
+    frames: list[Frame]
+    rows: Rows
+    order: Tensor | None = None  # int64 [T] place of each token, in the encoder's order; None: as they come
+    window: Tensor | None = None  # int64 [T] the window of each token
+    trace: Trace | None = None
+    entries: dict[int, Rows] | None = None  # with gradient checkpointing: what each layer found on entry
+
+    @property
+    def block(self) -> int:
+        return self.encoder.block
+
+    @cached_property
+    def frame_starts(self) -> Tensor:
+        """int64 [F, 1] first token of each frame."""
+        sizes = tuple(frame.tokens for frame in self.frames)
+        return Segments(sizes, self.rows.segments.device).starts[:, None]
+
+    def enter(self, layer: int) -> Rows:
+        """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
+        if self.entries is not None:
+            if layer in self.entries:
+                self.trace = None  # recorded the first time
+            self.rows = self.entries.setdefault(layer, self.rows)
+        return self.rows
+
+    def step(self, layer: int) -> tuple[EncoderStep, list[int], list[bool]] | None:
+        """The policy's step at `layer`, tokens it leaves of each frame, and frames it is a step of; None: of no frame.
+
+        A frame that is down to its budget keeps its tokens and their score.
+        """
+        policy, last = self.encoder.policy, self.encoder.feature_layer
+        steps: list[EncoderStep | None] = []
+        left = [rows // self.block for rows in self.rows.segments.lengths]
+        for frame, now in zip(self.frames, left, strict=True):
+            step = policy.encoder_step(layer, last, frame.tokens, frame.budget)
+            steps.append(None if now < frame.tokens and now <= frame.budget else step)
+        given = [step for step in steps if step is not None]
+        if not given:
+            return None
+        budgets = [
+            min(step.budget, now) if step is not None and step.prunes else now
+            for step, now in zip(steps, left, strict=True)
+        ]
+        step = next((step for step in given if step.prunes), given[0])
+        step = step._replace(budget=max(budgets), static=all(x.static for x in given))
+        return step, budgets, [x is not None for x in steps]
+
+    def select(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], made: Any
+    ) -> Tensor | None:
+        """Ask the policy, given heads [R, H, d]: int64 [R'] rows that go on, None for all. `rows` is then what is left.
+
+        Costs one read-back where an adaptive step prunes, and where the encoder has windows.
+        """
+        (step, budgets, active), before = made, self.rows
+        segments = before.segments
+        lengths = None if segments.even else segments.tensor
+        pad, device = segments.pad, key.device
+        grids = [frame.grid for frame in self.frames]
+        view = EncoderView(
+            key=pad(key).transpose(1, 2),
+            value=pad(value).transpose(1, 2),
+            query=None if step.prunes else pad(query).transpose(1, 2),
+            anchor=lambda _: (segments.mean(query), segments.mean(value)),
+            protect=0,
+            lengths=lengths,
+            history=before.history,
+            grid=grids[0],
+            pixels=None,
+            backend=self.encoder.backend,
+            block=self.block,
+            budgets=constant(tuple(budgets), device).int() if len(set(budgets)) > 1 else None,
+            places=self._places(before.tokens) if self.order is not None or before.tokens is not None else None,
+            grids=grids if len(set(grids)) > 1 else None,
+        )
+        with torch.no_grad():
+            choice = self.encoder.policy.encoder_select(step, view)
+        score = choice.score
+        if score is not None and before.history is not None and not all(active):
+            stays = torch.tensor(active, device=device)[:, None]
+            score = torch.where(stays, score, before.history)
+        self.rows = replace(before, history=score)
+        index = choice.index
+        scored = None if self.trace is None or index is None else (self.position, self.importance)
+        known, windows, tokens = self._counts(layer, step, budgets, choice)
+        kept = None
+        if index is not None and known != segments.lengths:
+            assert tokens is not None
+            width, after = max(known), Segments(known, device)
+            index = index[:, :width]
+            kept = after.unpad(segments.starts[:, None] + index)
+            cos, sin = (x[kept] for x in rotary)
+            history = None if score is None else score.gather(1, index.clamp_min(0))
+            self.rows = Rows(after, windows, tokens[:, : width // self.block], (cos, sin), history)
+        if self.trace is not None:
+            self._record(self.trace, layer, choice.entropy, scored)
+        return kept
+
+    def _counts(
+        self, layer: int, step: EncoderStep, budgets: list[int], choice: Selection
+    ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor | None]:
+        """Rows of each frame and of each window after a step, and the tokens left of each frame; checks the scores."""
+        rows, index, tokens, window = self.rows, choice.index, None, None
+        if index is not None:
+            tokens, live = index[:, :: self.block] // self.block, index[:, :: self.block] >= 0
+            if rows.tokens is not None:
+                tokens = rows.tokens.gather(1, tokens.clamp_min(0))
+            if self.window is not None:
+                place = (self.frame_starts + tokens).clamp(0, len(self.window) - 1)
+                window = torch.zeros(len(rows.windows), dtype=torch.int32, device=index.device).index_add(
+                    0, self.window[place].flatten(), live.flatten().int() * self.block
+                )
+        if choice.lengths.device.type != "cpu" and step.static:  # a frame's are known
+            windows = [] if window is None else window.tolist()
+            return tuple(self.block * budget for budget in budgets), tuple(windows), tokens
+        read = (choice.lengths if window is None else torch.cat([choice.lengths, window])).tolist()
+        raise_if_not_finite(read[: len(budgets)], f"encoder layer {layer}")
+        return tuple(read[: len(budgets)]), tuple(read[len(budgets) :]), tokens
+
+    def scatter(self, merged: Tensor) -> Tensor:
+        """`merged` tokens [t, D] that are left, in a row of all tokens [T, D]."""
+        if self.rows.tokens is None:
+            return merged
+        total = sum(frame.tokens for frame in self.frames)
+        places = self._tokens.unpad(self.frame_starts + self.rows.tokens)
+        return merged.new_zeros(total, merged.shape[1]).index_copy(0, places, merged)
+
+    def by_visual(self, x: Tensor) -> list[Tensor]:
+        """x [F, n] of the tokens that are left: for each image or video, row by row of its frames."""
+        packed = self._tokens.unpad(x)
+        if self.order is not None:
+            place = (
+                torch.arange(x.shape[1], device=x.device).expand_as(x) if self.rows.tokens is None else self.rows.tokens
+            )
+            packed = packed[self.order[self._tokens.unpad(self.frame_starts + place)].argsort()]
+        counts = [0] * (self.frames[-1].visual + 1)
+        for frame, rows in zip(self.frames, self.rows.segments.lengths, strict=True):
+            counts[frame.visual] += rows // self.block
+        return list(packed.split(counts))
+
+    @property
+    def position(self) -> list[Tensor] | None:
+        """Places of the tokens left of each image or video, ascending; None: all are there."""
+        if self.rows.tokens is None:
+            return None
+        first: dict[int, int] = {}
+        for frame, start in zip(self.frames, accumulate((0, *(f.tokens for f in self.frames[:-1]))), strict=True):
+            first.setdefault(frame.visual, start)
+        starts = constant(tuple(first[frame.visual] for frame in self.frames), self.rows.tokens.device)[:, None]
+        return self.by_visual(self.frame_starts + self._places(self.rows.tokens) - starts)
+
+    @property
+    def importance(self) -> list[Tensor] | None:
+        """Score of the tokens left of each image or video, in the order of their places."""
+        history = self.rows.history
+        return None if history is None else self.by_visual(history.unflatten(1, (-1, self.block)).mean(2))
+
+    @property
+    def _tokens(self) -> Segments:
+        lengths = tuple(rows // self.block for rows in self.rows.segments.lengths)
+        return Segments(lengths, self.rows.segments.device)
+
+    def _places(self, tokens: Tensor | None) -> Tensor:
+        """int64 [F, n] places in their frames of tokens numbered as they stand in the encoder."""
+        if tokens is None:
+            most = max(frame.tokens for frame in self.frames)
+            tokens = torch.arange(most, device=self.rows.segments.device).expand(len(self.frames), -1)
+        if self.order is None:
+            return tokens
+        return self.order[(self.frame_starts + tokens).clamp(0, len(self.order) - 1)] - self.frame_starts
+
+    def _record(self, trace: Trace, layer: int, entropy: Tensor | None, scored: Any) -> None:
+        """The step in terms of images and videos; `scored` are the places and the scores of what it found."""
+        visuals = torch.tensor([frame.visual for frame in self.frames], device=self.frame_starts.device)
+        full = [0] * (self.frames[-1].visual + 1)
+        for frame in self.frames:
+            full[frame.visual] += frame.tokens
+        if entropy is not None:  # a video's is the mean of its frames'
+            entropy = entropy.new_zeros(len(full)).index_add(0, visuals, entropy) / visuals.bincount()
+            trace.entropy[layer] = entropy
+        if scored is None:
+            return
+        whole = [torch.arange(n, device=visuals.device) for n in full]
+        places, values, scores = scored[0] or whole, scored[1], None
+        if values is not None:
+            scores = values[0].new_full((len(full), max(full)), float("nan"))
+            for row, place, value in zip(scores, places, values, strict=True):
+                row[place] = value
+        kept = self.position or whole
+        lengths = [len(x) for x in kept]
+        indices = pad_sequence(kept, batch_first=True, padding_value=-1)
+        counts = torch.tensor(lengths, dtype=torch.int32, device=visuals.device)
+        trace.stages.append(Stage("encoder", layer, lengths, indices, counts, scores, entropy))
+
+
+class PackedBlock:
+    """Replacement ``forward`` of one block of a packed encoder."""
+
+    def __init__(self, block: nn.Module, parts_of: Callable[[nn.Module], PackedParts], number: int, windowed: bool):
+        self.block, self.parts_of, self.number, self.windowed = block, parts_of, number, windowed
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: Any = None,
+        max_seqlen: int | None = None,
+        *,
+        packing: PackedState | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        made = None
+        if packing is not None:
+            rows, made = packing.enter(self.number), packing.step(self.number)
+            if rows.rotary is not None:
+                position_embeddings = rows.rotary
+                if made is None:
+                    lengths = [n for n in self._pieces(rows) if n]
+                    cu_seqlens = constant(tuple(accumulate(lengths, initial=0)), hidden_states.device).int()
+                    max_seqlen = max(lengths)
+        if packing is None or made is None:
+            return type(self.block).forward(
+                self.block,
+                hidden_states,
+                cu_seqlens=cu_seqlens,
+                position_embeddings=position_embeddings,
+                max_seqlen=max_seqlen,
+                **kwargs,
+            )
+        hidden_states = self._attention_half(hidden_states, position_embeddings, packing, made, **kwargs)
+        parts = self.parts_of(self.block)
+        return hidden_states + parts.mlp(parts.norm2(hidden_states))
+
+    def _pieces(self, rows: Rows) -> Sequence[int]:
+        """Rows that attend to each other."""
+        return rows.windows if self.windowed else rows.segments.lengths
+
+    def _attention_half(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], state: PackedState, made: Any, **kwargs: Any
+    ) -> Tensor:
+        """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
+        parts = self.parts_of(self.block)
+        module: Any = parts.attention
+        heads = module.qkv(parts.norm1(hidden_states)).unflatten(-1, (3, module.num_heads, -1))
+        query, key, value = heads.unbind(1)
+        query, key = parts.rotate(query, key, *rotary)
+        keys = self._pieces(state.rows)
+        kept = state.select(self.number, query, key, value, rotary, made)
+        if kept is not None:
+            rows = gather_tokens(
+                [hidden_states[None], query.flatten(1)[None]], kept[None], backend=state.encoder.backend
+            )
+            hidden_states, query = rows[0][0], rows[1][0].unflatten(-1, query.shape[1:])
+        mixed = _attend(parts, query, key, value, self._pieces(state.rows), keys, **kwargs)
+        return hidden_states + module.proj(mixed.flatten(1))
+
+
+def _attend(
+    parts: PackedParts,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Sequence[int],
+    keys: Sequence[int],
+    **kwargs: Any,
+) -> Tensor:
+    """Attention [R', H, d] of queries in pieces of so many `rows`, each to its own piece of `keys`."""
+    module: Any = parts.attention
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, parts.eager)
+    dropout = module.attention_dropout if module.training else 0.0
+    options = kwargs | dict(scaling=module.scaling, dropout=dropout, is_causal=False)
+    pairs = [(n, m) for n, m in zip(rows, keys, strict=True) if m]
+    if is_flash_attention_requested(module.config):
+        for name, lengths in zip("qk", zip(*pairs, strict=True), strict=True):
+            ends = constant(tuple(accumulate(lengths, initial=0)), query.device).int()
+            options |= {f"cu_seq_lens_{name}": ends, f"max_length_{name}": max(lengths)}
+        packed = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return attend(module, *packed, None, **options)[0][0]
+    if len(set(pairs)) == 1:  # one batch
+        batch = (x.unflatten(0, (len(pairs), -1)).transpose(1, 2) for x in (query, key, value))
+        return attend(module, *batch, None, **options)[0].flatten(0, 1)
+    given = (query, rows), (key, keys), (value, keys)
+    pieces = zip(*(x.transpose(0, 1)[None].split(list(n), 2) for x, n in given), strict=True)
+    return torch.cat([attend(module, *piece, None, **options)[0][0] for piece in pieces if piece[0].shape[2]])
+
+
+class PackedMerger:
+    """Replacement ``forward`` of a merger: it works on what is kept, and what it puts out has every place."""
+
+    def __init__(self, merger: nn.Module, encoder: PackedEncoder) -> None:
+        self.merger, self.encoder = merger, encoder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        merged = type(self.merger).forward(self.merger, *args, **kwargs)
+        return merged if self.encoder.state is None else self.encoder.state.scatter(merged)
+
+
+@dataclass
+class PackedEncoder:
+    """Replacement ``forward`` of a packed encoder: the stock one with a state that travels through the blocks."""
+
+    encoder: Any
+    policy: Policy
+    block: int  # patches of a token
+    feature_layer: int  # 0-based layer whose output is merged
+    # encoder, grid_thw and further arguments -> order of the tokens [T] and cumulative patches of the windows
+    windows: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
+    record: bool = False
+    backend: str | None = None
+    state: PackedState | None = field(default=None, repr=False)  # of the pass that is running
+    # Of the last pass:
+    trace: Trace | None = field(default=None, repr=False)
+    importance: list[Tensor] | None = field(default=None, repr=False)  # of the tokens left of each visual
+    position: list[Tensor] | None = field(default=None, repr=False)  # int64, these tokens; None: all
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
+
+    def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
+                "map: unpatch first, or look at trace(model).stages[i].scores"
+            )
+        self.state = state = self._started(grid_thw, hidden_states.device, kwargs)
+        try:
+            output = type(self.encoder).forward(self.encoder, hidden_states, grid_thw, packing=state, **kwargs)
+        finally:
+            self.state = None
+        self.trace, self.position = state.trace, state.position
+        self.importance = state.importance if self.policy.prunes_features else None
+        return output
+
+    def _started(self, grid_thw: Tensor, device: torch.device, kwargs: dict[str, Any]) -> PackedState:
+        frames = Frame.of(grid_thw.tolist(), round(self.block**0.5), self.policy)
+        rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device))
+        checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)
+        state = PackedState(
+            self, frames, rows, trace=Trace() if self.record else None, entries={} if checkpoints else None
+        )
+        if self.windows is not None:
+            order, ends = self.windows(self.encoder, grid_thw, kwargs)
+            kwargs |= dict(window_index=order, cu_window_seqlens=ends)  # the stock forward takes them as they are
+            lengths = ends.diff().tolist()
+            state.rows = replace(rows, windows=tuple(lengths))
+            state.order = order.to(device)
+            state.window = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths) // self.block).to(device)
+        return state
+
+
+VisionEncoder = PrunedEncoder | PackedEncoder
