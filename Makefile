@@ -40,7 +40,9 @@ build: .venv/built
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
 	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis scikit-image ruff mypy \
-		accelerate rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet
+		accelerate rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet \
+		datasets evaluate sacrebleu loguru tenacity pytz pytablewriter
+	$(PIP) --constraint constraints.txt --no-deps lmms-eval  # the line above has what its evaluator imports
 	touch $@
 
 .venv/floor/ready: .venv/ready
