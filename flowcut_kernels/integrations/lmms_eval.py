@@ -1,4 +1,4 @@
-"""A patched model for lmms-eval: ``lmms-eval --model flowcut --model_args pretrained=NAME,policy=FlowCut,target_tokens=64``.
+"""A patched model for lmms-eval: ``--model flowcut --model_args pretrained=NAME,policy=FlowCut,target_tokens=64``.
 
 lmms-eval finds it by the entry point ``lmms_eval.models``; it comes with the extra ``flowcut-kernels[lmms-eval]``.
 """
@@ -45,35 +45,40 @@ def policy_of(name: str | None, path: str | None, given: dict[str, Any]) -> Poli
         given: fields of the policy.
 
     Raises:
-        ValueError: an unknown name or field, or values that the policy refuses.
+        ValueError: an unknown name or field, a file that holds no policy, or values that the policy refuses.
         TypeError: a field's value of the wrong type.
+        OSError: a file that cannot be read.
     """
+    choices = f"one of {', '.join(POLICIES)}, or {UNPATCHED} for no pruning"
     if (name is None) == (path is None):
         raise ValueError(
-            f"give exactly one of policy (one of {', '.join(POLICIES)}, or {UNPATCHED}) and policy_json, "
-            f"got policy={name}, policy_json={path}"
+            f"give exactly one of policy ({choices}) and policy_json, got policy={name}, policy_json={path}"
         )
+    source = f"policy={name}" if path is None else f"policy_json={path}"
     if path is not None:
-        content = json.loads(Path(path).read_text())
+        try:
+            content = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: this is no JSON: {error}") from error
         name = content.get("policy") if isinstance(content, dict) else None
-    if name not in POLICIES and (name != UNPATCHED or path is not None):
-        raise ValueError(f"policy={name} is unknown: use one of {', '.join(POLICIES)}, or {UNPATCHED} for no pruning")
-    known = [] if path is not None or name == UNPATCHED else [field.name for field in fields(POLICIES[name])]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        source = f"policy={name}" if path is None else f"policy_json={path}"
+    kind = POLICIES.get(str(name))
+    if kind is None and source != f"policy={UNPATCHED}":
+        raise ValueError(f"{source}: {name} is no policy: use {choices}")
+    known = [field.name for field in fields(kind)] if kind and path is None else []
+    if unknown := sorted(given.keys() - set(known)):
         raise ValueError(f"unknown argument {', '.join(unknown)}: {source} takes {', '.join(known) or 'no fields'}")
-    if path is not None:
-        return POLICIES[name].from_json(path)
-    return None if name == UNPATCHED else POLICIES[name](**given)
+    if path is not None and kind:
+        return kind.from_json(path)
+    return kind(**given) if kind else None
 
 
 class PatchedModel(lmms):
     """A model that :func:`flowcut_kernels.patch` serves, for tasks whose answers are generated.
 
-    Prompts are made by the processor's chat template and answered greedily unless the task sets a temperature; like
-    lmms-eval's own models of transformers, it does not cut answers at the task's ``until``. The visual tokens kept per
-    image, averaged over the images of this process, are reported as ``throughput: avg_kept_STAGE`` of the results.
+    Prompts are made by the processor's chat template and answered greedily unless the task sets a temperature, with at
+    most 1,024 tokens unless it sets a limit. As with lmms-eval's own chat models, answers are not cut at ``until``. The
+    visual tokens kept per image at the last cut of each stage ("encoder", "features", "llm"), averaged over the images
+    of the first process, are the results' ``throughput: avg_kept_STAGE``.
 
     Args:
         pretrained: name or folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
@@ -117,8 +122,8 @@ class PatchedModel(lmms):
             raise ValueError(f"batch_size={batch_size} must be a whole number, at least 1")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
-        own = device is None or self.accelerator.num_processes > 1
-        self.device = self.accelerator.device if own else torch.device(device)
+        alone = self.accelerator.num_processes == 1
+        self.device = torch.device(device) if device is not None and alone else self.accelerator.device
         model = AutoModelForImageTextToText.from_pretrained(
             pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map
         ).eval()

@@ -12,17 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 import flowcut_kernels as fk
 
-if importlib.util.find_spec("lmms_eval") is None:
-    pytest.skip("lmms-eval is not installed; `make test` installs it", allow_module_level=True)
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import mini_vlm
+
+if importlib.util.find_spec("lmms_eval") is None:
+    pytest.skip("lmms-eval is not installed; `make test` installs it", allow_module_level=True)
 
 TEMPLATE = """{% for message in messages %}{% for part in message.content -%}
 {{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"""
@@ -157,7 +155,7 @@ def test_unpatched_for_comparison(asked, folder):
         fk.unpatch(model.model)
 
 
-def test_a_temperature_samples(asked, folder):
+def test_a_temperature_samples(folder):
     settings = wrapped(folder, [], policy="none")._settings(dict(temperature=0.7, top_p=0.9, max_new_tokens=16))
     assert settings["do_sample"] and settings["temperature"] == 0.7 and settings["top_p"] == 0.9
 
@@ -167,7 +165,7 @@ def test_a_temperature_samples(asked, folder):
     [
         (dict(), "exactly one of policy"),
         (dict(policy="FlowCut", policy_json="p.json"), "exactly one of policy"),
-        (dict(policy="Flowcut", target_tokens=64), "policy=Flowcut is unknown: use one of FlowCut, "),
+        (dict(policy="Flowcut", target_tokens=64), "policy=Flowcut: Flowcut is no policy: use one of FlowCut, "),
         (dict(policy="FlowCut", target_token=64), "unknown argument target_token: policy=FlowCut takes target_tokens"),
         (dict(policy="none", target_tokens=64), "unknown argument target_tokens: policy=none takes no fields"),
         (dict(policy="FlowCut"), "exactly one of target_tokens and retain_ratio"),
@@ -179,6 +177,18 @@ def test_bad_arguments_load_nothing(given, message):
 
     with pytest.raises(ValueError, match=message):
         PatchedModel("no/such/model", **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "this is no JSON"), ("[]", "None is no policy"), ('{"policy": "none"}', "none is no policy")],
+)
+def test_bad_files_load_nothing(text, message, tmp_path):
+    from flowcut_kernels.integrations.lmms_eval import PatchedModel
+
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=f"p.json: {message}"):
+        PatchedModel("no/such/model", policy_json=str(tmp_path / "p.json"))
 
 
 def test_sound_is_refused(folder):
