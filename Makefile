@@ -47,7 +47,7 @@ build: .venv/built
 
 .venv/floor/ready: .venv/ready
 	grep -v '^transformers' constraints.txt > .venv/floor-constraints.txt
-	$(PIP) --constraint .venv/floor-constraints.txt --target .venv/floor --upgrade "$(FLOOR)"
+	$(PIP) --constraint .venv/floor-constraints.txt --no-warn-conflicts --target .venv/floor --upgrade "$(FLOOR)"
 	touch $@
 
 clean:
