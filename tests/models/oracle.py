@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -168,6 +168,7 @@ class Visuals:
     visual: Tensor  # int64 [T] whose
     importance: Tensor | None = None  # [T]
     output: Any = None  # the same features as get_image_features returns them
+    tiles: list[Tensor] = field(default_factory=list)  # tokens that the encoder leaves of each tile, ascending
 
 
 class Oracle:
@@ -180,9 +181,13 @@ class Oracle:
         self.inner = self.model.model
         self.token_ids = {kind: getattr(self.model.config, f"{kind}_token_id") for kind in family.kinds}
 
+    def inputs(self, row: list) -> dict[str, Any]:
+        given = self.family.prompt([row])
+        return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+
     def __call__(self, row: list, new: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [L', V] of what is left of a row, with `new` tokens behind it, and the columns [L'] those are."""
-        inputs = {name: x.double() if x.is_floating_point() else x for name, x in self.family.prompt([row]).items()}
+        inputs = self.inputs(row)
         ids = inputs["input_ids"]
         length, more = ids.shape[1], 0 if new is None else len(new)
         positions = None if self.family.positions is None else self.family.positions(self.model, inputs)
@@ -190,7 +195,7 @@ class Oracle:
         for kind, token_id in self.token_ids.items():
             columns = (ids[0] == token_id).nonzero().flatten()
             if len(columns):
-                visuals[kind] = made = self.visuals(inputs, kind, len(columns))
+                visuals[kind] = made = self.visuals(inputs, kind)
                 live[columns[~made.kept]] = False
         for name, x in inputs.items():  # what goes with the prompt grows by what was written
             if x.shape[:2] == ids.shape and name != "attention_mask":
@@ -220,8 +225,9 @@ class Oracle:
             live = live & ~gone
         return logits[live], live.nonzero().flatten()
 
-    def visuals(self, inputs: dict[str, Any], kind: str, places: int) -> Visuals:
-        """The features of a kind, which has so many places in the prompt, and which of these are left."""
+    def visuals(self, inputs: dict[str, Any], kind: str) -> Visuals:
+        """The features of a kind, and which of their places in the prompt are left."""
+        places = int((inputs["input_ids"] == self.token_ids[kind]).sum())
         groups = self.family.tiles(self.model, inputs, kind)
         tiles = [tile for group in groups for tile in group]
         owner = torch.zeros(sum(len(tile.tokens) for tile in tiles))
@@ -262,7 +268,7 @@ class Oracle:
                 weighed = self._watched(inputs, kind, tiles, budgets, lambda n, out: out * alive[n, None].to(out))[0]
                 features[partial] = (weighed / marks[:, None])[partial]
             made = Visuals(features, torch.where(patch, marks > 0, ~pruned[visual]), visual)
-        made.output = output
+        made.output, made.tiles = output, [left.nonzero().flatten() for left in tower.alive]
         made.output.pooler_output = laid_out(made.features, output.pooler_output, self.later)
         return made
 

@@ -88,6 +88,7 @@ PRUNING = {
     "flowcut llm": fk.FlowCut(9, llm_layer=1),
     "vflowopt": fk.VFlowOpt(retain_ratio=0.3, hub_threshold=1.6, recycle_cell=2.5, llm_stages=((2, 0.5),)),
     "uniform": fk.UniformTokens(13),
+    "one token": fk.FlowCut(1),
 }
 # RMSNorm, rotary tables and the logits of generate are fp32 in an fp64 model.
 CLOSE = dict(rtol=1e-4, atol=5e-5)
@@ -210,6 +211,57 @@ def test_precision(family, dtype, attention):
         assert stages[-1].kept == others[-1].kept and error.isfinite()
         if all(torch.equal(a.indices, b.indices) for a, b in zip(stages, others, strict=True)):
             assert error < 3 * noise, policy
+
+
+@torch.no_grad()
+def test_trace(family):
+    """Tokens of every tile, numbered row by row as the tile has them."""
+    if fk.FlowCut not in family.policies:
+        pytest.skip("nothing is dropped in its encoder")
+    policy, model = PRUNING["flowcut"], family.model(dtype=torch.float64)
+    oracle, rows = Oracle(family, policy), prompts(family)["interleaved"]
+    tiles = [tile for row in rows for tile in oracle.visuals(oracle.inputs(row), "image").tiles]
+    with fk.patched(model, policy, record=True):
+        model(**given(family, rows, dtype=torch.float64))
+        last = [stage for stage in fk.trace(model).stages if stage.name == "encoder"][-1]
+    assert last.kept == [len(tile) for tile in tiles]
+    for indices, tile in zip(last.indices, tiles, strict=True):
+        assert indices[indices >= 0].tolist() == tile.tolist()
+
+
+@torch.no_grad()
+def test_caches(family):
+    """Every kind of cache, and none, gives the same answers."""
+    policy, model = first_policy(family), family.model(dtype=torch.float64)
+    inputs = given(family, prompts(family)["sizes in a batch"], dtype=torch.float64)
+    settings = GREEDY | dict(output_logits=False)
+    with fk.patched(model, policy):
+        want = model.generate(**inputs, **settings).sequences
+        for options in (dict(use_cache=False), dict(cache_implementation="static", disable_compile=True)):
+            assert torch.equal(model.generate(**inputs, **settings, **options).sequences, want), options
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+def test_training(family):
+    """The loss of what is left, and the same gradients with checkpointed layers."""
+    policy, gradients = first_policy(family), []
+    inputs = given(family, prompts(family)["interleaved"], dtype=torch.float64)
+    ids, text = inputs["input_ids"], inputs["attention_mask"].bool()
+    for checkpointed in (False, True):
+        model = family.model(dtype=torch.float64).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        for kind in family.kinds:
+            text &= ids != getattr(model.config, f"{kind}_token_id")
+        with fk.patched(model, policy):
+            loss = model(**inputs, labels=ids.masked_fill(~text, -100), use_cache=False).loss
+            loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    first = family.attention(family.layers(model)[0])
+    assert all(p.grad.abs().max() > 0 for name, p in first.named_parameters() if name.endswith("weight"))
+    assert gradients[0].keys() == gradients[1].keys() and loss.isfinite()
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # Copies
