@@ -18,6 +18,7 @@ from .clip import CLIP, SIGLIP
 from .idefics3 import IDEFICS3_VIT, SMOLVLM_VIT
 from .internvl import INTERN_VIT
 from .llava import Llava
+from .llava_next import LlavaNext
 from .llava_onevision import LlavaOnevision
 from .paligemma import PaliGemma
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
@@ -28,6 +29,7 @@ ADAPTERS = (
     CLIP,
     SIGLIP,
     Llava(),
+    LlavaNext(),
     LlavaOnevision(),
     PaliGemma(),
     QWEN2_VL,

@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modules.packed_encoder import VisionEncoder
+from ..modules.encoder import EncoderPass
+from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureSelection, FeatureView, Policy
+from ..policies.recycling import select_features
 from ..trace import Stage
 from ._bound import Bound, named
 
+Grids = tuple[tuple[int, int], ...]  # rows and columns
+
 # Attribute of what get_image_features returns, and of its first features: accelerate's hooks make a new output of them.
 _ENCODED = "_flowcut_encoded"
-_RUNNING: ContextVar[bool] = ContextVar("running", default=False)  # a family's videos may be made by its images' method
+# What is running: a projector works on what it left, and a family's videos may be made by its images' method.
+_PASS: ContextVar[EncoderPass | None] = ContextVar("encoder_pass", default=None)
+_TAPS = 4  # bilinear resampling makes a token of that many at most
 
 
 class Encoded(NamedTuple):
@@ -41,13 +47,45 @@ class Visuals(NamedTuple):
     encoded: Callable[[], Encoded | None]  # what is known of them, once the features are made
 
 
+@dataclass(frozen=True)
+class Layout:
+    """An image or a video before it is encoded: tiles of N tokens each, of which the model makes grids.
+
+    Newlines in the grids are there only while nothing is pruned: a budget is spent on tokens of the tiles.
+    """
+
+    grids: Grids  # of what the model makes, newlines included
+    tile: int  # N
+    live: tuple[int, ...]  # tokens of each tile that have a part in the grids
+    places: int  # tokens of the grids that are made of those
+    void: Tensor | None = None  # bool [tiles, N] the other tokens of the tiles; None: there are none
+    behind: int = 0  # tokens after the grids, a newline, that always stay and count
+    even: bool = False  # the grids (frames) get equal shares
+
+    @property
+    def area(self) -> int:
+        return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def full(self) -> int:
+        return self.area + self.behind
+
+    def tile_budgets(self, tokens: int) -> list[int]:
+        """What the tiles keep so that `tokens` places of the grids are sure to have something.
+
+        Where the model resamples, a place is a mean of several tokens, and these may be all that stays of it: then as
+        many times more are left as a place can be made of.
+        """
+        return spread(tokens if self.places == sum(self.live) else _TAPS * tokens, self.live)
+
+
 @dataclass
 class Item:
     """One image or video: features in the order of the prompt."""
 
     features: Tensor  # [n, D]
     importance: Tensor  # [n]
-    grids: tuple[tuple[int, int], ...]  # rows and columns of the grids the features come from, before any pruning
+    grids: Grids  # that the features come from, before any pruning
     position: Tensor | None = None  # int64 [n] their places in those grids; None: all are there
     leading: Tensor | None = None  # [., D] features in front that are no patches
     trailing: Tensor | None = None  # [., D] features behind, which always stay, of importance 1
@@ -71,24 +109,25 @@ class Kind:
     usual: int | None = None  # tokens of each where all have as many
     leading = 0  # features of each in front that are no patches and are never dropped
     shrinks = True  # prompts; False: features have every place, and dropped ones leave inside the language model
+    side = 1  # edge in patches of a token, that the model merges
+    assembles = False  # whether the features of a visual are put together of its tiles'; else they are one tile's
 
     def __init__(self, model: Any, token_id: int) -> None:
         self.model, self.token_id = model, token_id
 
-    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
-        """Tokens of each before any pruning, without leading ones."""
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        """Of each, without leading tokens."""
         raise NotImplementedError
 
-    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
-        """Images that the encoder is given."""
-        raise NotImplementedError
+    def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
+        """What the model makes of projected tokens, of any number of channels.
 
-    def items(
-        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
-    ) -> list[Item]:
-        """The features that the model made, with the encoder's `importance` [tiles, patches] and their `position`.
+        Args:
+            tiles: of each visual the tokens of its tiles [tiles, N, C].
+            newline: [C] the values of tokens that it adds.
 
-        Of a packed encoder, whose images differ in size, both are lists of one tensor [tokens] for each.
+        Returns:
+            [n, C] of each visual; what is behind its grids may be missing.
         """
         raise NotImplementedError
 
@@ -110,7 +149,7 @@ class PrunedFeatures(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
-        if _RUNNING.get():
+        if _PASS.get() is not None:
             return self.original(**arguments)
         for name, value in self.fixed.items():
             given = arguments.get(name)
@@ -125,18 +164,16 @@ class PrunedFeatures(Bound):
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
-        before = _RUNNING.set(True)
-        try:
-            output = self.original(**arguments | dict(return_dict=True))
-        finally:
-            _RUNNING.reset(before)
-        full = self.kind.tokens(pixels, arguments)
-        self.encoded = Encoded(full, [self._budget(n) or n for n in full])
-        if not self.kind.shrinks and self.encoder.position is not None:
-            places = list(self.encoder.position)
+        layouts = self.kind.layouts(pixels, arguments)
+        output, known = self._make(arguments, layouts)
+        full, kept = [layout.full for layout in layouts], [self._kept(layout) for layout in layouts]
+        self.encoded = Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
+        if not self.kind.shrinks and known.position is not None:
+            places = list(known.position)
             self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
-        if self.policy.prunes_features and self.encoder.importance is not None:
-            self._choose(arguments, output, self.encoder.importance, self.encoder.position)
+        scored = self.policy.prunes_features and known.importance is not None
+        if scored or (self.kind.assembles and self.encoded.kept != full):
+            self._choose(output, self._items(output.pooler_output, arguments, layouts, known), kept)
         for holder in (output, *_first(output)):
             setattr(holder, _ENCODED, self.encoded)
         return output.to_tuple() if as_tuple else output
@@ -146,11 +183,44 @@ class PrunedFeatures(Bound):
         """The name under which the method takes the pixels; videos' changed with transformers' versions."""
         return next(iter(self.__signature__.parameters))
 
-    def _budget(self, tokens: int) -> int | None:
-        """Features left of a visual that has `tokens`; None: known once they are chosen."""
-        if self.kind.usual is None and not self.policy.prunes_features:
-            return tokens  # put together of what the encoder left whole
-        return self.policy.feature_budget(tokens)
+    def _left(self, layout: Layout) -> int:
+        """Tokens of a visual that the encoder leaves, those behind it included: one of its tiles at least."""
+        budget = self.policy.encoder_budget(layout.full, len(layout.live))
+        if budget >= layout.full:
+            return layout.full
+        return min(max(budget - layout.behind, 1), layout.places) + layout.behind
+
+    def _kept(self, layout: Layout) -> int | None:
+        """Features of a visual that enter the language model; None: known once they are chosen."""
+        left = self._left(layout)
+        budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
+        return None if budget is None else min(budget, left)
+
+    def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
+        """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
+        kind = self.kind
+        tokens: list[int] = []
+        budgets: list[int] = []
+        voids: list[Tensor] = []
+        for layout in layouts:
+            left, every = self._left(layout), [layout.tile] * len(layout.live)
+            whole = left == layout.full
+            tokens += every if whole else layout.live
+            budgets += every if whole else layout.tile_budgets(left - layout.behind)
+            none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
+            voids.append(none if whole or layout.void is None else layout.void)
+        void = torch.cat(voids) if any(layout.void is not None for layout in layouts) else None
+        known = EncoderPass(kind.side, tokens, budgets, void)
+        if kind.shrinks and (kind.assembles or kind.side > 1 or self.policy.prunes_features):
+            arguments = arguments | dict(encoder_pass=known)
+        before = _PASS.set(known)
+        try:
+            output = self.original(**arguments | dict(return_dict=True))
+        finally:
+            _PASS.reset(before)
+        if isinstance(self.encoder, PackedEncoder):
+            known.importance, known.position = self.encoder.importance, self.encoder.position
+        return output, known
 
     def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
         """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
@@ -165,15 +235,16 @@ class PrunedFeatures(Bound):
         pixels = arguments.get(kind.pixels)
         if pixels is None:
             return []
-        whole = kind.tokens(pixels, arguments)
-        budgets = [self._budget(n) if kind.shrinks else n for n in whole]
+        layouts = kind.layouts(pixels, arguments)
+        budgets = [self._kept(layout) if kind.shrinks else layout.full for layout in layouts]
         left = [n for n in budgets if n is not None]
-        if len(left) < len(whole):
+        if len(left) < len(budgets):
             left = self._encode_ahead(pixels, arguments)
+        tiles = sum(len(layout.live) for layout in layouts)
         return [
             Visuals(
-                kind.token_id, [n + lead for n in whole], [n + lead for n in left], lead,
-                lambda: kind.tiles(pixels, arguments), lambda: self.encoded,
+                kind.token_id, [layout.full + lead for layout in layouts], [n + lead for n in left], lead,
+                lambda: tiles, lambda: self.encoded,
             )
         ]  # fmt: skip
 
@@ -189,26 +260,82 @@ class PrunedFeatures(Bound):
         assert self.encoded is not None
         return self.encoded.kept
 
-    def _choose(
-        self, arguments: dict[str, Any], output: Any, importance: Any, position: Any
-    ) -> None:  # fmt: skip
-        items = self.kind.items(output.pooler_output, arguments, importance, position)
-        budgets = [self._budget(item.full) for item in items]
-        known = [max(b - item.behind, 0) for b, item in zip(budgets, items, strict=True) if b is not None]
-        given = [item.position for item in items if item.position is not None]
+    def _items(
+        self, features: Sequence[Tensor], arguments: dict[str, Any], layouts: list[Layout], known: EncoderPass
+    ) -> list[Item]:
+        """Every visual's features, without those that the encoder dropped."""
+        if not self.kind.assembles:
+            assert known.importance is not None
+            positions = [None] * len(layouts) if known.position is None else known.position
+            lead = self.kind.leading
+            if not self.kind.shrinks:
+                features = [x if at is None else x[at] for x, at in zip(features, positions, strict=True)]
+            return [
+                Item(x[lead:], weight, layout.grids, position, x[:lead] if lead else None)
+                for x, weight, layout, position in zip(features, known.importance, layouts, positions, strict=True)
+            ]
+        rows, scores, pieces, counts = [], [], [], []
+        marks = self._marked(features[0].device, arguments, layouts, known)
+        for x, mark, layout in zip(features, marks, layouts, strict=True):
+            share, score = mark[: layout.area].unbind(1)
+            x, areas, left = x[: layout.area], [layout.area], self._left(layout) - layout.behind
+            if left < layout.area:
+                if layout.places < sum(layout.live):  # a mean of what is left of the tokens that a place is made of
+                    x = (x / share[:, None].clamp_min(torch.finfo(share.dtype).tiny)).to(x.dtype)
+                    score = share if known.importance is None else score / share
+                score = score.masked_fill(share == 0, float("-inf"))
+                areas = [h * w for h, w in layout.grids] if layout.even else areas
+            rows.append(x)
+            scores.append(score)
+            pieces += areas
+            counts += spread(left, areas)
+        view = FeatureView(torch.cat(rows), torch.cat(scores), pieces, [], None, counts, self.backend)
+        if counts == pieces:
+            index = torch.arange(sum(pieces), device=view.importance.device)
+        else:
+            index = select_features(view, counts, None).index
+        items, first = [], 0
+        lefts = [self._left(layout) - layout.behind for layout in layouts]
+        for x, layout, at, left in zip(features, layouts, index.split(lefts), lefts, strict=True):
+            position = at - first if left < layout.area else None
+            first += layout.area
+            last = x[layout.area :] if len(x) > layout.area else None
+            # transformers 5.17 puts the newline behind a video's features later on.
+            appended = layout.full - len(x)
+            items.append(Item(view.features[at], view.importance[at], layout.grids, position, None, last, appended))
+        return items
+
+    def _marked(
+        self, device: torch.device, arguments: dict[str, Any], layouts: list[Layout], known: EncoderPass
+    ) -> list[Tensor]:
+        """By way of the model's own assembly, of every token of a visual [n, 2]: the share of it that is left, and
+        that share's importance. Newlines are none of it, and of importance 1."""
+        tile, weight, at = layouts[0].tile, known.importance, known.position
+        if at is None:
+            at = torch.arange(tile, device=device).expand(sum(len(layout.live) for layout in layouts), -1)
+        share = torch.ones_like(at, dtype=torch.float32 if weight is None else weight.dtype)
+        channels = torch.stack([share, share if weight is None else weight], -1)
+        tiles = _spread_out(channels, at, tile).split([len(layout.live) for layout in layouts])
+        return self.kind.assemble(tiles, arguments, channels.new_tensor([0.0, 1.0]))
+
+    def _choose(self, output: Any, items: list[Item], kept: list[int | None]) -> None:
+        known = [max(n - item.behind, 0) for n, item in zip(kept, items, strict=True) if n is not None]
         lengths = [len(item.features) for item in items]
+        given = [
+            torch.arange(n, device=item.features.device) if item.position is None else item.position
+            for n, item in zip(lengths, items, strict=True)
+        ]
+        whole = all(item.position is None for item in items)
         view = FeatureView(
             features=torch.cat([item.features for item in items]),
             importance=torch.cat([item.importance for item in items]),
             lengths=lengths,
             grids=[item.grids for item in items],
-            position=torch.cat(given) if given else None,
+            position=None if whole else torch.cat(given),
             budgets=known if known else None,
             backend=self.backend,
         )
-        places = view.position
-        if places is None:
-            places = torch.cat([torch.arange(n, device=view.importance.device) for n in lengths])
+        places = torch.cat(given)
         if known == lengths:
             every = torch.arange(sum(lengths), device=places.device)
             choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
@@ -228,15 +355,14 @@ class PrunedFeatures(Bound):
                 x.new_zeros(item.full, x.shape[1]).index_copy(0, at, x)
                 for item, x, at in zip(items, rows, positions, strict=True)
             ]
-        whole = isinstance(output.pooler_output, Tensor)
-        output.pooler_output = torch.stack(rows) if whole else rows
+        output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else rows
         self.encoded = Encoded(
             [item.full for item in items],
             [len(x) for x in positions],
             importance=pad_sequence(weights, batch_first=True),
             position=pad_sequence(positions, batch_first=True),
         )
-        if self.encoder.trace is not None and known != lengths:
+        if self.encoder.trace is not None and (known != lengths or (self.kind.assembles and not whole)):
             self._record(items, view, places, positions, choice)
 
     def _record(
@@ -265,6 +391,40 @@ def _first(output: Any) -> Sequence[Tensor]:
     """The tensor that holds the features of an output, or the first of several."""
     features = output.pooler_output
     return (features,) if isinstance(features, Tensor) else features[:1]
+
+
+class ScatteredProjector(Bound):
+    """Replacement ``forward`` of a projector that works token by token: what the encoder left goes in, and what comes
+    out has every token of the tiles, zeros where one is gone, so that the model can put the tiles together."""
+
+    method = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        projected, known = self.original(*args, **kwargs), _PASS.get()
+        if known is None or known.position is None:
+            return projected
+        return _spread_out(projected, known.position, known.whole)
+
+
+def _spread_out(x: Tensor, position: Tensor, tokens: int) -> Tensor:
+    """x [B, n, C] at `position` [B, n] of `tokens` places, zeros elsewhere; -1: nowhere."""
+    out = x.new_zeros(len(x), tokens + 1, x.shape[2])
+    place = torch.where(position < 0, tokens, position)[..., None].expand(-1, -1, x.shape[2])
+    return out.scatter(1, place, x)[:, :tokens]
+
+
+def spread(total: int, limits: Sequence[int]) -> list[int]:
+    """`total` in equal shares of at most `limits`, what remains to the first: the sum is min(total, sum(limits))."""
+    shares = [0] * len(limits)
+    left = min(total, sum(limits))
+    while left:
+        open_ = [i for i, limit in enumerate(limits) if shares[i] < limit]
+        each, more = divmod(left, len(open_))
+        for place, i in enumerate(open_):
+            share = min(each or place < more, limits[i] - shares[i])
+            shares[i] += share
+            left -= share
+    return shares
 
 
 def _surrounded(item: Item, rows: Tensor) -> Tensor:

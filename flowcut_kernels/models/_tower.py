@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..modules.encoder import LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
+from ..modules.encoder import EncoderPass, LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
+from ..ops import gather_tokens
 from ..policies.base import Pixels, Policy
 from ._bound import Bound, Replacement, named
 
@@ -41,11 +42,23 @@ class Tower:
         return self.build(model, policy, index, runs_rest=True, record=record, backend=backend)
 
     def build(
-        self, model: Any, policy: Policy, index: int, *, runs_rest: bool, record: bool, backend: str | None
+        self,
+        model: Any,
+        policy: Policy,
+        index: int | Sequence[int],
+        *,
+        runs_rest: bool,
+        record: bool,
+        backend: str | None,
     ) -> tuple[PrunedEncoder, list[Replacement]]:
-        """Replacements that prune before the layer whose output is ``hidden_states[index]``."""
+        """Replacements that prune before the layer whose output is ``hidden_states[index]``.
+
+        Of several indices, before the last of these layers; the other hidden states then hold the same tokens.
+        """
         layers = getattr(model.encoder, self.layers)
         states = len(layers) + 1
+        several = () if isinstance(index, int) else tuple(i if i >= 0 else states + i for i in index)
+        index = index if isinstance(index, int) else max(several)
         feature_layer = (index if index >= 0 else states + index) - 1
         if not 1 <= feature_layer < len(layers):
             raise ValueError(
@@ -61,8 +74,9 @@ class Tower:
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
         )
         replacements: list[Replacement] = [(model.encoder, "forward", encoder)]
-        if policy.wants_pixels:
-            replacements.append((model, "forward", _WatchedTower(model, self, encoder)))
+        align = tuple(i for i in several if i <= feature_layer)
+        if policy.wants_pixels or align:
+            replacements.append((model, "forward", _WatchedTower(model, self, encoder, align)))
         for i, layer in enumerate(layers):
             skip = i > feature_layer and not runs_rest
             forward = SkippedEncoderLayer() if skip else PrunedEncoderLayer(layer, self.parts, i)
@@ -87,19 +101,26 @@ def edge(size: int | Sequence[int]) -> int:
 
 
 class _WatchedTower(Bound):
-    """Replacement ``forward`` of a tower whose encoder wants to see the pixels."""
+    """Replacement ``forward`` of a tower whose policy looks at the pixels, or that is read at several layers."""
 
     method = "forward"
 
-    def __init__(self, model: Any, tower: Tower, encoder: PrunedEncoder) -> None:
+    def __init__(self, model: Any, tower: Tower, encoder: PrunedEncoder, align: tuple[int, ...]) -> None:
         super().__init__(model)
-        self.tower, self.encoder = tower, encoder
+        self.tower, self.encoder, self.align = tower, encoder, align
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments, tower = named(self, args, kwargs), self.tower
-        size = edge(self.model.config.patch_size)
-        self.encoder.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)
-        try:
-            return self.original(**arguments)
-        finally:
-            self.encoder.pixels = None
+        arguments, tower, encoder = dict(named(self, args, kwargs)), self.tower, self.encoder
+        known = arguments.setdefault("encoder_pass", EncoderPass())
+        known.align = self.align
+        if encoder.policy.wants_pixels:
+            size = edge(self.model.config.patch_size)
+            known.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)
+        as_tuple = arguments.get("return_dict") is False
+        output = self.original(**arguments | dict(return_dict=True))
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(
+                x if i not in known.rows or x is None else gather_tokens([x], known.rows[i], backend=encoder.backend)[0]
+                for i, x in enumerate(output.hidden_states)
+            )
+        return output.to_tuple() if as_tuple else output

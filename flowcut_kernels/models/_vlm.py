@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..modules.encoder import PrunedEncoder
 from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Kind, PrunedFeatures
+from ._features import Kind, PrunedFeatures, ScatteredProjector
 from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
+from .clip import replace_tower
 from .llm import decoder_replacements
+
+_MANY = 1 << 20  # more tokens than an image or a video has
 
 
 def vlm_replacements(
@@ -44,3 +48,21 @@ def vlm_replacements(
         (model, "generate", PrunedGenerate(model, shrinker)),
         *layers,
     ]
+
+
+def tiled_replacements(
+    model: Any, kinds: Iterable[Kind], policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
+) -> tuple[PrunedEncoder, list[Replacement]]:
+    """All of a LLaVA-like model that puts its images together of tiles."""
+    tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
+    if fixed["vision_feature_select_strategy"] == "full" and tower.protect:
+        raise ValueError(
+            f"vision_feature_select_strategy='full' leaves the class token of {tower.model_class.__name__} among the "
+            "patches, of which no image can be put together: set 'default'"
+        )
+    projector = model.model.multi_modal_projector
+    replacements.append((projector, "forward", ScatteredProjector(projector)))
+    replacements += vlm_replacements(
+        model, kinds, policy, _MANY, encoder, fixed, backend=backend, compact_cache=compact_cache
+    )
+    return encoder, replacements

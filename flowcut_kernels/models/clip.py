@@ -66,8 +66,6 @@ def replace_tower(
             f"with {CLIP.model_class.__name__} or {SIGLIP.model_class.__name__}"
         )
     index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if not isinstance(index, int):
-        raise ValueError(f"vision_feature_layer={index!r}: several feature layers at once are not supported; use one")
     if strategy == "default" and tower.protect != 1:
         raise ValueError(
             f"vision_feature_select_strategy={strategy!r} drops the first token, but {type(tower_model).__name__} has "
@@ -79,7 +77,7 @@ def replace_tower(
             "anyway: set class_token=False"
         )
     wanted = getattr(policy, "feature_layer", None)
-    if wanted not in (None, index):
+    if wanted is not None and wanted != index:
         raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
     encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
     return tower, encoder, replacements, dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)

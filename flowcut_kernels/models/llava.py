@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Item, Kind
+from ._features import Kind, Layout
 from ._vlm import vlm_replacements
 from .clip import replace_tower
 
@@ -45,17 +44,6 @@ class LlavaImages(Kind):
         self.patches = self.usual = patches
         self.leading = leading
 
-    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
-        return [self.patches] * len(pixels)
-
-    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
-        return len(pixels)
-
-    def items(
-        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Tensor, position: Tensor | None
-    ) -> list[Item]:
-        lead, grids = self.leading, (PrunedEncoder.grid(self.patches),)
-        return [
-            Item(x[lead:], weight, grids, None if position is None else position[i], x[:lead] if lead else None)
-            for i, (x, weight) in enumerate(zip(features, importance, strict=True))
-        ]
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        grids = (PrunedEncoder.grid(self.patches),)
+        return [Layout(grids, tile=self.patches, live=(self.patches,), places=self.patches)] * len(pixels)

@@ -8,7 +8,6 @@ every token that is kept has the position that it has in the unpruned prompt.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ..modules.decoder import PrunedDeepstack
 from ..modules.packed_encoder import PackedBlock, PackedEncoder, PackedMerger, PackedParts
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Item, Kind
+from ._features import Kind, Layout
 from ._vlm import vlm_replacements
 
 _MANY = 1 << 20  # more tokens than an image or a video has
@@ -118,21 +117,10 @@ class QwenVisuals(Kind):
         self.modality, self.method, self.grid = modality, f"get_{modality}_features", f"{modality}_grid_thw"
         self.pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
 
-    def tokens(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
-        return [count * rows * columns for count, rows, columns in self._grids(arguments)]
-
-    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> int:
-        return sum(count for count, _, _ in self._grids(arguments))
-
-    def items(
-        self, features: Sequence[Tensor], arguments: dict[str, Any], importance: Any, position: Any
-    ) -> list[Item]:
-        position = [None] * len(features) if position is None else position
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         return [
-            Item(x if at is None else x[at], weight, ((rows, columns),) * count, at)
-            for x, weight, at, (count, rows, columns) in zip(
-                features, importance, position, self._grids(arguments), strict=True
-            )
+            Layout(((rows, columns),) * n, rows * columns, (rows * columns,) * n, n * rows * columns)
+            for n, rows, columns in self._grids(arguments)
         ]
 
     def _grids(self, arguments: dict[str, Any]) -> list[tuple[int, int, int]]:

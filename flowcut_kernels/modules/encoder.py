@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .._ops import accumulate_dtype
 from ..ops import attention, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
+from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 
@@ -46,28 +48,62 @@ class LayerParts:
 
 
 @dataclass
+class EncoderPass:
+    """What one pass of an encoder is to leave of its B tiles of N tokens, and afterwards what it left.
+
+    A tile is an input of the encoder: an image, a view of one, a frame. A token is what the language model would get:
+    a patch, or a square of patches that are merged later. What leaves an encoder that pruned is in the order of tokens,
+    with each one's patches next to each other.
+    """
+
+    side: int = 1  # edge of a token in patches
+    tokens: list[int] | None = None  # of each tile, without void ones; None: all
+    budgets: list[int] | None = None  # tokens to leave of each tile; None: what the policy leaves of an image
+    void: Tensor | None = None  # bool [B, N] tokens that the model throws away: they go before the first cut
+    pixels: Pixels | None = None  # where the policy wants them
+    align: tuple[int, ...] = ()  # indices of hidden states whose rows are to be known
+    # Afterwards:
+    whole: int = 0  # N
+    # Of a packed encoder, whose images differ in size, lists of one tensor [n] for each.
+    importance: Any = None  # [B, n] cumulative score of the tokens that are left; None: nobody scored
+    position: Any = None  # int64 [B, n] those tokens, -1 after the last of a tile; None: all are there
+    rows: dict[int, Tensor] = field(default_factory=dict)  # by index in `align`: int64 [B, M] its rows that are left
+
+
+@dataclass
 class EncoderState:
     """One forward pass through a pruned encoder."""
 
     policy: Policy
     feature_layer: int
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # of a tile's tokens
     protect: int
     backend: str | None
+    tokens: list[int]  # of each tile
+    budgets: list[int]  # of each tile, to end with
+    block: int = 1  # patches of a token
+    void: Tensor | None = None  # bool [B, N] tokens that are no tile's, until the first cut
     pixels: Pixels | None = None
     patches: Tensor | None = None  # [B, M] original patch of each row (protected rows count up from -protect)
     lengths: Tensor | None = None  # int32 [B] live rows, None while all images have all rows
     mask: Tensor | None = None  # bool [B, M] live rows, None unless the batch is ragged
     history: Tensor | None = None  # [B, M] cumulative score
-    most: int | None = None  # rows of the fullest image
+    left: list[int] | None = None  # tokens of each tile, once there was a cut
     trace: Trace | None = None
     entries: dict[int, tuple] | None = None  # with gradient checkpointing: what each layer found on entry
+
+    def __post_init__(self) -> None:
+        self.kinds = sorted({*zip(self.tokens, self.budgets, strict=True)})  # of tiles
+
+    @property
+    def prunes(self) -> bool:
+        return any(budget < tokens for tokens, budget in self.kinds)
 
     def enter(self, layer: int) -> None:
         """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
         if self.entries is None:
             return
-        travels = ("patches", "lengths", "mask", "history", "most")
+        travels = ("patches", "lengths", "mask", "history", "left", "void")
         if layer in self.entries:
             for name, value in zip(travels, self.entries[layer], strict=True):
                 setattr(self, name, value)
@@ -75,15 +111,55 @@ class EncoderState:
         else:
             self.entries[layer] = tuple(getattr(self, name) for name in travels)
 
-    def step(self, layer: int) -> EncoderStep | None:
-        """The policy's step at `layer`; None once every image is down to its budget."""
-        tokens = self.grid[0] * self.grid[1]
-        budget = self.policy.encoder_budget(tokens)
-        step = self.policy.encoder_step(layer, self.feature_layer, tokens, budget)
-        done = self.most is not None and self.most <= budget + self.protect
-        return None if done else step
+    def step(self, layer: int) -> tuple[EncoderStep | None, list[int] | None]:
+        """The policy's step at `layer`, and each tile's budget for it where they differ, of which it has the largest.
 
-    def select(self, layer: int, step: EncoderStep, view: EncoderView) -> Selection:
+        None once every tile is down to what is to be left of it.
+        """
+        steps = {kind: self.policy.encoder_step(layer, self.feature_layer, *kind) for kind in self.kinds}
+        if self.left is not None and all(n <= budget for n, budget in zip(self.left, self.budgets, strict=True)):
+            return None, None
+        made = [step for step in steps.values() if step is not None]
+        cuts = [step for step in made if step.prunes]
+        if not cuts or len(steps) == 1:
+            return (made[0] if made else None), None
+        ends = {kind: kind[0] if step is None or not step.prunes else step.budget for kind, step in steps.items()}
+        budgets = [ends[kind] for kind in zip(self.tokens, self.budgets, strict=True)]
+        step = cuts[0]._replace(budget=max(budgets))
+        return step, (budgets if min(budgets) < step.budget else None)
+
+    def drop_void(self, hidden: Tensor) -> Tensor:
+        """The rows of tokens that a tile has, before a policy cuts for the first time."""
+        if self.void is None:
+            return hidden
+        if self.patches is None:
+            self.number_patches(len(hidden), hidden.shape[1], hidden.device)
+        gone = self.void.to(hidden.device).repeat_interleave(self.block, 1)
+        gone = torch.nn.functional.pad(gone, (self.protect, 0))
+        lengths = constant(tuple(self.protect + self.block * n for n in self.tokens), hidden.device)
+        index = gone.long().argsort(dim=1, stable=True)[:, : self.protect + self.block * max(self.tokens)]
+        index = index.masked_fill(torch.arange(index.shape[1], device=index.device) >= lengths[:, None], -1)
+        self.void, self.lengths = None, lengths.int() if min(self.tokens) < max(self.tokens) else None
+        travels = self._travels(hidden)
+        hidden, *rows = gather_tokens([hidden, *travels.values()], index, backend=self.backend)
+        self._arrive(travels, rows)
+        return hidden
+
+    @property
+    def places(self) -> Tensor | None:
+        """int64 [B, n] which token of its tile each one is; None: all are there."""
+        if self.patches is None:
+            return None
+        if self.lengths is None and self.patches.shape[1] == self.protect + self.block * math.prod(self.grid):
+            return None
+        return self.tokens_of(self.patches)
+
+    def tokens_of(self, patches: Tensor) -> Tensor:
+        """[B, n] tokens of rows that hold `patches`."""
+        first = patches[:, self.protect :: self.block]
+        return first if self.block == 1 else first // self.block
+
+    def select(self, layer: int, step: EncoderStep, budgets: list[int] | None, view: EncoderView) -> Selection:
         """Ask the policy; check the scores; note what the trace wants.
 
         Costs one read-back where an adaptive step prunes. A static step costs none, so that scores that are not finite
@@ -95,15 +171,17 @@ class EncoderState:
         on_host = view.key.device.type == "cpu" and not torch.compiler.is_compiling()
         if step.static and not on_host:
             if choice.index is not None:
-                self.most, self.lengths = choice.index.shape[1], None
+                ends = budgets or [step.budget] * len(self.tokens)
+                self.left = [min(*pair) for pair in zip(self.left or self.tokens, ends, strict=True)]
         elif choice.index is not None or on_host:
             lengths = choice.lengths.tolist()
             raise_if_not_finite(lengths, f"encoder layer {layer}")
             if choice.index is not None:
-                self.most = max(lengths)
-                choice.index = choice.index[:, : self.most]
-                ragged = min(lengths) < self.most
-                self.lengths = choice.lengths if ragged else None
+                self.left = [(n - self.protect) // self.block for n in lengths]
+                choice.index = choice.index[:, : max(lengths)]
+        if choice.index is not None:
+            assert self.left is not None
+            self.lengths = choice.lengths if min(self.left) < max(self.left) else None
         if self.trace is not None:
             self._record(layer, view, choice)
         self.history = choice.score
@@ -150,18 +228,17 @@ class EncoderState:
         if choice.index is None:
             return
         absent = choice.index < 0
-        kept = self.patches.gather(1, choice.index.clamp_min(0)).masked_fill(absent, -1)[:, self.protect :]
+        kept = self.tokens_of(self.patches.gather(1, choice.index.clamp_min(0)).masked_fill(absent, -self.block))
         scores = None
         if choice.score is not None:
-            live = slice(self.protect, None)
-            scores = choice.score.new_full((batch, self.grid[0] * self.grid[1] + 1), float("nan"))
-            column = self.patches[:, live]
+            scores = choice.score.new_full((batch, math.prod(self.grid) + 1), float("nan"))
+            column = self.tokens_of(self.patches)
             if view.lengths is not None:  # padding rows write to a spare last column
-                dead = torch.arange(rows, device=column.device)[live] >= view.lengths[:, None]
-                column = column.masked_fill(dead, scores.shape[1] - 1)
-            scores = scores.scatter(1, column, choice.score[:, live])[:, :-1]
-        lengths = choice.lengths - self.protect
-        recycled = None if choice.merged is None else choice.merged[:, self.protect :]
+                first = torch.arange(rows, device=column.device)[self.protect :: self.block]
+                column = column.masked_fill(first >= view.lengths[:, None], scores.shape[1] - 1)
+            scores = scores.scatter(1, column, choice.score[:, self.protect :: self.block])[:, :-1]
+        lengths = (choice.lengths - self.protect) // self.block
+        recycled = None if choice.merged is None else choice.merged[:, self.protect :: self.block]
         self.trace.stages.append(
             Stage("encoder", layer, lengths.tolist(), kept, lengths, scores, choice.entropy, recycled)
         )
@@ -185,15 +262,22 @@ class PrunedEncoderLayer:
 
     def __call__(self, hidden_states: Tensor, *mask: None, pruning: EncoderState, **kwargs: Any) -> Tensor:
         pruning.enter(self.number)
-        step = pruning.step(self.number)
+        step, budgets = pruning.step(self.number)
+        if step is not None and step.prunes:
+            hidden_states = pruning.drop_void(hidden_states)
         if step is None and pruning.mask is None:
             return type(self.layer).forward(self.layer, hidden_states, *mask, **kwargs)
-        hidden_states, choice = self._attention_half(hidden_states, step, pruning, **kwargs)
+        hidden_states, choice = self._attention_half(hidden_states, step, budgets, pruning, **kwargs)
         hidden_states = hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
         return hidden_states if choice is None else pruning.merge(choice, hidden_states)
 
     def _attention_half(
-        self, hidden_states: Tensor, step: EncoderStep | None, pruning: EncoderState, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        step: EncoderStep | None,
+        budgets: list[int] | None,
+        pruning: EncoderState,
+        **kwargs: Any,
     ) -> tuple[Tensor, Selection | None]:
         """Everything up to the residual stream after attention; what it made on the way is gone before the MLP.
 
@@ -217,8 +301,11 @@ class PrunedEncoderLayer:
                 grid=pruning.grid,
                 pixels=pruning.pixels,
                 backend=pruning.backend,
+                block=pruning.block,
+                budgets=None if budgets is None else constant(tuple(budgets), key.device).int(),
+                places=pruning.places,
             )
-            choice = pruning.select(self.number, step, view)
+            choice = pruning.select(self.number, step, budgets, view)
             if step.merges:
                 merged = choice
             elif choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):
@@ -302,16 +389,19 @@ class PrunedEncoder:
     record: bool = False
     backend: str | None = None
     trace: Trace | None = field(default=None, repr=False)
-    pixels: Pixels | None = field(default=None, repr=False)  # of the pass that is running
-    # Of the last pass, where the policy goes on to prune features:
-    importance: Tensor | None = field(default=None, repr=False)  # [B, M] score of the patches that are left
-    position: Tensor | None = field(default=None, repr=False)  # int64 [B, M] those patches; None: all
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
 
-    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+    def __call__(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        encoder_pass: EncoderPass | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask was passed to a patched vision encoder; only unmasked images are supported: drop it"
@@ -321,35 +411,102 @@ class PrunedEncoder:
                 "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
+        state, hidden_states = self._begin(inputs_embeds, encoder_pass or EncoderPass())
+        if encoder_pass is not None and state.prunes:
+            state.number_patches(len(hidden_states), hidden_states.shape[1], hidden_states.device)
+        mask = (None,) if "attention_mask" in self.__signature__.parameters else ()
+        entered = []  # patches of the rows that came to each layer
+        for layer in self.layers:
+            entered.append((state.patches, state.mask))
+            hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
+        self.trace = state.trace
+        if encoder_pass is not None:
+            self._end(state, encoder_pass, entered)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _begin(self, embeds: Tensor, asked: EncoderPass) -> tuple[EncoderState, Tensor]:
+        """The state of a pass, and what its first layer is given."""
+        batch, patches, side = len(embeds), embeds.shape[1] - self.protect, asked.side
+        grid = self._tokens(patches, side)
+        tokens = asked.tokens or [math.prod(grid)] * batch
+        budgets = asked.budgets or [self.policy.encoder_budget(n) for n in tokens]
+        if len(tokens) != batch:
+            raise ValueError(
+                f"{batch} tiles came to the vision encoder, but what came with them speaks of {len(tokens)}: pass "
+                "pixel_values and the rest as the processor gave them"
+            )
+        prunes = any(budget < n for n, budget in zip(tokens, budgets, strict=True))
+        if not prunes:  # patches by themselves, in the order in which the model expects them
+            side, grid = 1, self.grid(patches)
+            tokens = budgets = [patches] * batch
         state = EncoderState(
             policy=self.policy,
             feature_layer=self.feature_layer,
-            grid=self.grid(inputs_embeds.shape[1] - self.protect),
+            grid=grid,
             protect=self.protect,
             backend=self.backend,
-            pixels=self.pixels,
+            tokens=tokens,
+            budgets=[max(n, 1) for n in budgets],  # nothing attends to nothing
+            block=side**2,
+            void=asked.void if prunes else None,
+            pixels=asked.pixels,
             trace=Trace() if self.record else None,
             entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
         )
+        if side > 1:
+            embeds = embeds[:, _by_tokens(grid, side, self.protect, embeds.device)]
         # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers. Where
         # nothing is pruned it stays: other layouts round differently.
-        rows = inputs_embeds.shape[1] - self.protect
-        hidden_states = inputs_embeds.contiguous() if self.policy.encoder_budget(rows) < rows else inputs_embeds
-        follow = self.policy.prunes_features and self.policy.encoder_budget(rows) < rows
-        if follow:
-            state.number_patches(len(inputs_embeds), inputs_embeds.shape[1], inputs_embeds.device)
-        mask = (None,) if "attention_mask" in self.__signature__.parameters else ()
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
-        self.trace = state.trace
-        if self.policy.prunes_features:
-            live = slice(self.protect, None)
-            self.importance = None if state.history is None else state.history[:, live]
-            self.position = None if not follow or state.patches is None else state.patches[:, live]
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return state, embeds.contiguous() if prunes else embeds
+
+    def _end(self, state: EncoderState, asked: EncoderPass, entered: list[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Note what a pass left."""
+        score = state.history
+        asked.whole = math.prod(state.grid)
+        if not state.prunes:
+            if score is not None and asked.side > 1:
+                order = _by_tokens(self._tokens(state.tokens[0], asked.side), asked.side, self.protect, score.device)
+                score = score[:, order]
+            if score is not None:
+                asked.importance = score[:, self.protect :].unflatten(1, (-1, asked.side**2)).mean(2)
+            return
+        asked.importance = None if score is None else score[:, self.protect :: state.block]
+        patches = state.patches
+        assert patches is not None
+        asked.position = position = state.tokens_of(_or_absent(patches, state.mask, -state.block))
+        if asked.budgets is not None and min(asked.budgets) < 1:
+            none = constant(tuple(n < 1 for n in asked.budgets), position.device)
+            asked.position = position.masked_fill(none[:, None], -1)
+        for index in asked.align:
+            before, mask = entered[index] if index < len(entered) else (patches, state.mask)
+            assert before is not None
+            rows = torch.searchsorted(_or_absent(before, mask, torch.iinfo(torch.int64).max), patches)
+            asked.rows[index] = _or_absent(rows, state.mask, -1)
+
+    @classmethod
+    def _tokens(cls, patches: int, side: int) -> tuple[int, int]:
+        """Rows and columns of a tile's tokens, squares of side x side patches."""
+        rows, columns = cls.grid(patches)
+        if rows % side or columns % side:
+            raise ValueError(f"{rows} x {columns} patches cannot be merged in squares of {side} x {side}")
+        return rows // side, columns // side
 
     @staticmethod
     def grid(patches: int) -> tuple[int, int]:
         """Rows and columns of an image's patches."""
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else (1, patches)
+
+
+def _or_absent(x: Tensor, live: Tensor | None, value: int) -> Tensor:
+    """x [B, M], `value` in rows that are not live."""
+    return x if live is None else x.masked_fill(~live, value)
+
+
+@lru_cache(maxsize=16)
+def _by_tokens(grid: tuple[int, int], side: int, protect: int, device: torch.device) -> Tensor:
+    """int64 [rows] of a tile whose tokens, `grid` of them, are squares of side x side patches: token by token."""
+    rows, columns = grid
+    patches = torch.arange(rows * side * columns * side).view(rows, side, columns, side).transpose(1, 2).flatten()
+    with torch.inference_mode(False):
+        return torch.cat([torch.arange(protect), patches + protect]).to(device)

@@ -109,8 +109,12 @@ class Policy:
         """Whether some image has more tokens than its budget. The encoder cannot tell: it may see parts of images."""
         return self.retain_ratio != 1
 
-    def encoder_budget(self, tokens: int) -> int:
-        """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where others follow."""
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
+        """Tokens the vision encoder leaves of an image that has `tokens`; more than the budget where others follow.
+
+        Args:
+            tiles: inputs of the encoder that the image is made of; what is left is spread over them.
+        """
         return self.budget(tokens)
 
     def check_encoder(self, feature_layer: int, tokens: int) -> None:

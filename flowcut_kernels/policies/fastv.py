@@ -42,7 +42,7 @@ class FastV(Policy):
         check_preset(cls, average, tuple(PRESETS))
         return cls(**dict(target_tokens=PRESETS[average]) | changes)
 
-    def encoder_budget(self, tokens: int) -> int:
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         return tokens
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:

@@ -57,6 +57,9 @@ class FlowCut(Policy):
         llm_layer: decoder layer that makes the last cut, to T, by what the last instruction token thinks of the visual
             tokens (methods of LLaVA-NeXT and Qwen2-VL: 1); None: the encoder makes it.
         encoder_surplus: with ``llm_layer`` or ``recycle_cell``, tokens the encoder leaves as a multiple of T.
+        view_share: with ``llm_layer``, and where an image has several views (tiles), tokens the encoder leaves of each
+            view as a multiple of T, whatever their number (released code: 0.5); None: `encoder_surplus`, spread evenly
+            over the views.
         recycle_cell: edge of a cell in tokens, at least 1: the encoder's surplus is not dropped, but those of a cell
             become one, weighted by S, so that T enter the language model (VFlowOpt); None: no recycling.
         llm_stages: (layer, ratio) pairs: before that decoder layer, counted from 0 and at least 1, the share `ratio`
@@ -81,6 +84,7 @@ class FlowCut(Policy):
     feature_layer: int | None = None
     llm_layer: int | None = None
     encoder_surplus: float = 2.0
+    view_share: float | None = None
     recycle_cell: float | None = None
     llm_stages: tuple[tuple[int, float], ...] = ()
     positions: Literal["keep", "renumber"] = "keep"
@@ -115,6 +119,8 @@ class FlowCut(Policy):
             raise ValueError(f"FlowCut: entropy_exponent={self.entropy_exponent!r} must be a finite number above 0")
         if self.llm_layer is not None and (not is_whole(self.llm_layer) or self.llm_layer < 0):
             raise ValueError(f"FlowCut: llm_layer={self.llm_layer!r} must be None or a decoder layer, counted from 0")
+        if self.view_share is not None and (not is_number(self.view_share) or self.view_share <= 0):
+            raise ValueError(f"FlowCut: view_share={self.view_share!r} must be None or a number above 0")
         surplus = self.encoder_surplus
         if not is_number(surplus) or surplus < 1:
             raise ValueError(f"FlowCut: encoder_surplus={surplus!r} must be a number, at least 1")
@@ -161,8 +167,11 @@ class FlowCut(Policy):
         last = self.llm_layer is None and self.recycle_cell is None
         return budget if last else round(self.encoder_surplus * budget)
 
-    def encoder_budget(self, tokens: int) -> int:
-        return min(self._left_by_encoder(self.budget(tokens)), tokens)
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
+        budget = self.budget(tokens)
+        if self.view_share is not None and self.llm_layer is not None and tiles > 1:
+            return min(max(round(self.view_share * budget), 1) * tiles, tokens)
+        return min(self._left_by_encoder(budget), tokens)
 
     def check_encoder(self, feature_layer: int, tokens: int) -> None:
         budget = self.encoder_budget(tokens)
@@ -177,8 +186,10 @@ class FlowCut(Policy):
     @classmethod
     def release(cls, target_tokens: int | None = None, retain_ratio: float | None = None, **changes: Any) -> FlowCut:
         """The same kept tokens as the authors' released code."""
-        settings = dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber") | changes
-        return cls(target_tokens, retain_ratio, **settings)
+        settings: dict[str, Any] = dict(
+            relevance="softmax", value_norm="head_mean", batch="max", positions="renumber", view_share=0.5
+        )
+        return cls(target_tokens, retain_ratio, **settings | changes)
 
     def search_space(self, budget: float) -> dict[str, Range]:
         """Weights relative to the attention's, exponents, history, interval, and VFlowOpt's where they act."""

@@ -122,7 +122,7 @@ class VFlowOpt(Policy):
             space["recycle_cell"] = (1.5, 24.0, "log")
         return space | ratio_space(self, budget)
 
-    def encoder_budget(self, tokens: int) -> int:
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         return tokens
 
     @property

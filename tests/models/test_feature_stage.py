@@ -474,10 +474,10 @@ def test_features_made_ahead_serve_their_call_alone():
 
 @torch.no_grad()
 def test_a_cut_in_the_language_model_alone():
-    """Half of all visual tokens, though twice the half of an odd number is one less."""
+    """Half of all visual tokens."""
     model, rows = tiny.onevision(), PROMPTS["image, video or none"]
     inputs = inputs_for(model, rows, dtype=torch.float32)
-    with fk.patched(model, fk.FlowCut(retain_ratio=0.5, llm_layer=1), record=True):
+    with fk.patched(model, fk.FlowCut(retain_ratio=0.5, llm_layer=1, encoder_surplus=3), record=True):
         out = model(**inputs)
         (stage,) = fk.trace(model).stages
     full = [len(item.features) for row in iter_items(stock_items(model, inputs), rows) for item in row]
@@ -505,9 +505,6 @@ def test_features_of_another_model_have_no_importance():
 def test_bad_models():
     with pytest.raises(ValueError, match="names layer 4, but the language model has 4 layers"):
         fk.patch(tiny.onevision(), fk.VFlowOpt(target_tokens=9, llm_stages=((4, 0.5),)))
-    for policy in (fk.FlowCut(9), fk.FlowCut(200), fk.FlowCut(200, llm_layer=1), fk.UniformTokens(retain_ratio=0.999)):
-        with pytest.raises(ValueError, match="use VFlowOpt"):
-            fk.patch(tiny.onevision(), policy)
     with pytest.raises(ValueError, match="patch the whole model"):
         fk.patch(tiny.siglip_tower(), fk.VFlowOpt(target_tokens=9))
 

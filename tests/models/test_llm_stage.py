@@ -62,7 +62,7 @@ class Stages(fk.FlowCut):
 
     stages: tuple[tuple[int, int], ...] = ()
 
-    def encoder_budget(self, tokens: int) -> int:
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         return LEFT
 
     def decoder_step(self, layer: int, layers: int, tokens: int, left: int) -> int | None:

@@ -319,7 +319,6 @@ def test_not_a_policy(model, policy):
 @pytest.mark.parametrize(
     ("facts", "policy", "words"),
     [
-        (dict(vision_feature_layer=[-2, -3]), POLICY, r"vision_feature_layer=\[-2, -3\]: several feature layers"),
         (dict(vision_feature_layer=0), POLICY, "feature_layer=0 of 8 layers leaves no layer to prune"),
         (
             {},

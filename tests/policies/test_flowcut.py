@@ -162,7 +162,8 @@ def test_criteria_are_a_set():
 def test_release_changes_exactly_what_methods_say():
     release, default = dataclasses.asdict(fk.FlowCut.release(64)), dataclasses.asdict(fk.FlowCut(64))
     changed = {k: v for k, v in release.items() if default[k] != v}
-    assert changed == dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber")
+    methods = dict(relevance="softmax", value_norm="head_mean", batch="max", positions="renumber")
+    assert changed == methods | dict(view_share=0.5)
     assert fk.FlowCut.release(retain_ratio=0.1, batch="independent").batch == "independent"
 
 

@@ -12,7 +12,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionModel, Qwen2Config,
 
 import flowcut_kernels as fk
 from flowcut_kernels._ops import Select
-from flowcut_kernels.models.llava_onevision import layout, pack
+from flowcut_kernels.models.llava_onevision import OnevisionImages
 from flowcut_kernels.models.llm import decoder_replacements
 from flowcut_kernels.modules.decoder import EncodedTokens
 from flowcut_kernels.policies import vflowopt
@@ -78,11 +78,12 @@ def test_recycling(name):
     model.__dict__["config"] = LlavaOnevisionConfig(
         vision_config=vision, image_grid_pinpoints=[[down * size, across * size]]
     )
-    aspect, shape = f"anyres_max_{case['max_num_patches']}", (height, width)
+    images, shape = OnevisionImages(model, 0), (height, width)
+    aspect = dict(vision_aspect_ratio=f"anyres_max_{case['max_num_patches']}")
     newline = torch.full((tensors["features"].shape[2],), case["image_newline_value"])
-    packed = pack(model, tensors["features"], shape, newline, aspect)
-    weight = pack(model, tensors["attn_maps"][..., None], shape, torch.ones(1), aspect)[:, 0]
-    grids = layout(model, shape, len(tensors["features"]), aspect)
+    (packed,) = images.pack([tensors["features"]], [shape], newline, aspect)
+    weight = images.pack([tensors["attn_maps"][..., None]], [shape], torch.ones(1), aspect)[0][:, 0]
+    grids = images.layout(shape, len(tensors["features"]), aspect).grids
     assert len(packed) == len(weight) == sum(rows * columns for rows, columns in grids)
     policy = fk.VFlowOpt(retain_ratio=case["ratio"], recycle_cell=case["m"], counts="release")
     choice = policy.feature_select(FeatureView(packed, weight, [len(packed)], [grids], None, None, None))

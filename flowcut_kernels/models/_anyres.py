@@ -1,0 +1,86 @@
+"""Images of any resolution: a base view and tiles that the model stitches, unpads and maybe resizes, with newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._features import Kind, Layout
+
+Size = tuple[int, int]  # height and width
+
+_REMEMBERED = 256  # sizes of images
+
+
+class AnyresImages(Kind):
+    """Images that ``pack_image_features`` makes of their views.
+
+    A budget counts per image and is spread evenly over its views. Newlines between rows are there only while nothing is
+    pruned; the one behind an image of a single view always stays, and counts.
+    """
+
+    modality, pixels, method = "image", "pixel_values", "get_image_features"
+    assembles = True
+
+    def __init__(self, model: Any, token_id: int) -> None:
+        super().__init__(model, token_id)
+        self.remembered: dict[Hashable, Layout] = {}
+
+    def views(self, sizes: list[Size], arguments: dict[str, Any]) -> list[int]:
+        """Number of views of images of these sizes."""
+        raise NotImplementedError
+
+    def options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Of ``pack_image_features``."""
+        raise NotImplementedError
+
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        sizes, options = self._sizes(arguments), self.options(arguments)
+        return [self.layout(size, n, options) for size, n in zip(sizes, self.views(sizes, arguments), strict=True)]
+
+    def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
+        return self.pack(tiles, self._sizes(arguments), newline, self.options(arguments))
+
+    def pack(self, tiles: Sequence[Tensor], sizes: list[Size], newline: Tensor, options: dict[str, Any]) -> Any:
+        """Images' tokens [n, C] from those of their views [V, N, C], as the model packs them."""
+        return type(self.model).pack_image_features(self.model, tiles, sizes, image_newline=newline, **options)[0]
+
+    def layout(self, size: Size, views: int, options: dict[str, Any]) -> Layout:
+        """By sending ones and newlines of zero through the model's packing: its gradient tells which tokens count."""
+        key = size, views, *options.values()
+        if key not in self.remembered:
+            if len(self.remembered) >= _REMEMBERED:
+                self.remembered.clear()
+            side = tile_side(self.model)
+            with torch.inference_mode(False), torch.enable_grad():
+                tokens = torch.ones(views, side**2, 1, device="cpu", requires_grad=True)
+                packed = self.pack([tokens], [size], tokens.new_zeros(1), options)[0]
+                counts = torch.autograd.grad(packed.sum(), tokens)[0][..., 0] > 0
+            grids, is_place = [(side, side)], packed[:, 0] > 0
+            if views > 1:
+                columns = int((~is_place[side**2 :]).int().argmax()) + 1
+                grids.append(((len(packed) - side**2) // columns, columns))
+            self.remembered[key] = Layout(
+                grids=tuple(grids),
+                tile=side**2,
+                live=tuple(counts.sum(1).tolist()),
+                places=int(is_place.sum()),
+                void=None if counts.all() else ~counts,
+                behind=int(views == 1),
+            )
+        return self.remembered[key]
+
+    @staticmethod
+    def _sizes(arguments: dict[str, Any]) -> list[Size]:
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            raise ValueError("image_sizes is missing, which says how an image was tiled: pass the processor's")
+        return [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
+
+
+def tile_side(model: Any) -> int:
+    """Rows, and columns, of the patches of a view."""
+    return model.config.vision_config.image_size // model.config.vision_config.patch_size
