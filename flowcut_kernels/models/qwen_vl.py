@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed images and frames of any size, a 2 x 2 merger, M-RoPE.
 
-Budgets count merged tokens, per image or per video. The positions of a prompt follow from the grids of its images and
+Budgets count merged tokens, per image or per video, whose frames get equal shares. The positions of a prompt follow from the grids of its images and
 videos, so that it keeps all its placeholders: what the encoder drops leaves at the entrance of the language model, and
 every token that is kept has the position that it has in the unpruned prompt.
 """
@@ -16,6 +16,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.vision_utils import get_vision_window_index
 
 from ..modules.decoder import PrunedDeepstack
@@ -29,16 +30,20 @@ _MANY = 1 << 20  # more tokens than an image or a video has
 
 
 class QwenVL:
-    """Adapter of a Qwen-VL: images and videos of different sizes side by side."""
+    """Adapter of a Qwen-VL: images and videos of different sizes side by side.
 
-    def __init__(self, model_class: type[nn.Module]) -> None:
-        self.model_class = model_class
+    Args:
+        mean, std: of the usual image processor, on a scale of 0..1.
+    """
+
+    def __init__(self, model_class: type[nn.Module], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.model_class, self.mean, self.std = model_class, mean, std
 
     def replacements(
         self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
     ) -> tuple[PackedEncoder, list[Replacement]]:
         inner, config = model.model, model.config
-        encoder, replacements = packed(inner.visual, policy, record=record, backend=backend)
+        encoder, replacements = self._pruned(inner.visual, policy, record=record, backend=backend)
         if policy.renumbers:
             raise ValueError(
                 f"positions='renumber' with {type(model).__name__}: its positions have three axes and gaps of their "
@@ -52,42 +57,42 @@ class QwenVL:
             replacements.append((inner.language_model, "_deepstack_process", PrunedDeepstack(inner.language_model)))
         return encoder, replacements
 
-
-QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration)
-QWEN2_5_VL = QwenVL(Qwen2_5_VLForConditionalGeneration)
-QWEN3_VL = QwenVL(Qwen3VLForConditionalGeneration)
-
-
-def packed(
-    visual: Any, policy: Policy, *, record: bool, backend: str | None
-) -> tuple[PackedEncoder, list[Replacement]]:
-    """What replaces the parts of a vision encoder, whose last block is what the merger reads."""
-    depth, full = len(visual.blocks), getattr(visual, "fullatt_block_indexes", None)
-    if getattr(policy, "feature_layer", None) not in (None, -1, depth):
-        raise ValueError(
-            f"feature_layer={policy.feature_layer} but {type(visual).__name__} merges what its last block puts out; "  # type: ignore[attr-defined]
-            "leave it None"
+    def _pruned(
+        self, visual: Any, policy: Policy, *, record: bool, backend: str | None
+    ) -> tuple[PackedEncoder, list[Replacement]]:
+        """What replaces the parts of a vision encoder, whose last block is what the merger reads."""
+        name, depth, full = type(visual).__name__, len(visual.blocks), getattr(visual, "fullatt_block_indexes", None)
+        wanted = getattr(policy, "feature_layer", None)
+        if wanted not in (None, -1, depth):
+            raise ValueError(f"feature_layer={wanted} but {name} merges what its last block puts out; leave it None")
+        if getattr(policy, "anchor", None) == "cls":
+            raise ValueError(f"anchor='cls' but {name} has no class token: use anchor='auto' or 'mean'")
+        if policy.needs_class_token:
+            raise ValueError(f"{policy} asks for a class token, which {name} has none of")
+        if depth < 2:
+            raise ValueError(f"{name} of {depth} layer has none to prune before its last")
+        encoder = PackedEncoder(
+            visual,
+            policy,
+            block=visual.spatial_merge_size**2,
+            feature_layer=depth - 1,
+            windows=None if full is None else _windows,
+            pixel_mean=self.mean,
+            pixel_std=self.std,
+            record=record,
+            backend=backend,
         )
-    if getattr(policy, "anchor", None) == "cls":
-        raise ValueError(f"anchor='cls' but {type(visual).__name__} has no class token: use anchor='auto' or 'mean'")
-    if policy.needs_class_token:
-        raise ValueError(f"{policy} asks for a class token, which {type(visual).__name__} has none of")
-    if policy.wants_pixels:
-        raise ValueError(
-            f"entropy_weight of {policy} needs images, but {type(visual).__name__} is given patches: set it to 0"
-        )
-    if depth < 2:
-        raise ValueError(f"{type(visual).__name__} of {depth} layer has none to prune before its last")
+        replacements: list[Replacement] = [(visual, "forward", encoder)]
+        for i, block in enumerate(visual.blocks):
+            windowed = full is not None and i not in full
+            replacements.append((block, "forward", PackedBlock(block, _parts, i, windowed)))
+        mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+        return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for merger in mergers)]
 
-    encoder = PackedEncoder(
-        visual, policy, visual.spatial_merge_size**2, depth - 1, None if full is None else _windows, record, backend
-    )
-    replacements: list[Replacement] = [(visual, "forward", encoder)]
-    for i, block in enumerate(visual.blocks):
-        windowed = full is not None and i not in full
-        replacements.append((block, "forward", PackedBlock(block, _parts, i, windowed)))
-    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
-    return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for merger in mergers)]
+
+QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+QWEN2_5_VL = QwenVL(Qwen2_5_VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+QWEN3_VL = QwenVL(Qwen3VLForConditionalGeneration, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 
 
 def _windows(visual: Any, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .._ops import accumulate_dtype
 from ..ops import gather_tokens
 from ..ops.score_select import raise_if_not_finite
-from ..policies.base import EncoderStep, EncoderView, Policy, Selection
+from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from .encoder import PrunedEncoder
@@ -143,6 +143,7 @@ class PackedState:
     rows: Rows
     order: Tensor | None = None  # int64 [T] place of each token, in the encoder's order; None: as they come
     window: Tensor | None = None  # int64 [T] the window of each token
+    pixels: Pixels | None = None  # where the policy wants them
     trace: Trace | None = None
     entries: dict[int, Rows] | None = None  # with gradient checkpointing: what each layer found on entry
 
@@ -207,7 +208,7 @@ class PackedState:
             lengths=lengths,
             history=before.history,
             grid=grids[0],
-            pixels=None,
+            pixels=None if self.pixels is None else self.pixels._replace(arrange=self._arranged),
             backend=self.encoder.backend,
             block=self.block,
             budgets=constant(tuple(budgets), device).int() if len(set(budgets)) > 1 else None,
@@ -295,6 +296,14 @@ class PackedState:
         """Score of the tokens left of each image or video, in the order of their places."""
         history = self.rows.history
         return None if history is None else self.by_visual(history.unflatten(1, (-1, self.block)).mean(2))
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """x [R * images of a patch, 1] of the encoder's input, in the order of a view's rows."""
+        x = x.view(sum(frame.tokens for frame in self.frames), self.block, -1).mean(2)
+        x = x if self.order is None else x[self.order]
+        if self.rows.tokens is not None:
+            x = x[self._tokens.unpad(self.frame_starts + self.rows.tokens)]
+        return self.rows.segments.pad(x.flatten())
 
     @property
     def _tokens(self) -> Segments:
@@ -446,6 +455,8 @@ class PackedEncoder:
     feature_layer: int  # 0-based layer whose output is merged
     # encoder, grid_thw and further arguments -> order of the tokens [T] and cumulative patches of the windows
     windows: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
+    pixel_mean: Sequence[float] = ()  # of the usual image processor, on a scale of 0..1
+    pixel_std: Sequence[float] = ()
     record: bool = False
     backend: str | None = None
     state: PackedState | None = field(default=None, repr=False)  # of the pass that is running
@@ -458,6 +469,12 @@ class PackedEncoder:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
 
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Channels, images, rows and columns of a patch."""
+        kernel = self.encoder.patch_embed.proj
+        return (kernel.in_channels, *kernel.kernel_size)
+
     def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
             raise ValueError(
@@ -465,6 +482,9 @@ class PackedEncoder:
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
         self.state = state = self._started(grid_thw, hidden_states.device, kwargs)
+        if self.policy.wants_pixels:
+            images = hidden_states.view(-1, *self.patch_shape).transpose(1, 2).flatten(0, 1)
+            state.pixels = Pixels(images, self.pixel_mean, self.pixel_std, images.shape[-1])
         try:
             output = type(self.encoder).forward(self.encoder, hidden_states, grid_thw, packing=state, **kwargs)
         finally:

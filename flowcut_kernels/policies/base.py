@@ -279,6 +279,8 @@ class Pixels(NamedTuple):
     mean: Sequence[float]  # [C] of the normalisation that is usual for the tower, on a scale of 0..1
     std: Sequence[float]
     patch_size: int
+    # What is of their patches [B, P], in the order of a view's rows [B', N]; None: images of the view's grid
+    arrange: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass

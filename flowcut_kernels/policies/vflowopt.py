@@ -144,11 +144,15 @@ class VFlowOpt(Policy):
         score = self._context(view)
         if self.entropy_weight:
             assert view.pixels is not None
-            values, mean, std, size = view.pixels
+            values, mean, std, size, arrange = view.pixels
             bits = patch_entropy(
                 values, size, mean=self.pixel_mean or mean, std=self.pixel_std or std, backend=view.backend
             )
-            score = score + self.entropy_weight * _in_view(bits, view).to(score.dtype).softmax(-1)
+            bits = (_in_view(bits, view) if arrange is None else arrange(bits)).to(score.dtype)
+            if view.lengths is not None:
+                row = torch.arange(bits.shape[1], device=bits.device)
+                bits = bits.masked_fill(row >= (view.lengths - view.protect)[:, None], float("-inf"))
+            score = score + self.entropy_weight * bits.softmax(-1)
         if view.block > 1:
             patches = score.unflatten(1, (-1, view.block))
             score = patches.mean(2, keepdim=True).expand_as(patches).flatten(1)

@@ -24,6 +24,7 @@ from zoo import Image, Video
 import flowcut_kernels as fk
 from flowcut_kernels.models.qwen_vl import _parts
 from flowcut_kernels.modules.packed_encoder import PackedBlock, PackedEncoder
+from flowcut_kernels.ops import patch_entropy
 
 ONE, OTHER, THIRD = Image(56, 56, 0), Image(40, 70, 1), Image(100, 60, 2)
 FILM = Video(3, 56, 40, seed=2)
@@ -145,6 +146,28 @@ def test_cuts_by_frame(family):
                     span = scores[f * area : (f + 1) * area]
                     best = span.nan_to_num(-1.0).argsort(descending=True, stable=True)[:left].sort().values
                     assert torch.equal(kept[kept // area == f] - f * area, best)
+
+
+@torch.no_grad()
+def test_entropy_of_patches(family):
+    """VFlowOpt's second term, of images whose patches come one by one and in windows."""
+    model, mean, std = family.model(), (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
+    images = [ONE, Image(40, 72, 4)]  # multiples of a token's edge: nothing is resized
+    inputs = given(family, [[*images, 3]])
+    pixels = [torch.tensor(image.pixels).permute(2, 0, 1)[None] / 255 for image in images]
+    flat = [(x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None] for x in pixels]
+    patches = [x.unfold(2, 4, 4).unfold(3, 4, 4)[0] for x in flat]  # [3, rows, columns, 4, 4]
+    blocks = [x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(1, 3, 2, 4, 0, 5, 6) for x in patches]
+    inputs["pixel_values"] = torch.cat([x.reshape(-1, 3 * 4 * 4) for x in blocks])
+    scores = []
+    for weight in (0.0, -0.7):
+        policy = fk.VFlowOpt(8, hub_threshold=1e9, entropy_weight=weight, pixel_mean=mean, pixel_std=std)
+        scores.append(stages(model, inputs, policy)[0].scores)
+    for row, x in enumerate(flat):
+        share = patch_entropy(x, 4, mean=mean, std=std)[0].softmax(0).view(*(n // 4 for n in x.shape[2:]))
+        want = -0.7 * share.unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3)).flatten()
+        got = (scores[1] - scores[0])[row]
+        assert_close(got[got.isfinite()], want.to(got), rtol=1e-3, atol=1e-6)
 
 
 @torch.no_grad()
@@ -288,7 +311,6 @@ def test_bad_input(family):
         (fk.FlowCut(8, anchor="cls"), "anchor='cls'"),
         (fk.FlowCut(8, feature_layer=-2), "feature_layer=-2"),
         (fk.FlowCut(8, llm_layer=9), "llm_layer=9"),
-        (fk.VFlowOpt(8, entropy_weight=0.5), "entropy_weight"),
         (fk.VisionZip(8), "class token"),
     ):
         refused(model, policy, match)
