@@ -1,8 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed images and frames of any size, a 2 x 2 merger, M-RoPE.
 
-Budgets count merged tokens, per image or per video, whose frames get equal shares. The positions of a prompt follow from the grids of its images and
-videos, so that it keeps all its placeholders: what the encoder drops leaves at the entrance of the language model, and
-every token that is kept has the position that it has in the unpruned prompt.
+Budgets count merged tokens, per image or per video, whose frames get equal shares. The positions of a prompt follow
+from the grids of its images and videos, so that it keeps all its placeholders: what the encoder drops leaves at the
+entrance of the language model, and every token that is kept has the position that it has in the unpruned prompt.
 """
 
 from __future__ import annotations
