@@ -8,6 +8,7 @@ entrance of the language model, and every token that is kept has the position th
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
