@@ -269,23 +269,38 @@ class Cut:
 class Layer:
     """A pruning layer as FlowCut runs it: `anchor_stats_select`, and `gather_tokens` with the norm of the kept rows.
 
+    With a `block`, patches that are merged later, as Qwen2-VL's: 16 heads of 80, and the mean token looks at them.
+
     stats+select: bytes = 2 B N H d size (K and V once) + 20 B N (history in; score, index out), FLOPs as `anchor_stats`
     gather+norm: bytes = 3 B M D size (rows in; rows and normed rows out) + 24 B M (index, history and position)
     """
 
     def __init__(
-        self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device, backend: str | None, limited: bool
+        self,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str | None,
+        limited: bool,
+        block: int = 1,
     ) -> None:
-        self.backend, self.budget = backend, tokens // 2
-        self.query, self.key, self.value = (projected(batch, n, dtype, device, 6 + n) for n in (1, tokens, tokens + 1))
+        self.backend, self.budget, self.block = backend, tokens // 2 // block, block
+        dim = DIM if block == 1 else 80
+        self.hidden_size = HEADS * dim
+        self.query, self.key, self.value = (
+            projected(batch, n, dtype, device, 6 + n, dim) for n in (1, tokens, tokens + 1)
+        )
         self.value = self.value[:, :, :tokens]
+        self.anchor = self.value[:, :, :1] if block == 1 else self.value.mean(2, keepdim=True)
         generator = torch.Generator(device).manual_seed(7)
         self.history = torch.rand(batch, tokens, generator=generator, device=device)
-        self.hidden = torch.randn(batch, tokens, HIDDEN, generator=generator, device=device).to(dtype)
+        self.hidden = torch.randn(batch, tokens, self.hidden_size, generator=generator, device=device).to(dtype)
         self.position = torch.arange(tokens, device=device).repeat(batch, 1)
-        self.weight, self.bias = torch.randn(2, HIDDEN, generator=generator, device=device).to(dtype)
+        self.weight, self.bias = torch.randn(2, self.hidden_size, generator=generator, device=device).to(dtype)
         self.index = self.select()[1]
-        name, elements, kept = f"B={batch} N={tokens}", batch * tokens * HEADS * DIM, batch * self.index.shape[1]
+        name, elements, kept = f"B={batch} N={tokens}", batch * tokens * HEADS * dim, batch * self.index.shape[1]
+        name += f" block={block}" * (block > 1)
         chosen = choose_backend("anchor_stats_select", backend, self.key)
         self.cases = [
             Case(
@@ -295,15 +310,15 @@ class Layer:
             ),
             Case(
                 "gather+norm", name, dtype, chosen, self.gather, {"gather, layer_norm": self.plain_gather},
-                self.check_gather, 3 * kept * HIDDEN * dtype.itemsize + 32 * kept, 8 * kept * HIDDEN,
+                self.check_gather, 3 * kept * HEADS * dim * dtype.itemsize + 32 * kept, 8 * kept * HEADS * dim,
                 wants_copy=0.8 if limited else None,
             ),
         ]  # fmt: skip
 
     def select(self, backend: str | None = None) -> tuple[Tensor, ...]:
         return anchor_stats_select(
-            self.query, self.key, self.value, self.value[:, :, :1], history=self.history, protect=1, mode=Select.FIXED,
-            budget=self.budget, backend=backend or self.backend,
+            self.query, self.key, self.value, self.anchor, history=self.history, protect=int(self.block == 1),
+            mode=Select.FIXED, budget=self.budget, block=self.block, backend=backend or self.backend,
         )  # fmt: skip
 
     def gather(self) -> list[Tensor]:
@@ -311,6 +326,9 @@ class Layer:
         return gather_tokens(rows, self.index, self.weight, self.bias, backend=self.backend)
 
     def plain_select(self) -> Tensor:
+        if self.block > 1:
+            score = plain.score_by_mean(self.query, self.key, self.value, self.anchor, self.history)
+            return plain.choose_groups(score, self.budget, self.block)
         attention, related, norm, entropy = plain.stats(
             self.query, self.key, self.value, plain.dots_block, Relevance.COSINE
         )
@@ -318,7 +336,7 @@ class Layer:
 
     def plain_gather(self) -> list[Tensor]:
         hidden, *rest = plain.gather([self.hidden, self.history, self.position], self.index)
-        return [hidden, *rest, torch.nn.functional.layer_norm(hidden, (HIDDEN,), self.weight, self.bias)]
+        return [hidden, *rest, torch.nn.functional.layer_norm(hidden, (self.hidden_size,), self.weight, self.bias)]
 
     def check_select(self) -> Check:
         wanted = self.select("reference")
@@ -335,7 +353,7 @@ class Layer:
         if not all(torch.equal(a, b) for a, b in zip(ours[:-1], theirs[:-1], strict=True)):
             return Check(False, detail="gathered rows differ")
         rows, weight, bias = (x.double() for x in (theirs[0], self.weight, self.bias))
-        exact = torch.nn.functional.layer_norm(rows, (HIDDEN,), weight, bias)
+        exact = torch.nn.functional.layer_norm(rows, (self.hidden_size,), weight, bias)
         return budgeted([ours[-1]], [theirs[-1]], [exact])
 
 
@@ -669,6 +687,8 @@ def cases(
     for batch, tokens in layers:
         for dtype in dtypes:
             yield from Layer(batch, tokens, dtype, device, backend, limited=cuda).cases
+    for dtype in dtypes:
+        yield from Layer(1, 48 if toy else 4096, dtype, device, backend, limited=False, block=4).cases
     if cuda or toy:  # its fused form is a GPU kernel
         for tokens, dim in itertools.product((577, 1025, 2305, 4096) if cuda else (37,), (64, 128)):
             yield AttentionWithStats(8 if cuda else 2, tokens, dim, dtypes[-1], device, backend).case

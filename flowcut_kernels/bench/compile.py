@@ -103,11 +103,11 @@ def resident_blocks(arch: int, warps: int, registers: int, shared: int) -> int:
 def launches(arch: int) -> Iterator[tuple[str, Launch]]:
     """Launches on ``sm_<arch>`` at the sizes of real models.
 
-    CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads.
+    CLIP-L/336, 48 x 48 and 128 x 128 grids, SigLIP-so400m and ViT-H heads; groups of 2 x 2 and 4 x 4 patches.
     """
     cosine, full, head_mean = Relevance.COSINE, ValueNorm.FULL, ValueNorm.HEAD_MEAN
     half, single, bf16 = torch.float16, torch.float32, torch.bfloat16
-    for dim, dtype, tokens, batch, anchors, relevance, norm, mode, ragged, powers in (
+    for dim, dtype, tokens, batch, anchors, relevance, norm, mode, ragged, powers, *group in (
         (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False, False),
         (64, bf16, 577, 8, 1, cosine, full, Select.ADAPTIVE, False, True),
         (64, bf16, 577, 8, 1, cosine, full, Select.SCORE_ONLY, False, False),
@@ -124,6 +124,11 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         (64, single, 577, 64, 1, cosine, full, None, False, False),
         (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, False),
         (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, False, True),
+        (80, bf16, 4096, 1, 1, cosine, full, Select.ADAPTIVE, False, False, 4),
+        (72, bf16, 1024, 8, 1, cosine, full, Select.SCORE_ONLY, False, False, 16),
+        (64, bf16, 1024, 8, 1, cosine, full, Select.FIXED, True, False, 4),
+        (128, single, 16384, 64, 1, cosine, head_mean, Select.ADAPTIVE, True, True, 4),
+        (80, bf16, 16384, 8, 1, cosine, full, Select.ADAPTIVE, True, False, 16),
     ):
         heads = 16
         key = torch.empty(batch, tokens, heads * dim, dtype=dtype, device="meta")
@@ -132,13 +137,15 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         selection = dict(
             history=torch.empty(batch, tokens, device="meta"), lengths=lengths, attention=True,
             history_weight=0.5, mode=mode, budget=64, divisor=2.0 if mode == Select.ADAPTIVE else 0.0,
-            **_exponents(powers),
+            **_exponents(powers), **_grouped(group, lengths),
         )  # fmt: skip
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
         name += f" R={anchors}" * (anchors > 1) + " ragged" * ragged + " powers" * powers
+        name += "".join(f" block={block}" for block in group)
         yield name + (f" select {mode.name.lower()}" if mode is not None else ""), prepare_stats(
-            key[:, :, :anchors], key, key, key[:, :, :anchors], None, scale=dim**-0.5, protect=1, relevance=relevance,
-            value_norm=norm, selection=None if mode is None else selection,
+            key[:, :, :anchors], key, key, key[:, :, :anchors], None, scale=dim**-0.5,
+            protect=0 if group else 1, relevance=relevance, value_norm=norm,
+            selection=None if mode is None else selection,
         )  # fmt: skip
     for dim, dtype, batch, tokens, segments, anchored in (
         (64, torch.bfloat16, 8, 577, 0, True), (64, torch.bfloat16, 8, 577, 0, False),
@@ -174,15 +181,18 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}" + " ragged" * ragged
         for launch in prepare_received(query, key, None, lengths, scale=dim**-0.5, arch=arch):
             yield name, launch
-    for tokens, mode, powers in (
+    for tokens, mode, powers, *group in (
         (577, Select.ADAPTIVE_BATCH, False), (2305, Select.FIXED, False), (16384, Select.ADAPTIVE, False),
         (577, Select.ADAPTIVE_BATCH, True), (16384, Select.ADAPTIVE, True),
+        (1025, Select.ADAPTIVE_BATCH, False, 4), (4097, Select.FIXED, False, 16), (16385, Select.ADAPTIVE, True, 4),
     ):  # fmt: skip
         row = torch.empty(64, tokens, device="meta")
         lengths = torch.empty(64, dtype=torch.int32, device="meta")
-        yield f"B=64 N={tokens} {mode.name.lower()}" + " powers" * powers, prepare_select(
+        name = f"B=64 N={tokens} {mode.name.lower()}" + " powers" * powers
+        yield name + "".join(f" block={block}" for block in group), prepare_select(
             row, row, row, row, row[:, 0], lengths,
             history_weight=0.5, protect=1, mode=mode, budget=64, divisor=2.0, **_exponents(powers),
+            **_grouped(group, lengths),
         )  # fmt: skip
     for dim, tokens, dtype, normed, rms in (
         (1024, 577, torch.bfloat16, True, False), (1152, 2305, torch.bfloat16, False, False),
@@ -224,6 +234,11 @@ def _exponents(powers: bool) -> dict[str, Any]:
     """Options of a selection that needs g^w and h^e, or neither of them."""
     value = 1.5 if powers else 1.0
     return dict(criteria_weights=(1.0, 1.0, value), entropy_exponent=2 * value)
+
+
+def _grouped(group: list[int], budgets: torch.Tensor | None) -> dict[str, Any]:
+    """Options of a selection of groups of tokens, or none."""
+    return dict(block=group[0], budgets=budgets) if group else {}
 
 
 def native(architectures: Iterable[int], only: str | None = None) -> Iterator[Row]:

@@ -111,6 +111,22 @@ def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: fl
     return score, choose(score, entropy, budget, divisor)
 
 
+def score_by_mean(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, history: Tensor) -> Tensor:
+    """The cumulative score [B, N] where an anchor [B, H, 1, d] that is none of the N tokens looks at them all."""
+    attention = (dots_block(query, key).float() * query.shape[-1] ** -0.5).softmax(-1).mean(1)
+    flat, anchor = value.transpose(1, 2).flatten(2), anchor.transpose(1, 2).flatten(2)
+    length = torch.linalg.vector_norm(flat, dim=-1).float() * torch.linalg.vector_norm(anchor, dim=-1).float()
+    related = (1 + (flat @ anchor.transpose(1, 2))[..., 0].float() / length) / 2
+    share = attention + related / related.sum(-1, keepdim=True)
+    return 0.5 * history + 0.5 * share * flat.abs().sum(-1).float()
+
+
+def choose_groups(score: Tensor, budget: int, block: int) -> Tensor:
+    """Rows [B, budget * block] of the groups of `block` whose mean score is highest."""
+    group = score.unflatten(1, (-1, block)).mean(-1).topk(budget).indices.sort().values
+    return (group[..., None] * block + torch.arange(block, device=score.device)).flatten(1)
+
+
 def gather(rows: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     wide = [index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]) for x in rows]
     return [x.gather(1, i) for x, i in zip(rows, wide, strict=True)]

@@ -283,12 +283,11 @@ def _power(x, exponent):
 
 
 @triton.jit
-def _adaptive_count(live, entropy, tokens, protect, budget, divisor, exponent):
+def _adaptive_count(n, entropy, tokens, budget, divisor, exponent):
     """round_half_even((n - budget) / divisor * (1 - h^e)) within 0..tokens, in the definition's float32 arithmetic.
 
     exponent None: e = 2.
     """
-    n = tl.maximum(live - protect, 0)
     if exponent is None:  # noqa: SIM108
         power = _product(entropy, entropy)
     else:
@@ -311,13 +310,26 @@ def live_tokens(lengths, b, tokens, mask):
 
 
 @triton.jit
-def _batch_count(lengths, entropy, batch, tokens, protect, budget, divisor, exponent, BATCH: tl.constexpr):
+def _target(budgets, b, budget, mask):
+    """Groups that image (or images) b is to end with."""
+    if budgets is None:
+        return budget
+    else:
+        return tl.minimum(tl.maximum(tl.load(budgets + b, mask=mask, other=0), 0), budget)
+
+
+@triton.jit
+def _batch_count(
+    lengths, entropy, budgets, batch, tokens, protect, budget, divisor, exponent,
+    BATCH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """The largest count of the batch; every image works it out for itself."""
     image = tl.arange(0, BATCH)
     known = image < batch
     live = live_tokens(lengths, image, tokens, known)
     h = tl.load(entropy + image, mask=known, other=1.0)
-    counts = _adaptive_count(live, h, tokens, protect, budget, divisor, exponent)
+    n = tl.maximum(live - protect, 0) // GROUP
+    counts = _adaptive_count(n, h, tokens, _target(budgets, image, budget, known), divisor, exponent)
     return tl.max(tl.where(known, counts, 0), 0)
 
 
@@ -326,6 +338,18 @@ def _share(criterion, total, column, candidate):
     """criterion / total over the candidates, 0 where the total is 0."""
     x = tl.load(criterion + column, mask=candidate, other=0.0)
     return tl.where(total == 0, 0.0, tl.div_rn(x, tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def _groups(tile, live, protect, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """First tokens of the COUNT groups of a tile, and which of them are candidates.
+
+    Without groups a tile may begin with protected tokens, so that its loads are aligned.
+    """
+    column = tile * COUNT + tl.arange(0, COUNT)
+    if GROUP > 1:
+        column = protect + column * GROUP
+    return column, (column >= protect) & (column < live)
 
 
 @triton.jit
@@ -347,13 +371,13 @@ def _digit_counts(key, prefix, shift):
 
 @triton.jit
 def select_image(
-    b, attention, relevance, value_norm, history, entropy, lengths, score, index, new_lengths,
+    b, attention, relevance, value_norm, history, entropy, lengths, budgets, score, index, new_lengths,
     batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor, entropy_exponent,
-    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr,
+    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`score_select` for image b (int64), in tiles of TILE tokens; reference.py of that operator is the definition.
 
-    `weights` and `entropy_exponent` come from :func:`powers`.
+    `weights` and `entropy_exponent` come from :func:`powers`, GROUP is `block`.
 
     The k-th largest score is found digit by digit (two bits a step, counts of the three upper digits in one packed
     sum), ties go to the lower index through a prefix sum, and a second field of the same sum gives each kept token
@@ -361,7 +385,10 @@ def select_image(
     """
     row = b * tokens
     live = live_tokens(lengths, b, tokens, b >= 0)
-    n = tl.maximum(live - protect, 0)
+    n = tl.maximum(live - protect, 0) // GROUP
+    target = _target(budgets, b, budget, b >= 0)
+    GROUPS: tl.constexpr = TILE if GROUP == 1 else 1024  # of a tile of theirs
+    GROUP_TILES: tl.constexpr = (TILES * TILE + GROUPS * GROUP - 1) // (GROUPS * GROUP)
 
     attention_sum = tl.zeros([TILE], tl.float32)
     relevance_sum = tl.zeros([TILE], tl.float32)
@@ -375,7 +402,7 @@ def select_image(
     attention_total = tl.sum(attention_sum, 0)
     relevance_total = tl.sum(relevance_sum, 0)
 
-    broken = tl.zeros([TILE], tl.int32)
+    broken = tl.zeros([GROUPS], tl.int32)
     for tile in range(TILES):
         column = tile * TILE + tl.arange(0, TILE)
         candidate = (column >= protect) & (column < live)
@@ -396,40 +423,52 @@ def select_image(
             s = history_weight * tl.load(history + row + column, mask=candidate, other=0.0) + score_weight * s
         # -0.0 becomes +0.0, so that the two tie.
         s = tl.where(candidate & (s != 0), s, 0.0)
-        broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
+        if GROUP == 1:
+            broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
         tl.store(score + row + column, s, mask=column < tokens)
+    if GROUP > 1:
+        # Other threads' scores are read from here on.
+        tl.debug_barrier()
+        for tile in range(GROUP_TILES):
+            column, candidate = _groups(tile, live, protect, GROUPS, GROUP)
+            s = tl.zeros([GROUPS], tl.float32)
+            for i in tl.static_range(GROUP):
+                s += tl.load(score + row + column + i, mask=candidate, other=0.0)
+            s *= 1.0 / GROUP
+            broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
+            for i in tl.static_range(GROUP):
+                tl.store(score + row + column + i, s, mask=candidate)
     finite = tl.max(broken, 0) == 0
 
     if MODE == _SCORE_ONLY:
         tl.store(new_lengths + b, tl.where(finite, live, -1))
     else:
-        keep = tl.minimum(n, budget)
+        keep = tl.minimum(n, target)
         if MODE != _FIXED and entropy is not None:
             finite = finite & (tl.abs(tl.load(entropy + b)) < float("inf"))
             if MODE == _ADAPTIVE_BATCH:
                 dropped = _batch_count(
-                    lengths, entropy, batch, tokens, protect, budget, divisor, entropy_exponent, BATCH
+                    lengths, entropy, budgets, batch, tokens, protect, budget, divisor, entropy_exponent, BATCH, GROUP
                 )
             else:
-                h = tl.load(entropy + b)
-                dropped = _adaptive_count(live, h, tokens, protect, budget, divisor, entropy_exponent)
+                dropped = _adaptive_count(n, tl.load(entropy + b), tokens, target, divisor, entropy_exponent)
             keep = tl.maximum(n - dropped, keep)
 
         # Other threads' scores are read from here on.
         tl.debug_barrier()
-        if TILES == 1:
-            column = tl.arange(0, TILE)
-            key = _keys(score + row, column, (column >= protect) & (column < live))
+        if GROUP_TILES == 1:
+            column, candidate = _groups(0, live, protect, GROUPS, GROUP)
+            key = _keys(score + row, column, candidate)
         prefix = tl.full([], 0, tl.uint32)
         need = keep.to(tl.int64)
         for step in range(16):
-            if TILES == 1:
+            if GROUP_TILES == 1:
                 counted = _digit_counts(key, prefix, 30 - 2 * step)
             else:
-                counted = tl.zeros([TILE], tl.int64)
-                for tile in range(TILES):
-                    column = tile * TILE + tl.arange(0, TILE)
-                    tile_key = _keys(score + row, column, (column >= protect) & (column < live))
+                counted = tl.zeros([GROUPS], tl.int64)
+                for tile in range(GROUP_TILES):
+                    column, candidate = _groups(tile, live, protect, GROUPS, GROUP)
+                    tile_key = _keys(score + row, column, candidate)
                     counted += _digit_counts(tile_key, prefix, 30 - 2 * step)
             counts = tl.sum(counted, 0)
             least_1, least_2, least_3 = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
@@ -439,23 +478,32 @@ def select_image(
             need -= tl.maximum(above, tl.where(least_3 < need, least_3, 0))
             prefix = prefix * 4 + digit
 
-        kept_length = tl.where(finite, protect + keep, 0)
+        kept_length = tl.where(finite, protect + keep * GROUP, 0)
+        if GROUP > 1:
+            for tile in range(TILES):
+                place = tile * TILE + tl.arange(0, TILE)
+                tl.store(index + b * width + place, tl.where(place < kept_length, place, -1).to(tl.int64),
+                         mask=((place < protect) | (place >= kept_length)) & (place < width))  # fmt: skip
         before = tl.full([], 0, tl.int64)
-        for tile in range(TILES):
-            column = tile * TILE + tl.arange(0, TILE)
-            candidate = (column >= protect) & (column < live)
-            tile_key = key if TILES == 1 else _keys(score + row, column, candidate)
+        for tile in range(GROUP_TILES):
+            column, candidate = _groups(tile, live, protect, GROUPS, GROUP)
+            tile_key = key if GROUP_TILES == 1 else _keys(score + row, column, candidate)
             greater = (candidate & (tile_key > prefix)).to(tl.int64)
             equal = (candidate & (tile_key == prefix)).to(tl.int64)
             packed = greater | equal << 32
             earlier = before + tl.cumsum(packed, 0) - packed
             ties = earlier >> 32
             chosen = (greater > 0) | ((equal > 0) & (ties < need))
-            place = protect + (earlier & 0xFFFFFFFF) + tl.minimum(ties, need)
-            place = tl.where(column < protect, column, place)
-            chosen = (chosen | (column < protect)) & (place < kept_length)
-            tl.store(index + b * width + place, column.to(tl.int64), mask=chosen)
-            tl.store(index + b * width + column, tl.full([TILE], -1, tl.int64),
-                     mask=(column >= kept_length) & (column < width))  # fmt: skip
+            place = protect + (earlier & 0xFFFFFFFF) * GROUP + tl.minimum(ties, need) * GROUP
+            if GROUP > 1:
+                for i in tl.static_range(GROUP):
+                    tl.store(index + b * width + place + i, (column + i).to(tl.int64),
+                             mask=chosen & (place < kept_length))  # fmt: skip
+            else:
+                place = tl.where(column < protect, column, place)
+                chosen = (chosen | (column < protect)) & (place < kept_length)
+                tl.store(index + b * width + place, column.to(tl.int64), mask=chosen)
+                tl.store(index + b * width + column, tl.full([TILE], -1, tl.int64),
+                         mask=(column >= kept_length) & (column < width))  # fmt: skip
             before += tl.sum(packed, 0)
         tl.store(new_lengths + b, tl.where(finite, kept_length, -1))

@@ -1,6 +1,6 @@
-// The CPU forms of compact_kv, compact_kv_paged, patch_entropy, recycle_tokens and received_attention and the
-// page planner on random arguments, for a build with sanitizers: results against naive ones, every array
-// exactly as long as it may be read.
+// The CPU forms of score_select, compact_kv, compact_kv_paged, patch_entropy, recycle_tokens and
+// received_attention and the page planner on random arguments, for a build with sanitizers: results against
+// naive ones, every array exactly as long as it may be read.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 namespace flowcut::FLOWCUT_ISA {
+void score_select(const ScoreSelect&, ParallelFor);
 void compact_kv(const CompactKV&, ParallelFor);
 void compact_kv_paged(const CompactKVPaged&, ParallelFor);
 void patch_entropy(const PatchEntropy&, ParallelFor);
@@ -38,6 +39,67 @@ std::vector<float> floats(int64_t count) {
   std::vector<float> x(count);
   for (float& value : x) value = draw(-1000, 1000) / 8.0f;
   return x;
+}
+
+void check_score_select() {
+  ScoreSelect p{};
+  p.batch = draw(1, 3), p.block = draw(0, 1) ? 1 : draw(2, 5), p.protect = draw(0, 2);
+  p.tokens = p.protect + p.block * draw(1, 40), p.budget = draw(0, 30), p.mode = Select(draw(0, 3));
+  p.width = p.mode == Select::ScoreOnly ? 0 : p.tokens;
+  if (p.mode == Select::Fixed) p.width = std::min(p.tokens, p.protect + p.block * p.budget);
+  p.divisor = draw(0, 4), p.entropy_exponent = 2, p.norm_exponent = 1, p.history_weight = p.score_weight = 0.5f;
+  // Eighths below 1000: sums and means are the same in any order, and many are equal.
+  std::vector<float> norm = floats(p.batch * p.tokens), entropy(p.batch), score(norm.size(), NAN);
+  std::vector<int64_t> lengths, index(p.batch * p.width);
+  std::vector<int32_t> budgets(p.batch), kept(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    lengths.push_back(p.protect + p.block * draw(0, (p.tokens - p.protect) / p.block));
+    budgets[b] = draw(-1, p.budget + 1), entropy[b] = draw(0, 8) / 8.0f;
+    if (draw(0, 5) == 0 && lengths[b] > p.protect)
+      norm[b * p.tokens + draw(p.protect, lengths[b] - 1)] = INFINITY;
+  }
+  p.value_norm = p.history = {norm.data(), p.tokens};
+  p.entropy = entropy.data(), p.lengths = lengths.data(), p.budgets = draw(0, 1) ? budgets.data() : nullptr;
+  p.score_out = score.data(), p.index_out = index.data(), p.lengths_out = kept.data();
+  FLOWCUT_ISA::score_select(p, run_backwards);
+
+  const bool adaptive = (p.mode == Select::Adaptive || p.mode == Select::AdaptiveBatch) && p.divisor > 0;
+  auto target = [&](int64_t b) { return p.budgets ? std::clamp<int64_t>(budgets[b], 0, p.budget) : p.budget; };
+  std::vector<int64_t> drops;
+  for (int64_t b = 0; b < p.batch; ++b)
+    drops.push_back(std::max(0.0f, std::rint(((lengths[b] - p.protect) / p.block - target(b)) / p.divisor *
+                                             (1 - entropy[b] * entropy[b]))));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t n = (lengths[b] - p.protect) / p.block;
+    std::vector<std::pair<float, int64_t>> groups;  // negated, so that the best sort first, the lower of equals
+    bool finite = true;
+    for (int64_t g = 0; g < n; ++g) {
+      float sum = 0;
+      for (int64_t i = 0; i < p.block; ++i) sum += norm[b * p.tokens + p.protect + g * p.block + i];
+      groups.push_back({-sum / p.block, g});
+      finite &= std::isfinite(sum);
+      for (int64_t i = 0; i < p.block; ++i)
+        require(score[b * p.tokens + p.protect + g * p.block + i] == sum / p.block, "score_select: score");
+    }
+    for (int64_t i = 0; i < p.tokens; ++i)
+      if (i < p.protect || i >= lengths[b])
+        require(score[b * p.tokens + i] == 0, "score_select: score of no candidate");
+    int64_t keep = std::min(n, target(b));
+    if (adaptive)
+      keep = std::max(keep, n - (p.mode == Select::Adaptive ? drops[b] : std::ranges::max(drops)));
+    const int64_t live = p.mode == Select::ScoreOnly ? lengths[b] : p.protect + p.block * keep;
+    require(kept[b] == (finite ? live : -1), "score_select: lengths");
+    std::vector<int64_t> rows;
+    if (finite && p.mode != Select::ScoreOnly) {
+      for (int64_t i = 0; i < p.protect; ++i) rows.push_back(i);
+      std::ranges::sort(groups);
+      for (int64_t g = 0; g < keep; ++g)
+        for (int64_t i = 0; i < p.block; ++i) rows.push_back(p.protect + groups[g].second * p.block + i);
+      std::ranges::sort(rows);
+    }
+    rows.resize(p.width, -1);
+    require(std::equal(rows.begin(), rows.end(), index.begin() + b * p.width), "score_select: index");
+  }
 }
 
 // `row` turned as in the definition.
@@ -365,6 +427,7 @@ void check_received_attention() {
 int main() {
   constexpr int kRounds = 1000;
   for (int round = 0; round < kRounds; ++round) {
+    check_score_select();
     check_compact_kv(false);
     check_compact_kv(true);
     check_compact_kv_paged();

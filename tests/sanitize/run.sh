@@ -18,7 +18,7 @@ for isa in scalar native; do
   own=(-DFLOWCUT_ISA=$isa)
   if [ $isa = native ]; then own+=(-march=native); fi
   "$cxx" "${flags[@]}" "${own[@]}" -Wall -Wextra "${quiet[@]}" -ffp-contract=off -Icsrc/include \
-    tests/sanitize/main.cpp csrc/cpu/compact_kv.cpp csrc/cpu/compact_kv_paged.cpp csrc/cpu/patch_entropy.cpp \
+    tests/sanitize/main.cpp csrc/cpu/score_select.cpp csrc/cpu/compact_kv.cpp csrc/cpu/compact_kv_paged.cpp csrc/cpu/patch_entropy.cpp \
     csrc/cpu/recycle_tokens.cpp csrc/cpu/received_attention.cpp -o "$folder/$isa"
   echo -n "sanitize: $isa: "
   "$folder/$isa"

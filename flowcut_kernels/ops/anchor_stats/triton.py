@@ -201,7 +201,7 @@ def statistics_program(
     RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, ANCHORS: tl.constexpr,
     TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
-    MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
+    MODE: tl.constexpr, SELECT_TILES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The whole program for block `block` of the `blocks` of image b, inside whatever launch runs it.
 
@@ -224,13 +224,13 @@ def statistics_program(
         if MODE is not None:
             # The scores are made from what other threads of this program have just written.
             tl.debug_barrier()
-            criterion, counting, history, lengths, score, index, new_lengths = selection[0]
+            criterion, counting, history, lengths, budgets, score, index, new_lengths = selection[0]
             width, weights, history_weight, score_weight, budget, divisor, entropy_exponent = selection[1]
             select_image(
                 b, criterion, relevance if RELEVANCE != _NO_RELEVANCE else None,
-                value_norm if VALUE_NORM != _NO_NORM else None, history, counting, lengths, score, index, new_lengths,
-                tl.num_programs(1), tokens, width, weights, history_weight, score_weight, protect, budget, divisor,
-                entropy_exponent, MODE, 1024, SELECT_TILES, 1,
+                value_norm if VALUE_NORM != _NO_NORM else None, history, counting, lengths, budgets, score, index,
+                new_lengths, tl.num_programs(1), tokens, width, weights, history_weight, score_weight, protect, budget,
+                divisor, entropy_exponent, MODE, 1024, SELECT_TILES, 1, GROUP,
             )  # fmt: skip
         tl.store(counters + b, 0)
 
@@ -245,7 +245,7 @@ def _anchor_stats(
     RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, ANCHORS: tl.constexpr,
     TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
-    MODE: tl.constexpr, SELECT_TILES: tl.constexpr,
+    MODE: tl.constexpr, SELECT_TILES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     start, scored_from, end = read_span(key_span, b, tokens, protect)
@@ -258,7 +258,7 @@ def _anchor_stats(
         attention, relevance, value_norm, entropy, scratch, counters, selection,
         query_steps, key_steps, value_steps, anchor_steps, pitch, image_size, tokens, anchors, protect, scale, factor,
         H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM,
-        TOKENS, HEADS, STAGES, ANCHORS, TAIL_HEADS, TAIL_TOKENS, MODE, SELECT_TILES,
+        TOKENS, HEADS, STAGES, ANCHORS, TAIL_HEADS, TAIL_TOKENS, MODE, SELECT_TILES, GROUP,
     )  # fmt: skip
 
 
@@ -366,18 +366,20 @@ def prepare(
     plan = plan_statistics(key, value, query_heads, anchors, batch, tokens, relevance, value_norm)
 
     outputs = list(plan.outputs)
-    select_arguments, mode = None, None
+    select_arguments, mode, block = None, None, 1
     if selection is not None:
         mode, budget, weight = int(selection["mode"]), selection["budget"], selection["history_weight"]
-        history, lengths = (None if x is None else x.contiguous() for x in (selection["history"], selection["lengths"]))
+        block = selection.get("block", 1)
+        given = (selection["history"], selection["lengths"], selection.get("budgets"))
+        history, lengths, budgets = (None if x is None else x.contiguous() for x in given)
         weights, entropy_exponent = powers(selection["criteria_weights"], selection["entropy_exponent"])
-        selected = select_outputs(key, batch, tokens, mode, protect, budget)
+        selected = select_outputs(key, batch, tokens, mode, protect, block * budget)
         # Without a divisor the count is n - budget whatever the entropy.
         criterion, counting = plan.outputs[0], plan.outputs[3]
         select_arguments = (
             (
                 criterion if selection["attention"] else None, counting if selection["divisor"] else None,
-                history, lengths, *selected,
+                history, lengths, budgets, *selected,
             ),
             (selected[1].shape[1], weights, weight, 1 - weight, budget, selection["divisor"], entropy_exponent),
         )  # fmt: skip
@@ -395,7 +397,7 @@ def prepare(
         ),
         dict(
             plan.meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
-            MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024),
+            MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024), GROUP=block,
             # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
             # still fit a multiprocessor; the sums of many anchors need more.
             num_warps=8, maxnreg=128 if anchors <= 4 else 255, enable_fp_fusion=True,

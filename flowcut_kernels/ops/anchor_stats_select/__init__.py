@@ -72,7 +72,6 @@ def anchor_stats_select(
             f"criteria_weights={criteria_weights} leave no criterion"
         )
     _check(query, key, history, lengths, history_weight, mode, budget, divisor)
-    grouped = group_options("anchor_stats_select", key.shape[0], key.shape[2] - protect, key.device, budgets, block)
     arguments = (query, key, value, value_anchor, history, lengths)
     options: dict[str, Any] = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
@@ -85,10 +84,10 @@ def anchor_stats_select(
         budget=budget,
         divisor=float(divisor),
         **tuned,
-        **grouped,
+        **group_options("anchor_stats_select", key.shape[0], key.shape[2] - protect, key.device, budgets, block),
     )
     choice = choose_backend("anchor_stats_select", backend, key)
-    if choice == "reference" or (grouped and choice == "triton"):
+    if choice == "reference":
         return _reference(*arguments, **options)
     if choice == "triton" and key.device.type == "cpu":
         return _triton(*arguments, **options)

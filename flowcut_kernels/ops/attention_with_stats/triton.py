@@ -133,7 +133,7 @@ def _attention_with_stats(
             query_anchor_steps, key_steps, value_steps, value_anchor_steps, pitch, image_size, tokens, 1, protect,
             scale, factor,
             H, G, D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, UNIT, RELEVANCE, VALUE_NORM,
-            TOKENS, HEADS, STAGES, ANCHORS, TAIL_HEADS, TAIL_TOKENS, None, None,
+            TOKENS, HEADS, STAGES, ANCHORS, TAIL_HEADS, TAIL_TOKENS, None, None, None,
         )  # fmt: skip
     else:
         # The tiles of a head are neighbours: they read the same keys and values.

@@ -74,7 +74,6 @@ def score_select(
         if attention is None and relevance is None and value_norm is None:
             raise ValueError(f"score_select: criteria_weights={criteria_weights} leaves no criterion that is given")
     first = any_tensor(attention, relevance, value_norm)
-    grouped = group_options("score_select", first.shape[0], first.shape[1] - protect, first.device, budgets, block)
     arguments = (attention, relevance, value_norm, history, entropy, lengths)
     options: dict[str, Any] = dict(
         history_weight=float(history_weight),
@@ -83,10 +82,10 @@ def score_select(
         budget=budget,
         divisor=float(divisor),
         **tuned,
-        **grouped,
+        **group_options("score_select", first.shape[0], first.shape[1] - protect, first.device, budgets, block),
     )
     choice = choose_backend("score_select", backend, first)
-    if choice == "reference" or (grouped and choice == "triton"):
+    if choice == "reference":
         return _reference(*arguments, **options)
     if choice == "triton" and first.device.type == "cpu":
         return _triton(*arguments, **options)

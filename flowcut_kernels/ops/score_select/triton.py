@@ -14,14 +14,14 @@ from .._triton_common import Launch, powers, select_image
 
 @triton.jit(do_not_specialize=["tokens", "width", "budget"])
 def _score_select(
-    attention, relevance, value_norm, history, entropy, lengths, score, index, new_lengths,
+    attention, relevance, value_norm, history, entropy, lengths, budgets, score, index, new_lengths,
     batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor, entropy_exponent,
-    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr,
+    MODE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BATCH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     select_image(
-        tl.program_id(0).to(tl.int64), attention, relevance, value_norm, history, entropy, lengths, score, index,
-        new_lengths, batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor,
-        entropy_exponent, MODE, TILE, TILES, BATCH,
+        tl.program_id(0).to(tl.int64), attention, relevance, value_norm, history, entropy, lengths, budgets, score,
+        index, new_lengths, batch, tokens, width, weights, history_weight, score_weight, protect, budget, divisor,
+        entropy_exponent, MODE, TILE, TILES, BATCH, GROUP,
     )  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def prepare(
     divisor: float,
     criteria_weights: Sequence[float] = (1.0, 1.0, 1.0),
     entropy_exponent: float = 2.0,
+    budgets: Tensor | None = None,
+    block: int = 1,
 ) -> Launch:
     """The launch of :func:`score_select`.
 
@@ -47,11 +49,11 @@ def prepare(
     thread; longer rows are read again from L1 in tiles of 4,096. Two tile sizes only, so that pruning compiles little.
     Powers of the norm take float64, which leaves registers for 4 keys per thread of a long row.
     """
-    given = (attention, relevance, value_norm, history, entropy, lengths)
+    given = (attention, relevance, value_norm, history, entropy, lengths, budgets)
     criteria = [None if x is None else x.contiguous() for x in given]
     first = any_tensor(*criteria)
     batch, tokens = first.shape
-    score, index, new_lengths = select_outputs(first, batch, tokens, mode, protect, budget)
+    score, index, new_lengths = select_outputs(first, batch, tokens, mode, protect, block * budget)
     weights, entropy_exponent = powers(criteria_weights, entropy_exponent)
     tile = 1024 if tokens <= 1024 else 4096 if weights[2] is None else 2048
     if divisor == 0:
@@ -63,7 +65,7 @@ def prepare(
          weights, history_weight, 1 - history_weight, protect, budget, divisor, entropy_exponent),
         dict(
             MODE=mode, TILE=tile, TILES=triton.cdiv(tokens, tile) or 1, BATCH=triton.next_power_of_2(batch),
-            num_warps=4 if tile == 1024 else 16, enable_fp_fusion=False,
+            GROUP=block, num_warps=4 if tile == 1024 else 16, enable_fp_fusion=False,
         ),
         first.device,
         [score, index, new_lengths],
