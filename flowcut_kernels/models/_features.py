@@ -248,6 +248,10 @@ class PrunedFeatures(Bound):
             )
         ]  # fmt: skip
 
+    def counts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int | None]:
+        """Features of each visual that enter the language model, without leading ones; None: known once chosen."""
+        return [self._kept(layout) for layout in self.kind.layouts(pixels, arguments)]
+
     def _encode_ahead(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
         """How many features are left, which is not known before they are made; they wait for the call that wants them.
 

@@ -1,0 +1,121 @@
+"""Pruning for serving engines that have model code of their own: how many tokens stay, and which.
+
+An engine lays out a prompt before it encodes an image, so that it must know beforehand how many tokens will be left;
+afterwards it needs to know which. docs/serving.md shows how a plugin calls the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
+
+from .._ops import Select
+from ..models import adapter_of, supported_models
+from ..models._features import PrunedFeatures
+from ..ops import score_select
+from ..policies.base import Policy
+
+
+def retained_count(
+    config: PreTrainedConfig,
+    policy: Policy,
+    image_sizes: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    modality: str = "image",
+    pixel_shape: Sequence[int] | None = None,
+) -> list[int]:
+    """Tokens of every image that enter the language model, exactly, before anything is encoded.
+
+    Args:
+        config: of one of the whole models of :func:`~flowcut_kernels.supported_models`.
+        policy: as for :func:`~flowcut_kernels.patch`.
+        image_sizes: of each image what the processor says of it: (height, width) in pixels, or for Qwen-VL its grid
+            (frames, rows, columns) of patches.
+        modality: "image" or "video".
+        pixel_shape: of the processor's pixel values, for families whose number of tokens follows from it (tiles,
+            frames); None: one tile an image.
+
+    Returns:
+        A count for each image or video, in order. What the language model drops later on is not counted.
+
+    Raises:
+        TypeError: a configuration of another model.
+        ValueError: a modality that the model does not have, sizes that are missing, or a policy that knows its counts
+            only afterwards (``VFlowOpt.release``) or does not fit the model.
+    """
+    found = _features(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
+    features = next((each for each in found if each.kind.modality == modality), None)
+    if features is None:
+        known = ", ".join(each.kind.modality for each in found)
+        raise ValueError(f"modality={modality!r} but this model has: {known}")
+    if image_sizes is None and pixel_shape is None:
+        raise ValueError("retained_count: give image_sizes, or pixel_shape where the count follows from it")
+    shape = tuple(pixel_shape) if pixel_shape is not None else (len(image_sizes), 3, 1, 1)  # type: ignore[arg-type]
+    sizes = None if image_sizes is None else torch.as_tensor(image_sizes)
+    arguments = dict.fromkeys(("image_sizes", f"{modality}_grid_thw"), sizes)
+    counts = features.counts(torch.empty(shape, device="meta"), arguments)
+    if None in counts:
+        raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")
+    return [n + features.kind.leading for n in counts if n is not None]
+
+
+def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, backend: str | None = None) -> Tensor:
+    """Which tokens stay, by score: exactly ``kept[i]`` of image i.
+
+    Args:
+        scores: float32 or float64 [T] of the images' tokens, one image after another, T = sum(full). For example the S
+            of :func:`~flowcut_kernels.ops.anchor_stats_select` at the last layer of an encoder.
+        full: tokens of each image.
+        kept: tokens to keep of each, as :func:`retained_count` says.
+        backend: see the README's table.
+
+    Returns:
+        bool [T] on the device of the scores; ties go to the earlier token.
+
+    Raises:
+        ValueError: numbers that do not fit each other, or scores that are not finite.
+    """
+    if scores.dim() != 1 or len(scores) != sum(full):
+        raise ValueError(f"scores must be [{sum(full)}] = [sum(full)], got {tuple(scores.shape)}")
+    if len(kept) != len(full) or any(not 0 < k <= n for k, n in zip(kept, full, strict=True)):
+        raise ValueError(f"kept={list(kept)} must name 1 to all of the tokens of each image, full={list(full)}")
+    device = scores.device
+    budgets = torch.tensor(kept, dtype=torch.int32, device=device)
+    _, index, lengths = score_select(
+        None, None, pad_sequence(scores.split(list(full)), batch_first=True),
+        lengths=torch.tensor(full, dtype=torch.int32, device=device),
+        mode=Select.FIXED, budget=max(kept), budgets=budgets, backend=backend,
+    )  # fmt: skip
+    if bool((lengths < 0).any()):
+        raise ValueError("scores hold NaN or Inf: check the pixels, and the weights' dtype")
+    first = torch.tensor([0, *full[:-1]], device=device).cumsum(0)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[(index + first[:, None])[index >= 0]] = True
+    return mask
+
+
+@lru_cache(maxsize=16)
+def _features(kind: type[PreTrainedConfig], text: str, policy: Policy) -> list[PrunedFeatures]:
+    """What patching would put in place of the methods that make a model's features; its weights are never made."""
+    classes: list[Any] = list(supported_models())
+    model_class = next((m for m in classes if m.config_class is kind), None)
+    if model_class is None:
+        names = ", ".join(m.config_class.__name__ for m in classes)
+        raise TypeError(f"{kind.__name__} is of no supported model; supported: {names}")
+    with torch.device("meta"):
+        model = model_class._from_config(kind.from_dict(json.loads(text)))
+    _, replacements = adapter_of(model, policy).replacements(
+        model, policy, record=False, backend="reference", compact_cache=False
+    )
+    found = [replacement for _, _, replacement in replacements if isinstance(replacement, PrunedFeatures)]
+    if not found:
+        raise TypeError(f"{kind.__name__} is of a vision tower alone: give the configuration of a whole model")
+    return found
+

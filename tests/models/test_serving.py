@@ -1,0 +1,79 @@
+"""Counts for serving engines are those of a patched model; masks keep exactly what they are told to."""
+
+import pytest
+import torch
+from tiny import clip_tower, llava
+from zoo import Family, Image, Video, families
+
+import flowcut_kernels as fk
+from flowcut_kernels.integrations.serving import retained_count, retention_mask
+
+POLICIES = (
+    fk.FlowCut(retain_ratio=0.4),
+    fk.FlowCut(target_tokens=9, recycle_cell=2),
+    fk.VFlowOpt(target_tokens=5),
+    fk.UniformTokens(target_tokens=6),
+)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("family", families(), ids=str)
+def test_counts_are_those_of_a_patched_model(family: Family, kind: str):
+    if kind not in family.kinds:
+        pytest.skip("the family has none")
+    model = family.model()
+    shown = [Image(*size) for size in family.sizes] if kind == "image" else [Video(4), Video(4, seed=1)]
+    inputs = family.prompt([[3, part, 4] for part in shown])
+    sizes = inputs.get(f"{kind}_grid_thw", inputs.get("image_sizes"))
+    shape = inputs["pixel_values" if kind == "image" else "pixel_values_videos"].shape
+    for policy in POLICIES:
+        if type(policy) not in family.policies:
+            continue
+        with fk.patched(model, policy, record=True), torch.no_grad():
+            model(**inputs)
+            kept = fk.trace(model).stages[-1].kept
+        assert retained_count(model.config, policy, sizes, modality=kind, pixel_shape=shape) == kept
+
+
+def test_all_tokens_of_a_fixed_size_and_its_class_token():
+    model = llava(vision_feature_select_strategy="full")
+    assert retained_count(model.config, fk.FlowCut(retain_ratio=1.0), [(56, 56), (30, 90)]) == [65, 65]
+    assert retained_count(model.config, fk.FlowCut(target_tokens=9), [(56, 56)]) == [10]
+
+
+def test_what_cannot_be_counted():
+    config, policy = llava().config, fk.FlowCut(target_tokens=9)
+    with pytest.raises(ValueError, match="modality='video' but this model has: image"):
+        retained_count(config, policy, [(56, 56)], modality="video")
+    with pytest.raises(ValueError, match="give image_sizes, or pixel_shape"):
+        retained_count(config, policy)
+    with pytest.raises(ValueError, match="only once they are chosen"):
+        retained_count(config, fk.VFlowOpt(retain_ratio=0.5, counts="release"), [(56, 56)])
+    with pytest.raises(TypeError, match="vision tower alone"):
+        retained_count(clip_tower().config, policy, [(56, 56)])
+    with pytest.raises(TypeError, match="LlamaConfig is of no supported model; supported: CLIPVisionConfig"):
+        retained_count(config.text_config, policy, [(56, 56)])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mask(backend, dtype):
+    full, kept = [7, 30, 1, 12], [3, 30, 1, 5]
+    scores = torch.randn(sum(full), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    scores[41] = scores[45] = scores[38:].max() + 1
+    mask = retention_mask(scores, full, kept, backend=backend)
+    for part, chosen, count in zip(scores.split(full), mask.split(full), kept, strict=True):
+        best = part.argsort(descending=True, stable=True)[:count]
+        assert chosen.nonzero().flatten().tolist() == sorted(best.tolist())
+    equal = retention_mask(torch.zeros(6, dtype=dtype), [4, 2], [2, 1], backend=backend)
+    assert equal.tolist() == [True, True, False, False, True, False]
+
+
+def test_bad_masks():
+    with pytest.raises(ValueError, match=r"scores must be \[5\]"):
+        retention_mask(torch.zeros(4), [2, 3], [1, 1])
+    for kept in ([1], [0, 1], [1, 4]):
+        with pytest.raises(ValueError, match="kept="):
+            retention_mask(torch.zeros(5), [2, 3], kept)
+    with pytest.raises(ValueError, match="NaN"):
+        retention_mask(torch.tensor([1.0, float("nan"), 0.0]), [3], [1])
