@@ -40,10 +40,13 @@ class Schedule:
         return Schedule((rows,) * layers, (rows,) * layers)
 
     @staticmethod
-    def cut(layers: int, rows: int, kept_after: Mapping[int, int]) -> Schedule:
-        """`kept_after`: layer -> rows that its output holds, for the layers that prune."""
+    def cut(
+        layers: int, rows: int, kept_after: Mapping[int, int], kept_before: Mapping[int, int] | None = None
+    ) -> Schedule:
+        """`kept_after`, `kept_before`: layer -> rows that its output holds or that enter it, where it prunes."""
         entering, leaving, live = [], [], rows
         for layer in range(layers):
+            live = (kept_before or {}).get(layer, live)
             entering.append(live)
             live = kept_after.get(layer, live)
             leaving.append(live)
@@ -347,25 +350,29 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
     text, layers = _config(language), len(language.layers)
     widths = _widths(text)
     rows, left, live, gaps = prompt.left, visual.lengths, visual.live.sum(1).tolist(), False
+    entries: dict[int, int] = {}
     cuts: dict[int, int] = {}
     looks = 0
     for layer in range(layers):
-        steps = [policy.decoder_step(layer, layers, full, now) for full, now in zip(visual.full, left, strict=True)]
-        kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
-        if kept == left:
-            continue
-        chosen = len(left) * policy.decoder_scoring_flops(max(left), *widths)
-        chosen += prompt.samples * policy.attention_scoring_flops(rows, widths[0])
-        if chosen:  # with the query of the token of each sample that is asked
-            looks += chosen + 2 * prompt.samples * text.hidden_size * widths[0]
-        lost = [0] * prompt.samples
-        for sample, now, then in zip(visual.samples.tolist(), left, kept, strict=True):
-            lost[sample] += now - then
-        live = [now - gone for now, gone in zip(live, lost, strict=True)]
-        gaps = gaps or len(set(lost)) > 1  # samples of different length are padded anew
-        cuts[layer] = rows = max(live) if gaps else rows - lost[0]
-        left = kept
-    return Schedule.cut(layers, prompt.left, cuts), looks
+        for decide, made in ((policy.decoder_entry, entries), (policy.decoder_step, cuts)):
+            steps = [decide(layer, layers, full, now) for full, now in zip(visual.full, left, strict=True)]
+            kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
+            if kept == left:
+                continue
+            chosen = len(left) * policy.decoder_scoring_flops(max(left), *widths)
+            chosen += prompt.samples * policy.attention_scoring_flops(rows, widths[0])
+            if chosen:  # with the query of the token of each sample that is asked
+                looks += chosen + 2 * prompt.samples * text.hidden_size * widths[0]
+            if chosen and made is entries:  # the layer's own keys come later
+                looks += 2 * prompt.samples * rows * text.hidden_size * widths[1]
+            lost = [0] * prompt.samples
+            for sample, now, then in zip(visual.samples.tolist(), left, kept, strict=True):
+                lost[sample] += now - then
+            live = [now - gone for now, gone in zip(live, lost, strict=True)]
+            gaps = gaps or len(set(lost)) > 1  # samples of different length are padded anew
+            made[layer] = rows = max(live) if gaps else rows - lost[0]
+            left = kept
+    return Schedule.cut(layers, prompt.left, cuts, entries), looks
 
 
 def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_to_keep: int, compact: bool) -> Side:

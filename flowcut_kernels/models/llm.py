@@ -66,7 +66,7 @@ def decoder_replacements(
     count = len(model.layers)
     policy.check_decoder(count)
     left = policy.feature_budget(tokens) or tokens
-    steps = [policy.decoder_step(i, count, tokens, left) for i in range(count)]
+    steps = [ask(i, count, tokens, left) for i in range(count) for ask in (policy.decoder_entry, policy.decoder_step)]
     if not entrance and all(step is None or step >= left for step in steps):
         return None, []
     name, module = type(model).__name__, type(model).__module__

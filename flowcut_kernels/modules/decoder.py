@@ -12,8 +12,10 @@ A column is a token of the conversation as the language model is given it; a row
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +82,14 @@ class VisualRows(NamedTuple):
     asks: Tensor  # int64 [B] row of the last instruction token
     last: Tensor  # int64 [B] row of the prompt's last token
     importance: Tensor | None  # float32 [I, n]
+    scores: Tensor | None  # [I, n] that the cut before chose them by
 
 
 @dataclass
 class Cut:
     """What the layers after a cut see of a pass's L new columns."""
 
-    layer: int  # that cut; -1: before the first
+    layer: float  # that cut; one at the entrance of a layer is half a layer before it
     index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
     columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
     gaps: bool  # whether there is padding of this kind
@@ -97,6 +100,8 @@ class Cut:
     last: Tensor  # int64 [B] row of the prompt's last token
     dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
+    scores: Tensor | None = None  # [I, K] that it chose its tokens by
+    merge: Callable[[Tensor], Tensor] | None = None  # rows of the images' tokens before it -> those after it
 
 
 @dataclass
@@ -108,7 +113,7 @@ class DecoderState:
     seen: Any  # columns before this pass: int, or a tensor where the cache is static
     visual: VisualTokens | None
     trace: Trace | None
-    cuts: dict[int, Cut] = field(default_factory=dict)  # by layer
+    cuts: dict[float, Cut] = field(default_factory=dict)  # by layer
     masks: dict[tuple, Tensor] = field(default_factory=dict)
     renumbered: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos, sin by stage
 
@@ -116,21 +121,27 @@ class DecoderState:
     def length(self) -> int:
         return self.embeds.shape[1]
 
-    def before(self, layer: int) -> Cut | None:
+    def before(self, layer: float) -> Cut | None:
         """The last cut before `layer`. (Gradient checkpointing runs layers again, the last one first.)"""
         made = [cut for cut in self.cuts if cut < layer]
         return self.cuts[max(made)] if made else None
 
+    def entering(self, layer: int) -> list[int] | None:
+        """Tokens of each image that enter `layer`; None where it drops nothing of what it is given."""
+        return self._counts(layer, layer - 0.5, self.decoder.policy.decoder_entry)
+
     def budgets(self, layer: int) -> list[int] | None:
         """Tokens of each image that go on from `layer`; None where it drops nothing."""
+        return self._counts(layer, layer, self.decoder.policy.decoder_step)
+
+    def _counts(self, layer: int, at: float, decide: Callable[[int, int, int, int], int | None]) -> list[int] | None:
         if self.visual is None:
             return None
-        cut = self.before(layer)
+        cut, layers = self.before(at), len(self.decoder.layers)
         now = self.visual.lengths if cut is None else cut.lengths
-        policy, layers = self.decoder.policy, len(self.decoder.layers)
         kept = []
         for full, left in zip(self.visual.full, now, strict=True):
-            step = policy.decoder_step(layer, layers, full, left)
+            step = decide(layer, layers, full, left)
             kept.append(left if step is None else min(step, left))
         return None if kept == now else kept
 
@@ -266,16 +277,9 @@ class DecoderState:
         assert known.position is not None
         place = torch.arange(max(known.kept), device=known.position.device)
         absent = place >= torch.tensor(known.kept, device=place.device)[:, None]
-        self._drop(-1, known.kept, known.position[:, : len(place)].masked_fill(absent, -1), None)
+        self._drop(-0.5, known.kept, known.position[:, : len(place)].masked_fill(absent, -1), None)
 
-    def entered(self, cut: Cut, hidden_states: Tensor, rotary: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The rows that the first layer is given after `cut`, with their cosine and sine."""
-        tables = [x.expand(len(hidden_states), -1, -1) for x in rotary]
-        hidden_states, *tables = gather_tokens([hidden_states, *tables], cut.index, backend=self.decoder.backend)
-        cut.rotary = tables[0], tables[1]
-        return hidden_states, cut.rotary
-
-    def make_cut(self, layer: int, budgets: list[int], choose: Callable[[VisualRows], Selection]) -> Cut:
+    def make_cut(self, layer: float, budgets: list[int], choose: Callable[[VisualRows], Selection]) -> Cut:
         """Ask which visual tokens go on from `layer`, `budgets` of the images, and put their rows with all others'."""
         assert self.visual is not None
         before, visual, known = self.before(layer), self.visual, self.visual.known()
@@ -285,11 +289,14 @@ class DecoderState:
             importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
             if before is None:
-                choice = choose(VisualRows(visual.columns, visual.lengths, visual.asks, visual.last, importance))
+                found = VisualRows(visual.columns, visual.lengths, visual.asks, visual.last, importance, None)
             else:
-                choice = choose(VisualRows(before.visual, before.lengths, before.asks, before.last, importance))
+                found = VisualRows(
+                    before.visual, before.lengths, before.asks, before.last, importance, before.scores
+                )  # fmt: skip
+            choice = choose(found)
         if choice.lengths.device.type == "cpu":
-            raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {layer}")
+            raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {math.ceil(layer)}")
         assert choice.index is not None
         # Scores that are not finite choose nothing (-1); on a GPU nobody looks, and attention carries them on.
         place = torch.arange(choice.index.shape[1], device=choice.index.device)
@@ -297,11 +304,13 @@ class DecoderState:
         if min(budgets) < max(budgets):
             chosen = chosen.masked_fill(place >= torch.tensor(budgets, device=place.device)[:, None], -1)
         cut = self._drop(layer, budgets, chosen, chosen if tokens is None else _taken(tokens, chosen))
+        cut.merge = choice.merge
+        cut.scores = None if choice.score is None else choice.score.gather(1, chosen.clamp_min(0))
         if self.trace is not None:
             self._record(cut, choice, known.position, tokens)
         return cut
 
-    def _drop(self, layer: int, budgets: list[int], chosen: Tensor, tokens: Tensor | None) -> Cut:
+    def _drop(self, layer: float, budgets: list[int], chosen: Tensor, tokens: Tensor | None) -> Cut:
         """The cut after `layer` that leaves of each image's tokens those `chosen`, int64 [I, K], -1 for none."""
         assert self.visual is not None
         before, visual = self.before(layer), self.visual
@@ -378,7 +387,8 @@ class DecoderState:
             scores = scores.scatter(1, torch.where(patch < 0, full, patch), choice.score)[:, :full]
         kept = _taken(position, cut.tokens)
         lengths = torch.tensor(cut.lengths, dtype=torch.int32, device=kept.device)
-        self.trace.stages.append(Stage("llm", cut.layer, cut.lengths, kept, lengths, scores, choice.entropy))
+        layer = math.ceil(cut.layer)
+        self.trace.stages.append(Stage("llm", layer, cut.lengths, kept, lengths, scores, choice.entropy, choice.merged))
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
@@ -406,9 +416,12 @@ class PrunedDecoderLayer:
     ) -> Tensor:
         state, budgets = pruning, None
         if state is not None:
+            entering = state.entering(self.number)
+            if entering is not None or self.number - 0.5 in state.cuts:
+                hidden_states = self._enter(
+                    hidden_states, attention_mask, past_key_values, position_embeddings, state, entering
+                )
             before, budgets = state.before(self.number), state.budgets(self.number)
-            if before is not None and self.number == 0:
-                hidden_states, position_embeddings = state.entered(before, hidden_states, position_embeddings)
             held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budgets is None:
@@ -434,6 +447,35 @@ class PrunedDecoderLayer:
         parts = self.parts_of(self.layer)
         return hidden_states + parts.mlp(parts.norm2(hidden_states))
 
+    def _enter(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        cache: Any,
+        rotary: Any,
+        state: DecoderState,
+        budgets: list[int] | None,
+    ) -> Tensor:
+        """The rows that enter the layer, where some that it is given do not."""
+        at = self.number - 0.5
+        before, cut = state.before(at), state.cuts.get(at)
+        rotary = rotary if before is None else before.rotary
+        if cut is None:
+            assert budgets is not None
+            rows = _Rows(self.parts_of(self.layer), state, before, hidden_states, rotary, attention_mask, cache)
+            cut = state.make_cut(at, budgets, lambda found: rows.choose(found, budgets, enters=True))
+        tables = [x.expand(len(hidden_states), -1, -1) for x in rotary]
+        kept, *tables = gather_tokens([hidden_states, *tables], cut.index, backend=state.decoder.backend)
+        cut.rotary = tables[0], tables[1]
+        if cut.merge is None:
+            return kept
+        assert state.visual is not None
+        samples, given = state.visual.samples[:, None], state.visual.columns if before is None else before.visual
+        merged = cut.merge(hidden_states[samples, given.clamp_min(0)])
+        # One more row, for the places that have no token.
+        place = samples, torch.where(cut.visual < 0, kept.shape[1], cut.visual)
+        return torch.nn.functional.pad(kept, (0, 0, 0, 1)).index_put(place, merged)[:, :-1]
+
     def _attention_half(
         self,
         hidden_states: Tensor,
@@ -448,12 +490,10 @@ class PrunedDecoderLayer:
     ) -> Tensor:
         """Everything up to the kept rows of the residual stream after attention; the rest is gone before the MLP."""
         parts = self.parts_of(self.layer)
-        normed = parts.norm1(hidden_states)
-        key, value = _heads(parts, parts.k_proj(normed), parts.k_norm), _heads(parts, parts.v_proj(normed))
-        key = _rotated(parts, key, rotary)
+        rows = _Rows(parts, state, state.before(self.number), hidden_states, rotary, attention_mask, cache)
+        normed, key, value = rows.normed, rows.key, rows.value
         cut = state.cuts.get(self.number)
         if cut is None:
-            rows = _Rows(parts, state, state.before(self.number), normed, key, value, rotary, attention_mask, cache)
             cut = state.make_cut(self.number, budgets, lambda found: rows.choose(found, budgets))
         tables = [x.expand(len(normed), -1, -1) for x in rotary]
         hidden_states, normed, rotary = gather_normed(
@@ -475,24 +515,38 @@ class _Rows:
     parts: DecoderParts
     state: DecoderState
     before: Cut | None  # the last one that they have been through
-    normed: Tensor  # [B, M, D]
-    key: Tensor  # [B, G, M, d] rotated
-    value: Tensor  # [B, G, M, d]
+    hidden: Tensor  # [B, M, D]
     rotary: Any
     mask: Tensor | None  # of all columns
     cache: Any
 
-    def choose(self, found: VisualRows, budgets: list[int]) -> Selection:
+    @cached_property
+    def normed(self) -> Tensor:
+        return self.parts.norm1(self.hidden)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """[B, G, M, d], rotated."""
+        return _rotated(self.parts, _heads(self.parts, self.parts.k_proj(self.normed), self.parts.k_norm), self.rotary)
+
+    @cached_property
+    def value(self) -> Tensor:
+        return _heads(self.parts, self.parts.v_proj(self.normed))
+
+    def choose(self, found: VisualRows, budgets: list[int], enters: bool = False) -> Selection:
         """What the policy says."""
         view = DecoderView(
             budgets=budgets,
             lengths=found.lengths,
             importance=found.importance,
+            scores=found.scores,
+            hidden=lambda: self.hidden[self._samples[:, None], found.at.clamp_min(0)],
             heads=lambda: self.heads(found),
             attention=lambda: self.attention(found),
             backend=self.state.decoder.backend,
         )
-        return self.state.decoder.policy.decoder_select(view)
+        policy = self.state.decoder.policy
+        return policy.entry_select(view) if enters else policy.decoder_select(view)
 
     def heads(self, found: VisualRows) -> VisualHeads:
         """The images' keys and values, and the last instruction tokens' queries and values."""
@@ -500,7 +554,7 @@ class _Rows:
         samples, at = self._samples, found.at.clamp_min(0)
         image = samples[:, None], at
         return VisualHeads(
-            self._queries(found.asks)[samples],
+            self._queries(found.asks).to(self.value.dtype)[samples],
             self.key.transpose(1, 2)[image].transpose(1, 2).to(self.value.dtype),
             self.value.transpose(1, 2)[image].transpose(1, 2),
             self.value[every, :, found.asks][:, :, None][samples],
@@ -510,7 +564,8 @@ class _Rows:
         """Of the prompt's last token to the images' [I, n]: head mean of the softmax over all keys that it sees."""
         key, columns, gaps = self._keys()
         at, old = found.at, key.shape[2] - self.key.shape[2]
-        if self.mask is None and not gaps:
+        causal = not getattr(self.state.decoder.model.config, "use_bidirectional_attention", False)
+        if self.mask is None and causal and not gaps:
             place, end = at + old, found.last + old + 1
         else:  # what it does not see goes behind the rest
             asker = found.last if self.before is None else self.before.columns.gather(1, found.last[:, None])[:, 0]
@@ -536,16 +591,16 @@ class _Rows:
         return self.state.visual.samples
 
     def _queries(self, rows: Tensor) -> Tensor:
-        """[B, H, 1, d] of the rows [B]; autocast leaves what was rotated in float32."""
+        """[B, H, 1, d] of the rows [B], in float32 under autocast, as all that was rotated."""
         parts, every = self.parts, torch.arange(len(rows), device=rows.device)
         cos, sin = (x.expand(len(rows), -1, -1)[every, rows][:, None] for x in self.rotary)
         query = _heads(parts, parts.q_proj(self.normed[every, rows][:, None]), parts.q_norm)
-        return _rotated(parts, query, (cos, sin)).to(self.value.dtype)
+        return _rotated(parts, query, (cos, sin))
 
     def _keys(self) -> tuple[Tensor, Tensor, bool]:
         """Those of earlier passes and of the rows [B, G, K, d], their columns [B, K], and whether some are padding."""
         state, number = self.state, self.parts.attention.layer_idx
-        key, batch, device = self.key.to(self.value.dtype), len(self.key), self.key.device
+        key, batch, device = self.key, len(self.key), self.key.device
         if self.before is None:
             columns, gaps = torch.arange(state.length, device=device).expand(batch, -1) + state.seen, False
         else:

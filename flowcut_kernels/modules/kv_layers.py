@@ -21,7 +21,7 @@ class PrunedRows:
 
     columns: Tensor  # int64 [B, known] column of each row, -1 for a row nobody sees; [1, known] stands for every sample
     dropped: int  # columns seen minus rows held
-    stage: tuple[int, ...] = ()  # the cuts that came before this layer; layers of one stage hold the same columns
+    stage: tuple[float, ...] = ()  # the cuts that came before this layer; layers of one stage hold the same columns
     gaps: bool  # whether there are rows nobody sees
     vanished: (
         Tensor | None
@@ -209,7 +209,7 @@ def compact(cache: Cache, kept: Tensor, seen: int, length: int, backend: str | N
     reached.scatter_(1, torch.where(kept < 0, seen + length, kept + seen), True)
     reached[:, -1] = False  # where the padding went
     layers = [pruned_layer(cache, number, device) for number in range(len(cache.layers))]
-    groups: dict[tuple[int, ...], list[Any]] = {}
+    groups: dict[tuple[float, ...], list[Any]] = {}
     for layer in layers:
         groups.setdefault(layer.stage, []).append(layer)
     for group in groups.values():

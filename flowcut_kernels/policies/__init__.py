@@ -4,7 +4,8 @@ from .base import Policy
 from .fastv import FastV
 from .floors import RandomTokens, UniformTokens
 from .flowcut import FlowCut
+from .pyramiddrop import PyramidDrop
 from .vflowopt import VFlowOpt
 from .visionzip import VisionZip
 
-__all__ = ["FastV", "FlowCut", "Policy", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]
+__all__ = ["FastV", "FlowCut", "Policy", "PyramidDrop", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]

@@ -163,8 +163,10 @@ class Policy:
             raise ValueError(f"{self}: how many tokens enter the language model is known only once they are chosen")
         found = []
         for layer in range(layers):
-            step = self.decoder_step(layer, layers, tokens, left)
+            entry = self.decoder_entry(layer, layers, tokens, left)
+            left = left if entry is None else min(entry, left)
             found.append(left)
+            step = self.decoder_step(layer, layers, tokens, left)
             left = left if step is None else min(step, left)
         return found
 
@@ -193,8 +195,16 @@ class Policy:
         """
         return None
 
+    def decoder_entry(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
+        """Visual tokens that enter decoder layer `layer`, its own keys included; arguments as of `decoder_step`."""
+        return None
+
     def decoder_select(self, view: DecoderView) -> Selection:
         """Choose which visual tokens go on from a decoder layer, `view.budgets` of the images."""
+        raise NotImplementedError
+
+    def entry_select(self, view: DecoderView) -> Selection:
+        """Choose which visual tokens enter a decoder layer, `view.budgets` of the images."""
         raise NotImplementedError
 
     def decoder_scoring_flops(self, tokens: int, width: int, key_width: int) -> int:
@@ -308,12 +318,17 @@ class FeatureSelection:
 
 @dataclass
 class DecoderView:
-    """What a policy may see of one decoder layer's I images, before its attention is applied."""
+    """What a policy may see of one decoder layer's I images, before its attention is applied.
+
+    What is made of the layer's input is made when asked for.
+    """
 
     budgets: list[int]  # tokens to keep of each image
     lengths: list[int]  # tokens of each image; n is the largest
     importance: Tensor | None  # float32 [I, n] of the tokens, for policies that prune features
-    heads: Callable[[], VisualHeads]  # made when asked for
+    scores: Tensor | None  # [I, n] that the last cut chose them by
+    hidden: Callable[[], Tensor]  # [I, n, D] the layer's input
+    heads: Callable[[], VisualHeads]
     attention: Callable[[], Tensor]  # float32 [I, n] of the prompt's last token: head mean of the softmax over all keys
     backend: str | None
 
@@ -335,5 +350,6 @@ class Selection:
     lengths: Tensor  # int32 [B] live rows afterwards; -1 marks scores that are not finite
     score: Tensor | None = None  # cumulative score [B, N]
     entropy: Tensor | None = None  # entropy ratio of the anchor's attention [B]
-    merge: Callable[[Tensor], Tensor] | None = None  # layer's output [B, N, D] -> [B, M, D], where the step merges
+    # Rows [B, N, D] -> [B, M, D]: a layer's output where an encoder's step merges, a layer's input at its entrance.
+    merge: Callable[[Tensor], Tensor] | None = None
     merged: Tensor | None = None  # bool [B, M] rows that are no longer a token's own

@@ -1,4 +1,4 @@
-"""FastV in whole models against its formulas in fp64, from scratch, one unpadded sample at a time."""
+"""FastV and PyramidDrop in whole models against its formulas in fp64, from scratch, one unpadded sample at a time."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ LAYERS = 5
 POLICIES = {
     "FastV": fk.FastV(target_tokens=11),
     "FastV at 1": fk.FastV(retain_ratio=0.4, layer=1),
+    "PyramidDrop": fk.PyramidDrop(retain_ratio=0.125, layers=(1, 2, 4)),
 }
 PROMPTS = {
     "one": [[1, IMG, 5, 6, 7]],
@@ -55,6 +56,12 @@ class Oracle:
         self.images = [Image(list(image.columns), image.ask) for image in images]
         for number, layer in enumerate(self.text.layers):
             weights, after = self.run(layer)
+            if isinstance(self.policy, fk.PyramidDrop) and number in self.policy.layers:
+                share = (self.policy.budget(PATCHES) / PATCHES) ** (1 / len(self.policy.layers))
+                for image in self.images:
+                    count = round(PATCHES * share ** (self.policy.layers.index(number) + 1))
+                    self.keep(image, self.asked(weights, image), count)
+                weights, after = self.run(layer)
             self.x = after
             if isinstance(self.policy, fk.FastV) and number == self.policy.layer - 1:
                 for image in self.images:
@@ -134,7 +141,7 @@ def test_every_step_of_generate(policy, prompt):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", ["FastV"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
 @torch.no_grad()
 def test_forward_with_padding_on_the_right(policy, attention, prompt):
     policy, rows = POLICIES[policy], PROMPTS[prompt]
@@ -147,7 +154,7 @@ def test_forward_with_padding_on_the_right(policy, attention, prompt):
         assert_close(got[: len(wanted)], wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("policy", ["FastV"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
 @pytest.mark.parametrize("cache", ["none", "static", "beams", "flash"])
 @torch.no_grad()
 def test_generate_with(cache, policy, monkeypatch):
@@ -174,7 +181,7 @@ def test_generate_with(cache, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: StaticCache(model_of().config.get_text_config(), 400)])
-@pytest.mark.parametrize("policy", ["FastV"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
 @torch.no_grad()
 def test_second_turn_with_another_image(policy, cache):
     """The last token of a turn sees the turns before it."""
@@ -190,7 +197,7 @@ def test_second_turn_with_another_image(policy, cache):
     assert_close(logits[0, -1], oracle(embeds, images)[-1], **CLOSE)
 
 
-@pytest.mark.parametrize("policy", ["FastV"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
 @torch.no_grad()
 def test_an_image_keeps_the_same_tokens_in_any_company(policy):
     model, policy, rows = model_of(), POLICIES[policy], PROMPTS["four"]
@@ -203,7 +210,7 @@ def test_an_image_keeps_the_same_tokens_in_any_company(policy):
     assert (together.indices.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("policy", [fk.FastV(target_tokens=PATCHES)], ids=str)
+@pytest.mark.parametrize("policy", [fk.FastV(PATCHES), fk.PyramidDrop(PATCHES, layers=(1,))], ids=str)
 @torch.no_grad()
 def test_all_tokens_is_the_stock_model(policy):
     model, inputs = model_of(), given(PROMPTS["several images"])
@@ -212,7 +219,7 @@ def test_all_tokens_is_the_stock_model(policy):
         assert torch.equal(model(**inputs).logits, stock)
 
 
-@pytest.mark.parametrize("policy", ["FastV"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
 def test_loss_and_gradients(policy):
     """Checkpointed layers make the same choice again; answers with labels do not choose."""
     policy, rows = POLICIES[policy], PROMPTS["one"]
@@ -243,13 +250,17 @@ def test_loss_and_gradients(policy):
 def test_not_finite_scores():
     model = model_of()
     model.model.language_model.layers[1].self_attn.k_proj.weight.fill_(torch.nan)
-    with fk.patched(model, POLICIES["FastV"]), pytest.raises(ValueError, match="at decoder layer 1"):
-        model(**given(PROMPTS["one"]))
+    for policy in ("FastV", "PyramidDrop"):
+        with fk.patched(model, POLICIES[policy]), pytest.raises(ValueError, match="at decoder layer 1"):
+            model(**given(PROMPTS["one"]))
 
 
 def test_presets():
     found = {n: fk.FastV.preset(n).average_tokens(32, 576) for n in (192, 128, 64)}
     assert {n: round(x, 1) for n, x in found.items()} == {192: 191.6, 128: 127.9, 64: 64.1}
+    found = {n: fk.PyramidDrop.preset(n).average_tokens(32, 576) for n in (270, 192, 128, 64)}
+    assert {n: round(x, 1) for n, x in found.items()} == {270: 270, 192: 191.2, 128: 127.5, 64: 64.3}
+    assert fk.PyramidDrop(retain_ratio=1 / 8).tokens_by_layer(32, 576)[::8] == [576, 288, 144, 72]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +270,11 @@ def test_presets():
         (lambda: fk.FastV(8, layer=2.0), ValueError, "FastV: layer=2.0 must be"),
         (lambda: fk.FastV.preset(100), ValueError, "FastV.preset: average=100 must be one of 192, 128, 64"),
         (lambda: fk.patch(model_of(), fk.FastV(8, layer=5)), ValueError, "layer=5 but the language model has 5 layers"),
+        (lambda: fk.PyramidDrop(8, layers=()), ValueError, r"layers=\(\) must be rising decoder layers, at least 1"),
+        (lambda: fk.PyramidDrop(8, layers=(2, 2)), ValueError, r"layers=\(2, 2\) must be rising"),
+        (lambda: fk.PyramidDrop(8, layers=(0, 2)), ValueError, r"layers=\(0, 2\) must be rising"),
+        (lambda: fk.PyramidDrop(8, layers=2), ValueError, "layers=2 must be rising"),
+        (lambda: fk.patch(model_of(), fk.PyramidDrop(8)), ValueError, "names layer 24, but the language model has 5"),
         (lambda: fk.patch(tiny.clip_tower(), fk.FastV(8)), ValueError, "CLIPVisionModel has no projector"),
     ],
 )

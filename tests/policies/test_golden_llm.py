@@ -46,6 +46,8 @@ def test_choice(name, backend):
                 value=value[:, :, visual],
                 value_anchor=value[:, :, ask : ask + 1],
             ),
+            scores=None,
+            hidden=pytest.fail,
             attention=pytest.fail,
             backend=backend,
         )

@@ -1,0 +1,80 @@
+"""PyramidDrop (CVPR 2025, arXiv 2410.17247): the deeper in the language model, the fewer visual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .base import DecoderView, EncoderStep, Policy, Selection, check_preset, is_whole
+from .stages import keep_most_attended
+
+# Of LLaVA-1.5's 576 tokens and 32 layers by average: tokens of the last stage, and the layers.
+PRESETS = {270: (72, (8, 16, 24)), 192: (9, (8, 16, 24)), 128: (25, (4, 8, 16)), 64: (15, (2, 4, 8))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Policy):
+    """Drop visual tokens before some layers of the language model, the same share before each.
+
+    Before the i-th of m `layers`, round(N * (T / N)^(i / m)) of an image's N tokens stay: those with the highest
+    attention of the prompt's last token, of equals the first. That is the softmax of its logits over all keys that it
+    sees, mean over heads, with the projections of the layer to come. Dropped tokens are not among that layer's keys
+    either. The rest keep their positions.
+
+    Args:
+        target_tokens, retain_ratio: what is left of an image in the end, T, exactly one of them (see :class:`Policy`).
+            The published setting is a retain_ratio of 1/8 in three stages, each of which halves.
+        layers: rising decoder layers, counted from 0 and at least 1. The published ones are a quarter, half and three
+            quarters of LLaVA-1.5's 32.
+    """
+
+    layers: tuple[int, ...] = (8, 16, 24)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else ()
+        rising = all(is_whole(layer) for layer in layers) and all(a < b for a, b in pairwise((0, *layers)))
+        if not layers or not rising:
+            raise ValueError(f"PyramidDrop: layers={self.layers!r} must be rising decoder layers, at least 1")
+        object.__setattr__(self, "layers", layers)
+
+    @classmethod
+    def preset(cls, average: int, **changes: Any) -> PyramidDrop:
+        """About 270 (the published setting), 192, 128 or 64 of LLaVA-1.5's 576 tokens on average over 32 layers.
+
+        270: 8 * (576 + 288 + 144 + 72) / 32. For the others, at which PyramidDrop is compared elsewhere, nobody has
+        published settings. Eight layers of all tokens are 144 already, so that 128 and 64 begin earlier:
+
+        - 192: 8 * (576 + 144 + 36 + 9) / 32 = 191.2
+        - 128: (4 * 576 + 4 * 202 + 8 * 71 + 16 * 25) / 32 = 127.5, before layers 4, 8 and 16
+        - 64: (2 * 576 + 2 * 171 + 4 * 51 + 24 * 15) / 32 = 64.3, before layers 2, 4 and 8
+        """
+        check_preset(cls, average, tuple(PRESETS))
+        tokens, layers = PRESETS[average]
+        settings: dict[str, Any] = dict(target_tokens=tokens, layers=layers)
+        return cls(**settings | changes)
+
+    def encoder_budget(self, tokens: int) -> int:
+        return tokens
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
+        return None
+
+    def check_decoder(self, layers: int) -> None:
+        if self.layers[-1] >= layers:
+            raise ValueError(
+                f"PyramidDrop: layers={self.layers} names layer {self.layers[-1]}, but the language model has {layers}"
+            )
+
+    def decoder_entry(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
+        if layer not in self.layers:
+            return None
+        stage, last = self.layers.index(layer) + 1, self.budget(tokens)
+        return max(round(tokens * (last / tokens) ** (stage / len(self.layers))), last)
+
+    def entry_select(self, view: DecoderView) -> Selection:
+        return keep_most_attended(view)
+
+    def attention_scoring_flops(self, rows: int, width: int) -> int:
+        return 2 * rows * width
