@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowcut_kernels as fk
-from flowcut_kernels.policies.base import FeatureView
+from flowcut_kernels._ops import Select
+from flowcut_kernels.policies.base import EncoderStep, EncoderView, FeatureView, Pixels
 from flowcut_kernels.policies.recycling import select_features
 from flowcut_kernels.policies.stages import average_retention
 from flowcut_kernels.policies.vflowopt import PRESETS
@@ -129,3 +130,30 @@ def test_gradients_reach_every_feature():
     view = FeatureView(features, torch.rand(16), [16], [((4, 4),)], None, [6], None)
     select_features(view, [6], 2.0).features.sum().backward()
     assert (features.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_tokens_of_several_patches_have_the_mean_of_their_importance(weight):
+    """Patches in another order, those of a token in a row: the mean of what they are given one by one."""
+    rows, columns, side = 3, 4, 2
+    policy = fk.VFlowOpt(4, hub_threshold=1.0, entropy_weight=weight)
+    query, key, value = torch.randn(3, 2, 2, rows * columns * side**2, 8)
+    pixels = torch.rand(2, 3, rows * side * 4, columns * side * 4)
+    pixels = Pixels(pixels.pow(torch.linspace(0.5, 9, columns * side * 4)), (0.0,) * 3, (1.0,) * 3, 4)
+
+    def score(heads, grid, **options):
+        query, key, value = heads
+        view = EncoderView(
+            key, value, query, lambda kind: (key, value), 0, None, None, grid, pixels, "reference", **options
+        )
+        return policy.encoder_select(EncoderStep(Select.SCORE_ONLY, static=True), view).score
+
+    patches = score((query, key, value), (rows * side, columns * side))
+    tokens = patches.unflatten(1, (rows, side, columns, side)).transpose(2, 3).flatten(3).flatten(1, 2)
+    places = torch.stack([torch.randperm(rows * columns) for _ in range(2)])
+    raster = torch.arange(key.shape[2]).view(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, -1)
+    order = raster[places].flatten(1)
+    heads = [x.gather(2, order[:, None, :, None].expand_as(x)) for x in (query, key, value)]
+    got = score(heads, (rows, columns), block=side**2, places=places).unflatten(1, (-1, side**2))
+    want = tokens.mean(2).gather(1, places)[..., None]
+    torch.testing.assert_close(got, want.expand_as(got))
