@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._ops import Select
 from .models import adapter_of
+from .models._features import heeding
 from .models._prompt import PrunedForward
 from .modules.decoder import VisualTokens
 from .modules.encoder import PrunedEncoder, PrunedEncoderLayer
@@ -320,9 +321,14 @@ class _Prompt:
                 f"cost: how many tokens {encoder.policy} keeps is known only once they are chosen; with counts='exact' "
                 "it is known before"
             )
-        given = forward.shrinker.visuals(left)
-        if not given:
+        if not forward.shrinker.comes(left):
             raise ValueError("cost: inputs holds no pixel_values; give images")
+        with heeding():
+            return cls._read(forward, encoder, ids, left)
+
+    @classmethod
+    def _read(cls, forward: PrunedForward, encoder: PrunedEncoder, ids: Tensor, left: dict[str, Any]) -> _Prompt:
+        given = forward.shrinker.visuals(left, [ids == token_id for token_id in forward.shrinker.token_ids])
         for visuals in given:
             counts = (ids == visuals.token_id).sum(1).tolist()
             if sum(counts) != sum(visuals.full):
@@ -346,7 +352,7 @@ class _Prompt:
 
 def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
     """Rows of a sample by layer, and FLOPs of choosing them for all samples."""
-    language, visual = prompt.model.model.language_model, prompt.visual
+    language, visual = prompt.model.get_decoder(), prompt.visual
     text, layers = _config(language), len(language.layers)
     widths = _widths(text)
     rows, left, live, gaps = prompt.left, visual.lengths, visual.live.sum(1).tolist(), False
@@ -377,7 +383,7 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
 
 def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_to_keep: int, compact: bool) -> Side:
     """`side` with the projector, the language model and its cache."""
-    language = prompt.model.model.language_model
+    language = prompt.model.get_decoder()
     vision, text = prompt.model.config.vision_config, _config(language)
     window = getattr(text, "sliding_window", None)
     if window is not None and window < rows.entering[0]:

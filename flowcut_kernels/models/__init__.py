@@ -15,8 +15,8 @@ from ..policies.base import Policy
 from ..trace import Trace
 from ._bound import Replacement
 from .clip import CLIP, SIGLIP
-from .idefics3 import IDEFICS3_VIT, SMOLVLM_VIT
-from .internvl import INTERN_VIT
+from .idefics3 import IDEFICS3, IDEFICS3_VIT, SMOLVLM, SMOLVLM_VIT
+from .internvl import INTERN_VIT, InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_onevision import LlavaOnevision
@@ -36,8 +36,11 @@ ADAPTERS = (
     QWEN2_5_VL,
     QWEN3_VL,
     INTERN_VIT,
+    InternVL(),
     IDEFICS3_VIT,
+    IDEFICS3,
     SMOLVLM_VIT,
+    SMOLVLM,
 )
 _HANDLE = "_flowcut_patch"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,18 @@ Grids = tuple[tuple[int, int], ...]  # rows and columns
 _ENCODED = "_flowcut_encoded"
 # What is running: a projector works on what it left, and a family's videos may be made by its images' method.
 _PASS: ContextVar[EncoderPass | None] = ContextVar("encoder_pass", default=None)
+HEEDED: ContextVar[Any] = ContextVar("heeded", default=None)  # what a kind learned of a prompt, while it is at hand
 _TAPS = 4  # bilinear resampling makes a token of that many at most
+
+
+@contextmanager
+def heeding() -> Iterator[None]:
+    """While a prompt is at hand. What `generate` learned of it, `forward` knows too."""
+    before = HEEDED.set(HEEDED.get())
+    try:
+        yield
+    finally:
+        HEEDED.reset(before)
 
 
 class Encoded(NamedTuple):
@@ -131,6 +143,17 @@ class Kind:
         """
         raise NotImplementedError
 
+    def heed(self, pixels: Tensor, placeholders: Tensor) -> None:
+        """What a prompt tells about its visuals, by their `placeholders` (bool [B, L]), until its call is over."""
+
+    def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
+        """The features [n, D] of each visual."""
+        return features
+
+    def lengths(self, features: Any, known: Encoded | None) -> list[int]:
+        """Features of each visual, where they were made before; generate repeats them for beams."""
+        return [len(x) for x in features]
+
 
 class PrunedFeatures(Bound):
     """Replacement ``get_image_features`` (or of videos): what a policy leaves of them.
@@ -173,7 +196,8 @@ class PrunedFeatures(Bound):
             self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
         scored = self.policy.prunes_features and known.importance is not None
         if scored or (self.kind.assembles and self.encoded.kept != full):
-            self._choose(output, self._items(output.pooler_output, arguments, layouts, known), kept)
+            features = self.kind.split(output.pooler_output, layouts)
+            self._choose(output, self._items(features, arguments, layouts, known), kept)
         for holder in (output, *_first(output)):
             setattr(holder, _ENCODED, self.encoded)
         return output.to_tuple() if as_tuple else output
@@ -222,19 +246,25 @@ class PrunedFeatures(Bound):
             known.importance, known.position = self.encoder.importance, self.encoder.position
         return output, known
 
-    def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
+    def given(self, arguments: dict[str, Any]) -> tuple[Tensor | None, Any]:
         """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
+        encoded = arguments.get("mm_encoder_outputs")
+        output = encoded.get(self.kind.modality) if isinstance(encoded, dict) else None
+        return arguments.get(self.kind.pixels), output
+
+    def visuals(self, arguments: dict[str, Any], placeholders: Tensor) -> list[Visuals]:
+        """The same, with what is left of it; bool [B, L] `placeholders` of the prompt."""
         kind, lead = self.kind, self.kind.leading
-        output = (arguments.get("mm_encoder_outputs") or {}).get(kind.modality)
+        pixels, output = self.given(arguments)
         if output is not None:
             known = next((getattr(x, _ENCODED) for x in (output, *_first(output)) if hasattr(x, _ENCODED)), None)
-            kept = [len(x) for x in output.pooler_output]
+            kept = kind.lengths(output.pooler_output, known)
             full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
             full = full if known is None else [n + lead for n in known.full]
             return [Visuals(kind.token_id, full, kept, lead, lambda: 0, lambda: known)]
-        pixels = arguments.get(kind.pixels)
         if pixels is None:
             return []
+        kind.heed(pixels, placeholders)
         layouts = kind.layouts(pixels, arguments)
         budgets = [self._kept(layout) if kind.shrinks else layout.full for layout in layouts]
         left = [n for n in budgets if n is not None]
@@ -359,7 +389,11 @@ class PrunedFeatures(Bound):
                 x.new_zeros(item.full, x.shape[1]).index_copy(0, at, x)
                 for item, x, at in zip(items, rows, positions, strict=True)
             ]
-        output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else rows
+        if isinstance(output.pooler_output, Tensor):  # where they differ in length, feature by feature
+            equal = len({len(x) for x in rows}) == 1
+            output.pooler_output = torch.stack(rows) if equal else torch.cat(rows)[:, None]
+        else:
+            output.pooler_output = rows
         self.encoded = Encoded(
             [item.full for item in items],
             [len(x) for x in positions],
@@ -407,6 +441,7 @@ class ScatteredProjector(Bound):
         projected, known = self.original(*args, **kwargs), _PASS.get()
         if known is None or known.position is None:
             return projected
+        projected = projected.flatten(0, -2).unflatten(0, known.position.shape)
         return _spread_out(projected, known.position, known.whole)
 
 

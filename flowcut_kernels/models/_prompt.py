@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ._bound import Bound, named
-from ._features import Encoded, PrunedFeatures, Visuals
+from ._features import Encoded, PrunedFeatures, Visuals, heeding
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -72,9 +72,17 @@ class PromptShrinker:
         """The placeholder of each kind of visual."""
         return tuple(features.kind.token_id for features in self.kinds)
 
-    def visuals(self, arguments: dict[str, Any]) -> list[Visuals]:
-        """The images and videos that come with a prompt, from its arguments."""
-        return [visuals for features in self.kinds for visuals in features.visuals(arguments)]
+    def comes(self, arguments: dict[str, Any]) -> bool:
+        """Whether images or videos come with a prompt."""
+        return any(x is not None for features in self.kinds for x in features.given(arguments))
+
+    def visuals(self, arguments: dict[str, Any], masks: list[Tensor]) -> list[Visuals]:
+        """The images and videos that come with a prompt; bool [B, L] of each kind: its placeholders."""
+        return [
+            visuals
+            for features, mask in zip(self.kinds, masks, strict=True)
+            for visuals in features.visuals(arguments, mask)
+        ]
 
     def forget(self) -> None:
         """Features that were made for a call and that it did not come to use."""
@@ -174,10 +182,11 @@ class _PromptMethod(Bound):
         self.shrinker = shrinker
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.run(named(self, args, kwargs))
-        finally:
-            self.shrinker.forget()
+        with heeding():
+            try:
+                return self.run(named(self, args, kwargs))
+            finally:
+                self.shrinker.forget()
 
     def run(self, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -206,7 +215,7 @@ class _PromptMethod(Bound):
             The prompt, and the whole conversation it ends (with what is in the cache before it); None where nothing
             has to go.
         """
-        given, cache, mask = self.shrinker.visuals(arguments), arguments.get("past_key_values"), _mask(arguments)
+        given, cache, mask = self.shrinker.comes(arguments), arguments.get("past_key_values"), _mask(arguments)
         if not given and getattr(cache, _PROMPT, None) is None:
             return None
         if not given and mask is None and self._is_one_token(arguments):
@@ -228,7 +237,8 @@ class _PromptMethod(Bound):
                 old, past = cached, None  # the pruned conversation is repeated, not the original one
             new, masks = is_image[:, old.length :], [x[:, old.length :] for x in masks]
         new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
-        piece = self.shrinker.shrink(masks, new_mask, given) if given else None
+        visuals = self.shrinker.visuals(arguments, masks) if given else []
+        piece = self.shrinker.shrink(masks, new_mask, visuals) if given else None
         if piece is None and past is None:
             return None
         if not given and past is not None and bool((new[:, 1:] & new[:, :-1]).any()):
@@ -328,10 +338,10 @@ class PrunedForward(_PromptMethod):
 
     def visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
         """The images of this pass, in a prompt that fits what the encoder leaves of them."""
-        given = self.shrinker.visuals(arguments)
-        masks = self._placeholders(arguments) if given else None
+        masks = self._placeholders(arguments) if self.shrinker.comes(arguments) else None
         if masks is None:
             return None
+        given = self.shrinker.visuals(arguments, masks)
         is_image = torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
         length = is_image.shape[1]
         found = []

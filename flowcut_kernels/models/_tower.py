@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..modules.encoder import EncoderPass, LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
 from ..ops import gather_tokens
@@ -25,6 +26,7 @@ class Tower:
     pixel_mean: Sequence[float]  # of the usual image processor, on a scale of 0..1
     pixel_std: Sequence[float]
     layers: str = "layers"  # the list's name
+    hands_on: bool = True  # keyword arguments of its forward to the encoder
 
     def replacements(
         self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
@@ -50,10 +52,13 @@ class Tower:
         runs_rest: bool,
         record: bool,
         backend: str | None,
+        side: int = 1,
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         """Replacements that prune before the layer whose output is ``hidden_states[index]``.
 
-        Of several indices, before the last of these layers; the other hidden states then hold the same tokens.
+        Of several indices, before the last of these layers; the other hidden states then hold the same tokens. Where
+        the model merges squares of side x side patches, what a pruned tower puts out is an image of these for every
+        token, one after another: pixel shuffle then sees each token's own patches.
         """
         layers = getattr(model.encoder, self.layers)
         states = len(layers) + 1
@@ -69,13 +74,18 @@ class Tower:
             raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
         if policy.needs_class_token and not self.protect:
             raise ValueError(f"{policy} asks for a class token, which {type(model).__name__} has none of")
-        policy.check_encoder(feature_layer, self.patches(model))
+        if side > 1 and not policy.keeps_blocks:
+            raise ValueError(
+                f"{type(policy).__name__} keeps single patches, but {type(model).__name__} is read in squares of "
+                f"{side} x {side} patches, which are merged: use another policy, such as FlowCut"
+            )
+        policy.check_encoder(feature_layer, self.patches(model) // side**2)
         encoder = PrunedEncoder(
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
         )
         replacements: list[Replacement] = [(model.encoder, "forward", encoder)]
         align = tuple(i for i in several if i <= feature_layer)
-        if policy.wants_pixels or align:
+        if policy.wants_pixels or align or side > 1 or not self.hands_on:
             replacements.append((model, "forward", _WatchedTower(model, self, encoder, align)))
         for i, layer in enumerate(layers):
             skip = i > feature_layer and not runs_rest
@@ -101,7 +111,8 @@ def edge(size: int | Sequence[int]) -> int:
 
 
 class _WatchedTower(Bound):
-    """Replacement ``forward`` of a tower whose policy looks at the pixels, or that is read at several layers."""
+    """Replacement ``forward`` of a tower whose policy looks at the pixels, that is read at several layers, whose
+    patches are merged later, or that stands between its encoder and what is asked of it."""
 
     method = "forward"
 
@@ -111,16 +122,37 @@ class _WatchedTower(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments, tower, encoder = dict(named(self, args, kwargs)), self.tower, self.encoder
-        known = arguments.setdefault("encoder_pass", EncoderPass())
+        known = arguments.pop("encoder_pass", None) or EncoderPass()
         known.align = self.align
         if encoder.policy.wants_pixels:
             size = edge(self.model.config.patch_size)
             known.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)
         as_tuple = arguments.get("return_dict") is False
-        output = self.original(**arguments | dict(return_dict=True))
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(
+        if tower.hands_on:
+            arguments["encoder_pass"] = known
+        encoder.asked = None if tower.hands_on else known
+        try:
+            output = self.original(**arguments | dict(return_dict=True))
+        finally:
+            encoder.asked = None
+        states = output.get("hidden_states")
+        if states is not None:
+            output.hidden_states = states = tuple(
                 x if i not in known.rows or x is None else gather_tokens([x], known.rows[i], backend=encoder.backend)[0]
-                for i, x in enumerate(output.hidden_states)
+                for i, x in enumerate(states)
             )
+        if known.side > 1 and known.position is not None:
+            output.last_hidden_state = _squares(output.last_hidden_state, tower.protect, known.side)
+            if states is not None:
+                output.hidden_states = tuple(
+                    x if i <= encoder.feature_layer or x is None else _squares(x, tower.protect, known.side)
+                    for i, x in enumerate(states)
+                )
         return output.to_tuple() if as_tuple else output
+
+
+def _squares(x: Tensor, protect: int, side: int) -> Tensor:
+    """Rows [B, protect + n * side^2, C], token by token, as one image for each: [B * n, protect + side^2, C]."""
+    tokens = x[:, protect:].unflatten(1, (-1, side**2))
+    lead = x[:, None, :protect].expand(-1, tokens.shape[1], -1, -1)
+    return torch.cat([lead, tokens], 2).flatten(0, 1)

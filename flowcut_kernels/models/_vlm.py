@@ -14,7 +14,7 @@ from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
 from .clip import replace_tower
 from .llm import decoder_replacements
 
-_MANY = 1 << 20  # more tokens than an image or a video has
+MANY = 1 << 20  # more tokens than an image or a video has
 
 
 def vlm_replacements(
@@ -39,7 +39,7 @@ def vlm_replacements(
     features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend) for kind in kinds)
     shrinker = PromptShrinker(features)
     decoder, layers = decoder_replacements(
-        model.model.language_model, policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
+        model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
         entrance=not all(each.kind.shrinks for each in features),
     )  # fmt: skip
     return [
@@ -63,6 +63,6 @@ def tiled_replacements(
     projector = model.model.multi_modal_projector
     replacements.append((projector, "forward", ScatteredProjector(projector)))
     replacements += vlm_replacements(
-        model, kinds, policy, _MANY, encoder, fixed, backend=backend, compact_cache=compact_cache
+        model, kinds, policy, MANY, encoder, fixed, backend=backend, compact_cache=compact_cache
     )
     return encoder, replacements

@@ -1,15 +1,20 @@
-"""InternVL: InternViT with a class token and scaled residuals."""
+"""InternVL: InternViT with a class token and scaled residuals, pixel shuffle; an image is tiles and a thumbnail."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.internvl import modeling_internvl
 
-from ..modules.encoder import LayerParts
-from ._tower import Tower
+from ..modules.encoder import LayerParts, PrunedEncoder
+from ..policies.base import Policy
+from ._bound import Replacement
+from ._features import HEEDED, Encoded, Layout
+from ._shuffle import ShuffledTiles, shuffled_replacements
+from ._tower import Tower, edge
 
 
 def _parts(layer: Any) -> LayerParts:
@@ -50,4 +55,81 @@ INTERN_VIT = Tower(
     pixel_mean=IMAGENET_DEFAULT_MEAN,
     pixel_std=IMAGENET_DEFAULT_STD,
     layers="layer",
+    hands_on=False,
 )
+
+
+class InternVL:
+    """Adapter of ``InternVLForConditionalGeneration``.
+
+    Budgets count per image, which a prompt tells by its run of placeholders: tiles and thumbnail, over which the budget
+    is spread evenly. The frames of a video are runs of their own, so budgets count per frame. Features that are made
+    without a prompt (``get_image_features``) are pruned per tile.
+    """
+
+    model_class = modeling_internvl.InternVLForConditionalGeneration
+
+    def replacements(
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
+    ) -> tuple[PrunedEncoder, list[Replacement]]:
+        inner, config = model.model, model.config
+        fixed = {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+        index, strategy = fixed.values()
+        if not isinstance(index, int) or strategy != "default":
+            raise ValueError(
+                f"vision_feature_layer={index!r}, vision_feature_select_strategy={strategy!r}: pixel shuffle takes the "
+                "patches of one layer, without the class token; set an int and 'default'"
+            )
+        side = round(1 / config.downsample_ratio)
+        kind = InternVLImages(inner, config.image_token_id, side, edge(config.vision_config.patch_size))
+        return shuffled_replacements(
+            model, kind, INTERN_VIT, inner.vision_tower, inner.multi_modal_projector, policy, fixed,
+            record=record, backend=backend, compact_cache=compact_cache,
+        )  # fmt: skip
+
+
+class InternVLImages(ShuffledTiles):
+    """Runs of placeholders; with no prompt at hand, tiles."""
+
+    def heed(self, pixels: Tensor, placeholders: Tensor) -> None:
+        tiles, rows = len(pixels), self._heeded()
+        known = sum(map(sum, rows))
+        if known and tiles % known == 0:  # by `generate`, which repeats the images of a row for its beams
+            HEEDED.set((self.model, [row for row in rows for _ in range(tiles // known)]))
+            return
+        runs, size = _runs(placeholders), self.tokens(pixels)
+        count, total = sum(map(len, runs)), sum(map(sum, runs))
+        if total == tiles * size and not any(n % size for row in runs for n in row):
+            rows = [[n // size for n in row] for row in runs]
+        elif count in (1, tiles):  # of a prompt that fits what is left of one image, or of images of one tile
+            rows = [[tiles // count] * len(row) for row in runs]
+        HEEDED.set((self.model, rows))
+
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        n, counts = self.tokens(pixels), [count for row in self._heeded() for count in row]
+        counts = counts if sum(counts) == len(pixels) else [1] * len(pixels)
+        return [Layout((PrunedEncoder.grid(n),) * count, n, (n,) * count, n * count) for count in counts]
+
+    def lengths(self, features: Any, known: Encoded | None) -> list[int]:
+        rows, found = self._heeded(), super().lengths(features, known)
+        if known is None or found == known.kept or len({*known.kept}) == 1:
+            return found
+        kept, copies = iter(known.kept), sum(found) // sum(known.kept)
+        images = [[next(kept) for _ in row] for row in rows] if sum(map(len, rows)) == len(known.kept) else [known.kept]
+        return [n for row in images for n in row * copies]
+
+    def _heeded(self) -> list[list[int]]:
+        """Tiles of the images of each row of the prompt at hand."""
+        model, rows = HEEDED.get() or (None, [])
+        return rows if model is self.model else []
+
+
+def _runs(mask: Tensor) -> list[list[int]]:
+    """Lengths of the runs in each row of a mask [B, L]."""
+    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    rows, starts = (edges > 0).nonzero(as_tuple=True)
+    lengths = (edges < 0).nonzero(as_tuple=True)[1] - starts
+    found: list[list[int]] = [[] for _ in mask]
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        found[row].append(length)
+    return found

@@ -260,7 +260,7 @@ class PrunedEncoderLayer:
         """Looked up on each call: a module that was swapped after patching (an adapter, a quantised one) counts."""
         return self.parts_of(self.layer)
 
-    def __call__(self, hidden_states: Tensor, *mask: None, pruning: EncoderState, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *mask: Tensor | None, pruning: EncoderState, **kwargs: Any) -> Tensor:
         pruning.enter(self.number)
         step, budgets = pruning.step(self.number)
         if step is not None and step.prunes:
@@ -389,6 +389,7 @@ class PrunedEncoder:
     record: bool = False
     backend: str | None = None
     trace: Trace | None = field(default=None, repr=False)
+    asked: EncoderPass | None = field(default=None, repr=False)  # by a tower that gives its encoder no such argument
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -402,19 +403,23 @@ class PrunedEncoder:
         encoder_pass: EncoderPass | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask was passed to a patched vision encoder; only unmasked images are supported: drop it"
-            )
         if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
+        encoder_pass = encoder_pass or self.asked
         state, hidden_states = self._begin(inputs_embeds, encoder_pass or EncoderPass())
         if encoder_pass is not None and state.prunes:
             state.number_patches(len(hidden_states), hidden_states.shape[1], hidden_states.device)
-        mask = (None,) if "attention_mask" in self.__signature__.parameters else ()
+        if attention_mask is not None and state.void is not None:  # what nothing may attend to leaves at once
+            hidden_states, attention_mask = state.drop_void(hidden_states), None
+        elif attention_mask is not None and (state.prunes or self.policy.prunes_features):
+            raise ValueError(
+                "attention_mask was passed to a patched vision encoder, which cannot tell what is left of the images "
+                f"that {type(self.policy).__name__} is to judge: only unmasked images are supported; drop it"
+            )
+        mask = (attention_mask,) if "attention_mask" in self.__signature__.parameters else ()
         entered = []  # patches of the rows that came to each layer
         for layer in self.layers:
             entered.append((state.patches, state.mask))

@@ -143,6 +143,11 @@ class Policy:
         return False
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether patches that a model merges into one token stay or go together."""
+        return True
+
+    @property
     def wants_pixels(self) -> bool:
         """Whether `encoder_select` looks at the pixels."""
         return False

@@ -61,6 +61,10 @@ class VisionZip(Policy):
     def needs_class_token(self) -> bool:
         return True
 
+    @property
+    def keeps_blocks(self) -> bool:
+        return False
+
     def contextual(self, budget: int) -> int:
         """Contextual tokens among `budget`."""
         return min(round(self.contextual_share * budget), budget - self.class_token)

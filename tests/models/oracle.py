@@ -209,7 +209,7 @@ class Oracle:
             positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         inputs |= dict(attention_mask=live[None].long(), position_ids=positions, use_cache=False)
         watch = Text(self._chooser(ids[0], visuals, live))
-        layers = self.inner.language_model.layers
+        layers = self.model.get_decoder().layers
         try:
             for kind, made in visuals.items():
                 setattr(self.inner, f"get_{kind}_features", lambda *_, output=made.output, **__: output)

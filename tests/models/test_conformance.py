@@ -309,7 +309,7 @@ def test_hooks_of_accelerate(family, place, tmp_path):
     with fk.patched(model, policy):
         want, written = model(**inputs).logits, model.generate(**inputs, **settings).sequences
     whole = model(**inputs).logits
-    layers = {*family.layers(model), *model.model.language_model.layers}
+    layers = {*family.layers(model), *model.get_decoder().layers}
     places = {name: place for name, module in model.named_modules() if module in layers}
     rest = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(tuple(places))}
     places |= dict.fromkeys(rest, "cpu")

@@ -222,7 +222,7 @@ def test_refused_requests(kind):
         with pytest.raises(ValueError, match=r"output_attentions=True .* form no attention map: unpatch first"):
             model(pixels, output_attentions=True)
         with pytest.raises(ValueError, match="attention_mask was passed to a patched vision encoder"):
-            model.encoder(torch.zeros(1, 4, 32), attention_mask=torch.zeros(1, 1, 4, 4))
+            model.encoder(torch.zeros(1, 65, 32), attention_mask=torch.zeros(1, 1, 65, 65))
         model(pixels, is_causal=False)  # what transformers adds where a configuration has the field
 
 

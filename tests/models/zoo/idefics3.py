@@ -1,0 +1,80 @@
+"""Idefics3: SigLIP that takes masks, tiles with text between them, pixel shuffle in the connector."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import tiny
+import torch
+from tiny import IMAGE, PAD, PATCH, SIDE, VOCAB
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3VisionConfig,
+    LlamaConfig,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from zoo import Family, Image, Part, Tile, batched_tiles, parts_of, spell, write
+
+EDGE = SIDE * PATCH
+TOKENS = (SIDE // 2) ** 2
+AROUND, BREAK, GLOBAL, CELL = 80, 81, 82, 83  # fake_token_around_image, newline, <global-img>, <row_1_col_1> and on
+TILING = dict(size=dict(longest_edge=2 * EDGE), max_image_size=dict(longest_edge=EDGE))
+IMAGES = Idefics3ImageProcessorPil(**TILING)
+
+
+def build(
+    config: type, vision: type, family: type, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes
+) -> Any:
+    settings = dict(
+        vision_config=vision(**tiny.VISION, image_size=EDGE),
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    made = family(config(**settings | changes))
+    made.set_attn_implementation(attention)
+    made.generation_config.suppress_tokens = [IMAGE]
+    return tiny.fill(made, 7).to(dtype)
+
+
+def spelled(part: Image, row: list[Part]) -> list[int]:
+    _, height, width = IMAGES.get_number_of_image_patches(part.height, part.width, {})
+    ids: list[int] = []
+    for y in range(height):
+        for x in range(width):
+            ids += [AROUND, CELL + y * width + x, *[IMAGE] * TOKENS]
+        ids += [BREAK]
+    return [*ids, *[BREAK] * (height > 0), AROUND, GLOBAL, *[IMAGE] * TOKENS, AROUND]
+
+
+def prompt(rows: list[list[Part]], padding: str = "left", images: Any = IMAGES) -> dict[str, Any]:
+    given = spell(write(rows, spelled), padding)
+    if parts_of(rows, Image):
+        by_row = [[x.pixels for x in parts_of([row], Image)] for row in rows]
+        given |= images(by_row, return_tensors="pt")
+    return given
+
+
+def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
+    """Nothing tells the model which tiles are an image: each stands for itself."""
+    real = int((inputs["pixel_values"] != 0).flatten(2).any(-1).sum())
+    return [[tile] for tile in batched_tiles(real, (SIDE // 2, SIDE // 2), block=4)]
+
+
+FAMILY = Family(
+    name="idefics3",
+    model=partial(build, Idefics3Config, Idefics3VisionConfig, Idefics3ForConditionalGeneration),
+    prompt=prompt,
+    layers=lambda model: model.model.vision_model.encoder.layers,
+    attention=lambda layer: layer.self_attn,
+    projector=lambda model: model.model.connector,
+    tiles=tiles,
+    sizes=((56, 56), (35, 70), (80, 20)),
+)
