@@ -50,7 +50,8 @@ def retained_count(
         ValueError: a modality that the model does not have, sizes that are missing, or a policy that knows its counts
             only afterwards (``VFlowOpt.release``) or does not fit the model.
     """
-    found = _features(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
+    kind: Any = type(config)  # mypy takes a dataclass for something without a hash
+    found = _features(kind, json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
     features = next((each for each in found if each.kind.modality == modality), None)
     if features is None:
         known = ", ".join(each.kind.modality for each in found)
@@ -102,7 +103,7 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
 
 
 @lru_cache(maxsize=16)
-def _features(kind: type[PreTrainedConfig], text: str, policy: Policy) -> list[PrunedFeatures]:
+def _features(kind: Any, text: str, policy: Policy) -> list[PrunedFeatures]:
     """What patching would put in place of the methods that make a model's features; its weights are never made."""
     classes: list[Any] = list(supported_models())
     model_class = next((m for m in classes if m.config_class is kind), None)
@@ -118,4 +119,3 @@ def _features(kind: type[PreTrainedConfig], text: str, policy: Policy) -> list[P
     if not found:
         raise TypeError(f"{kind.__name__} is of a vision tower alone: give the configuration of a whole model")
     return found
-
