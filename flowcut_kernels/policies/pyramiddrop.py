@@ -55,7 +55,7 @@ class PyramidDrop(Policy):
         settings: dict[str, Any] = dict(target_tokens=tokens, layers=layers)
         return cls(**settings | changes)
 
-    def encoder_budget(self, tokens: int) -> int:
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         return tokens
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
