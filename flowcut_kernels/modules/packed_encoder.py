@@ -26,12 +26,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .._ops import accumulate_dtype
-from ..ops import gather_tokens
+from ..ops import attention, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
-from .encoder import PrunedEncoder
+from .encoder import PrunedEncoder, has_native_attention
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,11 @@ class PackedBlock:
                 [hidden_states[None], query.flatten(1)[None]], kept[None], backend=state.encoder.backend
             )
             hidden_states, query = rows[0][0], rows[1][0].unflatten(-1, query.shape[1:])
-        mixed = _attend(parts, query, key, value, self._pieces(state.rows), keys, **kwargs)
+        stock = state.rows.tokens is None  # nothing is pruned: the very sums of the stock block
+        mixed = _attend(
+            parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.encoder.backend,
+            **kwargs,
+        )  # fmt: skip
         return hidden_states + module.proj(mixed.flatten(1))
 
 
@@ -412,9 +416,15 @@ def _attend(
     value: Tensor,
     rows: Sequence[int],
     keys: Sequence[int],
+    *,
+    stock: bool,
+    backend: str | None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention [R', H, d] of queries in pieces of so many `rows`, each to its own piece of `keys`."""
+    """Attention [R', H, d] of queries in pieces of so many `rows`, each to its own piece of `keys`.
+
+    `stock`: piece by piece, as the stock block.
+    """
     module: Any = parts.attention
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, parts.eager)
     dropout = module.attention_dropout if module.training else 0.0
@@ -426,7 +436,12 @@ def _attend(
             options |= {f"cu_seq_lens_{name}": ends, f"max_length_{name}": max(lengths)}
         packed = (x.transpose(0, 1)[None] for x in (query, key, value))
         return attend(module, *packed, None, **options)[0][0]
-    if len(set(pairs)) == 1:  # one batch
+    if not stock and has_native_attention(module, query, backend):
+        asks, sees = (Segments(lengths, query.device) for lengths in zip(*pairs, strict=True))
+        span = None if sees.even else torch.stack([torch.zeros_like(sees.tensor), sees.tensor], 1)
+        padded = (x.transpose(1, 2) for x in (asks.pad(query), sees.pad(key), sees.pad(value)))
+        return asks.unpad(attention(*padded, key_span=span, scale=module.scaling, backend=backend))
+    if not stock and len(set(pairs)) == 1:  # one batch
         batch = (x.unflatten(0, (len(pairs), -1)).transpose(1, 2) for x in (query, key, value))
         return attend(module, *batch, None, **options)[0].flatten(0, 1)
     given = (query, rows), (key, keys), (value, keys)
