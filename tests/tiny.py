@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -110,6 +112,25 @@ def llava(
     model = LlavaForConditionalGeneration(config)
     model.set_attn_implementation(attention)
     model.generation_config.suppress_tokens = [IMAGE]  # trained models do not write placeholders
+    return fill(model, seed)
+
+
+def llava_next(attention: str = "sdpa", seed: int = 5, **changes) -> LlavaNextForConditionalGeneration:
+    """LLaVA-NeXT with CLIP, read at layer -2, and a GQA Llama of four layers; up to 2 x 2 tiles."""
+    size = SIDE * PATCH
+    settings = dict(
+        vision_config=CLIPVisionConfig(**VISION, image_size=size),
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        image_grid_pinpoints=[[size, 2 * size], [2 * size, size], [2 * size, 2 * size]],
+    )  # fmt: skip
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**(settings | changes)))
+    model.set_attn_implementation(attention)
+    model.generation_config.suppress_tokens = [IMAGE]
     return fill(model, seed)
 
 

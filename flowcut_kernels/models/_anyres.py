@@ -18,8 +18,8 @@ _REMEMBERED = 256  # sizes of images
 class AnyresImages(Kind):
     """Images that ``pack_image_features`` makes of their views.
 
-    A budget counts per image and is spread evenly over its views. Newlines between rows are there only while nothing is
-    pruned; the one behind an image of a single view always stays, and counts.
+    A budget counts per image and is spread evenly over its views; newlines are there only while nothing is pruned in
+    the encoder.
     """
 
     modality, pixels, method = "image", "pixel_values", "get_image_features"

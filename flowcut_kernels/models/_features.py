@@ -63,7 +63,7 @@ class Visuals(NamedTuple):
 class Layout:
     """An image or a video before it is encoded: tiles of N tokens each, of which the model makes grids.
 
-    Newlines in the grids are there only while nothing is pruned: a budget is spent on tokens of the tiles.
+    Newlines in the grids and behind them are dropped where anything is: a budget is spent on tokens of the tiles.
     """
 
     grids: Grids  # of what the model makes, newlines included
@@ -71,7 +71,8 @@ class Layout:
     live: tuple[int, ...]  # tokens of each tile that have a part in the grids
     places: int  # tokens of the grids that are made of those
     void: Tensor | None = None  # bool [tiles, N] the other tokens of the tiles; None: there are none
-    behind: int = 0  # tokens after the grids, a newline, that always stay and count
+    behind: int = 0  # tokens after the grids: a newline
+    lasting: int = 0  # of these, those that always stay, and count
     even: bool = False  # the grids (frames) get equal shares
 
     @property
@@ -82,13 +83,14 @@ class Layout:
     def full(self) -> int:
         return self.area + self.behind
 
-    def tile_budgets(self, tokens: int) -> list[int]:
-        """What the tiles keep so that `tokens` places of the grids are sure to have something.
+    @property
+    def resampled(self) -> bool:
+        """Whether places are means of several tokens."""
+        return self.places < sum(self.live)
 
-        Where the model resamples, a place is a mean of several tokens, and these may be all that stays of it: then as
-        many times more are left as a place can be made of.
-        """
-        return spread(tokens if self.places == sum(self.live) else _TAPS * tokens, self.live)
+    def tile_budgets(self, places: int) -> list[int]:
+        """Tokens that the tiles keep so that so many `places` are sure to have one: if resampled, any may be alone."""
+        return spread(_TAPS * places if self.resampled else places, self.live)
 
 
 @dataclass
@@ -98,14 +100,11 @@ class Item:
     features: Tensor  # [n, D]
     importance: Tensor  # [n]
     grids: Grids  # that the features come from, before any pruning
+    full: int  # features of it then
     position: Tensor | None = None  # int64 [n] their places in those grids; None: all are there
     leading: Tensor | None = None  # [., D] features in front that are no patches
     trailing: Tensor | None = None  # [., D] features behind, which always stay, of importance 1
     appended: int = 0  # more of those, which the model adds later
-
-    @property
-    def full(self) -> int:
-        return sum(rows * columns for rows, columns in self.grids) + self.behind
 
     @property
     def behind(self) -> int:
@@ -208,11 +207,11 @@ class PrunedFeatures(Bound):
         return next(iter(self.__signature__.parameters))
 
     def _left(self, layout: Layout) -> int:
-        """Tokens of a visual that the encoder leaves, those behind it included: one of its tiles at least."""
+        """Tokens of a visual that the encoder leaves, lasting ones included: one of its tiles at least."""
         budget = self.policy.encoder_budget(layout.full, len(layout.live))
         if budget >= layout.full:
             return layout.full
-        return min(max(budget - layout.behind, 1), layout.places) + layout.behind
+        return min(max(budget - layout.lasting, 1), layout.places) + layout.lasting
 
     def _kept(self, layout: Layout) -> int | None:
         """Features of a visual that enter the language model; None: known once they are chosen."""
@@ -228,9 +227,10 @@ class PrunedFeatures(Bound):
         voids: list[Tensor] = []
         for layout in layouts:
             left, every = self._left(layout), [layout.tile] * len(layout.live)
-            whole = left == layout.full
+            ends = every if left == layout.full else layout.tile_budgets(left - layout.lasting)
+            whole = sum(ends) >= sum(layout.live)  # void tokens leave only where others do
             tokens += every if whole else layout.live
-            budgets += every if whole else layout.tile_budgets(left - layout.behind)
+            budgets += every if whole else ends
             none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
             voids.append(none if whole or layout.void is None else layout.void)
         void = torch.cat(voids) if any(layout.void is not None for layout in layouts) else None
@@ -305,38 +305,50 @@ class PrunedFeatures(Bound):
             if not self.kind.shrinks:
                 features = [x if at is None else x[at] for x, at in zip(features, positions, strict=True)]
             return [
-                Item(x[lead:], weight, layout.grids, position, x[:lead] if lead else None)
+                Item(x[lead:], weight, layout.grids, layout.full, position, x[:lead] if lead else None)
                 for x, weight, layout, position in zip(features, known.importance, layouts, positions, strict=True)
             ]
         rows, scores, pieces, counts = [], [], [], []
         marks = self._marked(features[0].device, arguments, layouts, known)
-        for x, mark, layout in zip(features, marks, layouts, strict=True):
+        lefts = [self._left(layout) for layout in layouts]
+        for x, mark, layout, left in zip(features, marks, layouts, lefts, strict=True):
             share, score = mark[: layout.area].unbind(1)
-            x, areas, left = x[: layout.area], [layout.area], self._left(layout) - layout.behind
-            if left < layout.area:
-                if layout.places < sum(layout.live):  # a mean of what is left of the tokens that a place is made of
+            x, areas = x[: layout.area], [layout.area]
+            if left == layout.full:
+                counts.append(layout.area)
+            else:
+                if layout.resampled:  # a mean of what is left of the tokens that a place is made of
                     x = (x / share[:, None].clamp_min(torch.finfo(share.dtype).tiny)).to(x.dtype)
                     score = share if known.importance is None else score / share
                 score = score.masked_fill(share == 0, float("-inf"))
                 areas = [h * w for h, w in layout.grids] if layout.even else areas
+                counts += spread(left - layout.lasting, areas)
             rows.append(x)
             scores.append(score)
             pieces += areas
-            counts += spread(left, areas)
         view = FeatureView(torch.cat(rows), torch.cat(scores), pieces, [], None, counts, self.backend)
         if counts == pieces:
             index = torch.arange(sum(pieces), device=view.importance.device)
         else:
             index = select_features(view, counts, None).index
-        items, first = [], 0
-        lefts = [self._left(layout) - layout.behind for layout in layouts]
-        for x, layout, at, left in zip(features, layouts, index.split(lefts), lefts, strict=True):
-            position = at - first if left < layout.area else None
-            first += layout.area
-            last = x[layout.area :] if len(x) > layout.area else None
+        items, ends = [], []
+        for layout, left in zip(layouts, lefts, strict=True):
+            ends.append(layout.area if left == layout.full else left - layout.lasting)
+        first = 0
+        for x, layout, left, at in zip(features, layouts, lefts, index.split(ends), strict=True):
+            whole = left == layout.full
             # transformers 5.17 puts the newline behind a video's features later on.
             appended = layout.full - len(x)
-            items.append(Item(view.features[at], view.importance[at], layout.grids, position, None, last, appended))
+            trailing = (layout.behind if whole else layout.lasting) - appended
+            items.append(
+                Item(
+                    view.features[at], view.importance[at], layout.grids, layout.full,
+                    position=None if whole else at - first,
+                    trailing=x[len(x) - trailing :] if trailing else None,
+                    appended=appended,
+                )
+            )  # fmt: skip
+            first += layout.area
         return items
 
     def _marked(

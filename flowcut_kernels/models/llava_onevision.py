@@ -21,9 +21,9 @@ from ._vlm import tiled_replacements
 class LlavaOnevision:
     """Adapter of ``LlavaOnevisionForConditionalGeneration``.
 
-    Budgets count per image and per video, a newline behind it included, and are spread evenly over views or frames.
-    Where the model resamples, by at most four tokens for each of its own, the encoder leaves four times as many, and of
-    the places that something is left of those of the highest score stay: as many as the budget says.
+    Budgets count per image and per video, the newline behind a video included, and are spread evenly over views or
+    frames. Where the model resamples, each of its tokens is a mean of four at most. Then the encoder leaves four times
+    as many tokens, so that enough places have one, and of these the highest scores stay: as many as the budget says.
     """
 
     model_class = LlavaOnevisionForConditionalGeneration
@@ -73,6 +73,7 @@ class OnevisionVideos(Kind):
             live=(side**2,) * frames,
             places=frames * pooled**2,
             behind=1,
+            lasting=1,
             even=True,
         )
         return [layout] * videos

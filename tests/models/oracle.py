@@ -77,8 +77,16 @@ def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first:
 class Tower:
     """One pass of a vision tower: which tokens of its tiles are left, and their importance."""
 
-    def __init__(self, policy: fk.policies.base.Policy, tiles: list[Tile], budgets: list[int], layers: int) -> None:
-        self.policy, self.tiles, self.budgets, self.layers = policy, tiles, budgets, layers
+    def __init__(
+        self,
+        policy: fk.policies.base.Policy,
+        tiles: list[Tile],
+        voids: list[Tensor],
+        budgets: list[int],
+        layers: int,
+    ) -> None:
+        self.policy, self.tiles, self.voids, self.budgets, self.layers = policy, tiles, voids, budgets, layers
+        self.layer = 0  # that is running
         count = 1 + max(int(max(tile.rows.max(), *tile.protected.tolist(), 0)) for tile in tiles)
         self.live = torch.ones(count, dtype=torch.bool)
         self.alive = [torch.ones(len(tile.tokens), dtype=torch.bool) for tile in tiles]
@@ -88,7 +96,13 @@ class Tower:
 
     def see(self, module, query, key, value, scaling) -> Tensor:
         """bool [B, N]: keys that are left."""
-        start = sum(len(x[0]) for x in self.seen)
+        start, last = sum(len(x[0]) for x in self.seen), self.layers - 2
+        if not start and self.layer == (last % 2 if isinstance(self.policy, fk.FlowCut) else last):  # the first cut
+            for i, (tile, void) in enumerate(zip(self.tiles, self.voids, strict=True)):
+                if self.history[i] is not None:
+                    self.history[i] = self.history[i][~void[self.alive[i]]]
+                self.alive[i] &= ~void
+                self.live[tile.rows[void].flatten()] = False
         self.seen.append([x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)])
         self.scaling = scaling
         return self.live[start : start + len(self.seen[-1][0])].view(len(query), -1)
@@ -96,7 +110,7 @@ class Tower:
     def end(self, layer: int) -> None:
         """All rows of a layer have been seen."""
         query, key, value = (torch.cat(x) for x in zip(*self.seen, strict=True))
-        self.seen = []
+        self.seen, self.layer = [], layer + 1
         last = layer == self.layers - 1
         for i, tile in enumerate(self.tiles):
             if isinstance(self.policy, fk.VFlowOpt):
@@ -104,9 +118,11 @@ class Tower:
                     self.importance.append(self._importance(tile, query, key))
             elif isinstance(self.policy, fk.FlowCut):
                 self._flow(i, tile, query, key, value, layer)
-            elif layer == self.layers - 2 and self.budgets[i] < len(tile.tokens):
-                self.alive[i] = torch.zeros_like(self.alive[i])
-                self.alive[i][self.policy._tokens(tile.grid, self.budgets[i])] = True
+            elif layer == self.layers - 2 and self.budgets[i] < self.alive[i].sum():
+                alive = self.alive[i].view(tile.grid)  # a rectangle
+                sides = int(alive.any(1).sum()), int(alive.any(0).sum())
+                kept = self.alive[i].nonzero().flatten()[self.policy._tokens(sides, self.budgets[i])]
+                self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, kept, True)
             self.live[tile.rows[~self.alive[i]].flatten()] = False
 
     def _flow(self, i: int, tile: Tile, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
@@ -246,11 +262,23 @@ class Oracle:
         patch, whose = weight.detach() > 0, (whose / weight).detach().round()
         visual = torch.where(patch, whose, 0).cummax(0).values.long()
         full = torch.bincount(visual, minlength=len(groups)).tolist()
-        budgets = []
-        for group, tokens in zip(groups, full, strict=True):
-            budgets += shares(self.policy.encoder_budget(tokens), [int(taken[tile.tokens].sum()) for tile in group])
+        real = torch.bincount(visual[patch], minlength=len(groups)).tolist()
+        left, pruned, resampled = [], [], []
+        budgets: list[int] = []
+        voids: list[Tensor] = []
+        for group, tokens, places in zip(groups, full, real, strict=True):
+            room = [int(taken[tile.tokens].sum()) for tile in group]
+            lasting = tokens - places if kind == "video" else 0  # a newline that stays, and counts
+            budget = self.policy.encoder_budget(tokens, len(group))
+            pruned.append(budget < tokens)
+            resampled.append(places < sum(room))
+            left.append(min(max(budget - lasting, 1), places))
+            ends = shares(left[-1] * (4 if resampled[-1] else 1), room)
+            cut = pruned[-1] and ends != room
+            budgets += ends if cut else [len(tile.tokens) for tile in group]
+            voids += [~taken[tile.tokens] & cut for tile in group]
 
-        features, output, tower = self._watched(inputs, kind, tiles, budgets)
+        features, output, tower = self._watched(inputs, kind, tiles, voids, budgets)
         if isinstance(self.policy, fk.VFlowOpt):
             importance = torch.zeros_like(owner, dtype=torch.float64)
             for tile, x in zip(tiles, tower.importance, strict=True):
@@ -258,19 +286,39 @@ class Oracle:
             importance = self._assembled(inputs, kind, importance[:, None])[:, 0].masked_fill(~patch, 1.0)
             made = self._recycled(inputs, kind, groups, Visuals(features, patch, visual, importance))
         else:
-            alive = torch.zeros_like(owner)
-            for tile, left in zip(tiles, tower.alive, strict=True):
-                alive[tile.tokens] = left.to(alive)
-            pruned = torch.tensor([any(not alive[t.tokens[taken[t.tokens]]].all() for t in group) for group in groups])
-            marks = self._assembled(inputs, kind, alive[:, None])[:, 0]
+            alive, score = torch.zeros_like(owner), torch.zeros_like(owner, dtype=torch.float64)
+            for tile, still, found in zip(tiles, tower.alive, tower.history, strict=True):
+                alive[tile.tokens] = still.to(alive)
+                if found is not None:
+                    score[tile.tokens[still]] = found
+            marks, score = self._assembled(inputs, kind, torch.stack([alive, score], 1)).unbind(1)
+            score = score / marks if score.any() else marks
             partial = (marks > 0) & (marks < weight.detach())
             if partial.any():  # resampled: made of those of its tokens that are left
-                weighed = self._watched(inputs, kind, tiles, budgets, lambda n, out: out * alive[n, None].to(out))[0]
-                features[partial] = (weighed / marks[:, None])[partial]
-            made = Visuals(features, torch.where(patch, marks > 0, ~pruned[visual]), visual)
+                weighed = self._watched(
+                    inputs, kind, tiles, voids, budgets, lambda n, out: out * alive[n, None].to(out)
+                )
+                features[partial] = (weighed[0] / marks[:, None])[partial]
+            gone = torch.tensor(pruned)[visual]
+            kept = torch.where(patch, marks > 0, ~gone if kind == "image" else torch.ones_like(gone))
+            for i in range(len(groups)):
+                if pruned[i] and resampled[i]:
+                    self._most_important(kept, score, (visual == i) & patch, left[i], len(groups[i]), kind)
+            made = Visuals(features, kept, visual)
         made.output, made.tiles = output, [left.nonzero().flatten() for left in tower.alive]
         made.output.pooler_output = laid_out(made.features, output.pooler_output, self.later)
         return made
+
+    @staticmethod
+    def _most_important(kept: Tensor, score: Tensor, mine: Tensor, count: int, tiles: int, kind: str) -> None:
+        """Of the `kept` places that are `mine`, those of the highest `score`; of a video's frames equal shares."""
+        frames = mine.nonzero().flatten().chunk(tiles if kind == "video" else 1)
+        for places, share in zip(frames, shares(count, [len(x) for x in frames]), strict=True):
+            there = places[kept[places]]
+            best = there[score[there].argsort(descending=True, stable=True)[:share]]
+            assert len(best) == share
+            kept[places] = False
+            kept[best] = True
 
     def _recycled(self, inputs: dict[str, Any], kind: str, groups: list[list[Tile]], made: Visuals) -> Visuals:
         """By the oracle of test_feature_stage.py."""
@@ -304,11 +352,17 @@ class Oracle:
                 line.data.copy_(before)
 
     def _watched(
-        self, inputs: dict[str, Any], kind: str, tiles: list[Tile], budgets: list[int], change: Any = None
+        self,
+        inputs: dict[str, Any],
+        kind: str,
+        tiles: list[Tile],
+        voids: list[Tensor],
+        budgets: list[int],
+        change: Any = None,
     ) -> tuple[Tensor, Any, Tower]:
         """Features [T, D] of a pruning tower, the output they came in, and what it dropped."""
         modules = [self.family.attention(layer) for layer in self.family.layers(self.model)]
-        watch = Tower(self.policy, tiles, budgets, len(modules))
+        watch = Tower(self.policy, tiles, voids, budgets, len(modules))
         handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
         try:
             for module in modules:

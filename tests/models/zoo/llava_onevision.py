@@ -11,7 +11,6 @@ from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcesso
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-import flowcut_kernels as fk
 from zoo import Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
 
 EDGE = SIDE * PATCH
@@ -86,5 +85,4 @@ FAMILY = Family(
     tiles=tiles,
     grids=grids,
     kinds=("image", "video"),
-    policies=(fk.VFlowOpt,),
 )
