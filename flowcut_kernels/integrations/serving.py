@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from .._ops import Select
 from ..models import adapter_of, supported_models
-from ..models._features import PrunedFeatures
+from ..models._features import PrunedFeatures, heeding
 from ..ops import score_select
 from ..policies.base import Policy
 
@@ -39,11 +39,13 @@ def retained_count(
         image_sizes: of each image what the processor says of it: (height, width) in pixels, or for Qwen-VL its grid
             (frames, rows, columns) of patches.
         modality: "image" or "video".
-        pixel_shape: of the processor's pixel values, for families whose number of tokens follows from it (tiles,
-            frames); None: one tile an image.
+        pixel_shape: of the processor's pixel values, where the count follows from it: of videos without grids
+            [videos, frames, 3, height, width]; of one image of InternVL [tiles, 3, height, width], of Idefics3 or
+            SmolVLM [1, tiles, 3, height, width], thumbnail included.
 
     Returns:
-        A count for each image or video, in order. What the language model drops later on is not counted.
+        A count for each image or video, in order (Idefics3, SmolVLM: for each tile). What the language model drops
+        later on is not counted.
 
     Raises:
         TypeError: a configuration of another model.
@@ -58,13 +60,16 @@ def retained_count(
         raise ValueError(f"modality={modality!r} but this model has: {known}")
     if image_sizes is None and pixel_shape is None:
         raise ValueError("retained_count: give image_sizes, or pixel_shape where the count follows from it")
-    shape = tuple(pixel_shape) if pixel_shape is not None else (len(image_sizes), 3, 1, 1)  # type: ignore[arg-type]
-    sizes = None if image_sizes is None else torch.as_tensor(image_sizes)
+    kind, shape = features.kind, tuple(pixel_shape or (len(image_sizes), 3, 1, 1))  # type: ignore[arg-type]
+    pixels, sizes = torch.ones(()).expand(shape), None if image_sizes is None else torch.as_tensor(image_sizes)
     arguments = dict.fromkeys(("image_sizes", f"{modality}_grid_thw"), sizes)
-    counts = features.counts(torch.empty(shape, device="meta"), arguments)
+    with heeding():
+        if sizes is None and modality == "image":  # one run of placeholders
+            kind.heed(pixels, torch.ones(1, sum(layout.full for layout in kind.layouts(pixels, arguments))))
+        counts = features.counts(pixels, arguments)
     if None in counts:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")
-    return [n + features.kind.leading for n in counts if n is not None]
+    return [n + kind.leading for n in counts if n is not None]
 
 
 def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, backend: str | None = None) -> Tensor:

@@ -23,16 +23,21 @@ def test_counts_are_those_of_a_patched_model(family: Family, kind: str):
         pytest.skip("the family has none")
     model = family.model()
     shown = [Image(*size) for size in family.sizes] if kind == "image" else [Video(4), Video(4, seed=1)]
-    inputs = family.prompt([[3, part, 4] for part in shown])
-    sizes = inputs.get(f"{kind}_grid_thw", inputs.get("image_sizes"))
-    shape = inputs["pixel_values" if kind == "image" else "pixel_values_videos"].shape
+    prompts = [family.prompt([[3, part, 4]]) for part in shown]
     for policy in POLICIES:
         if type(policy) not in family.policies:
             continue
-        with fk.patched(model, policy, record=True), torch.no_grad():
-            model(**inputs)
-            kept = fk.trace(model).stages[-1].kept
-        assert retained_count(model.config, policy, sizes, modality=kind, pixel_shape=shape) == kept
+        for inputs in prompts:
+            with fk.patched(model, policy, record=True), torch.no_grad():
+                model(**inputs)
+                kept = fk.trace(model).stages[-1].kept
+            shape = inputs["pixel_values" if kind == "image" else "pixel_values_videos"].shape
+            sizes = inputs.get(f"{kind}_grid_thw", inputs.get("image_sizes"))
+            known = dict(pixel_shape=shape) if sizes is None else dict(image_sizes=sizes)
+            assert retained_count(model.config, policy, modality=kind, **known) == kept
+        if sizes is not None:
+            sizes = torch.cat([x.get(f"{kind}_grid_thw", x.get("image_sizes")) for x in prompts])
+            assert len(retained_count(model.config, policy, sizes, modality=kind)) == len(prompts)
 
 
 def test_all_tokens_of_a_fixed_size_and_its_class_token():
