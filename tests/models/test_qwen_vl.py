@@ -16,6 +16,7 @@ from test_conformance import GREEDY, STEPS, given
 from tiny import IMAGE
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -290,6 +291,24 @@ def test_caches(family):
     with fk.patched(model, policy, compact_cache=True):
         out = model.generate(**inputs, **GREEDY)
         assert len({layer.keys.shape[2] for layer in out.past_key_values.layers}) == 1
+
+
+@torch.no_grad()
+def test_an_image_in_a_later_turn(family):
+    """A prompt in two passes over one cache, each with images, answers as in one."""
+    model, turns = family.model(), [[3, ONE, 4, 5], [6, OTHER, FILM, 7, 8]]
+    whole, parts = given(family, [turns[0] + turns[1]]), [given(family, [turn]) for turn in turns]
+    positions, cache, seen = family.positions(model, whole), DynamicCache(config=model.config.get_text_config()), 0
+    with fk.patched(model, POLICY):
+        want = model(**whole).logits
+        for inputs in parts:
+            length = inputs["input_ids"].shape[1]
+            inputs["position_ids"] = positions[..., seen : seen + length]
+            seen += length
+            inputs["attention_mask"] = torch.ones(1, seen, dtype=torch.long)
+            got = model(**inputs, past_key_values=cache).logits
+            assert cache.get_seq_length() == seen
+    assert_close(got, want[:, -got.shape[1] :], rtol=1e-3, atol=1e-3)
 
 
 def refused(model, policy, match: str, inputs: dict | None = None, **settings) -> None:
