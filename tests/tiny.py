@@ -25,6 +25,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 LAYERS, SIDE, PATCH = 8, 8, 7
@@ -129,6 +131,23 @@ def llava_next(attention: str = "sdpa", seed: int = 5, **changes) -> LlavaNextFo
         image_grid_pinpoints=[[size, 2 * size], [2 * size, size], [2 * size, 2 * size]],
     )  # fmt: skip
     model = LlavaNextForConditionalGeneration(LlavaNextConfig(**(settings | changes)))
+    model.set_attn_implementation(attention)
+    model.generation_config.suppress_tokens = [IMAGE]
+    return fill(model, seed)
+
+
+def vipllava(attention: str = "sdpa", seed: int = 6, **changes) -> VipLlavaForConditionalGeneration:
+    """VipLLaVA with CLIP, read at four layers, and a GQA Llama of four layers."""
+    settings = dict(
+        vision_config=CLIPVisionConfig(**VISION, image_size=SIDE * PATCH),
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=IMAGE,
+        vision_feature_layers=[-2, -4, -6, 2],
+    )  # fmt: skip
+    model = VipLlavaForConditionalGeneration(VipLlavaConfig(**(settings | changes)))
     model.set_attn_implementation(attention)
     model.generation_config.suppress_tokens = [IMAGE]
     return fill(model, seed)

@@ -22,6 +22,7 @@ from .llava_next import LlavaNext
 from .llava_onevision import LlavaOnevision
 from .paligemma import PaliGemma
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from .vipllava import VipLlava
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,7 @@ ADAPTERS = (
     LlavaNext(),
     LlavaOnevision(),
     PaliGemma(),
+    VipLlava(),
     QWEN2_VL,
     QWEN2_5_VL,
     QWEN3_VL,

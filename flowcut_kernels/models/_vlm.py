@@ -55,7 +55,7 @@ def tiled_replacements(
 ) -> tuple[PrunedEncoder, list[Replacement]]:
     """All of a LLaVA-like model that puts its images together of tiles."""
     tower, encoder, replacements, fixed = replace_tower(model, policy, record=record, backend=backend)
-    if fixed["vision_feature_select_strategy"] == "full" and tower.protect:
+    if fixed.get("vision_feature_select_strategy") == "full" and tower.protect:
         raise ValueError(
             f"vision_feature_select_strategy='full' leaves the class token of {tower.model_class.__name__} among the "
             "patches, of which no image can be put together: set 'default'"

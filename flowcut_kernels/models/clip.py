@@ -65,7 +65,11 @@ def replace_tower(
             f"vision tower {type(tower_model).__name__} of {type(model).__name__} is not supported: use a model "
             f"with {CLIP.model_class.__name__} or {SIGLIP.model_class.__name__}"
         )
-    index, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    # VipLLaVA's setting was called otherwise up to transformers 5.22, and it always drops the first token.
+    names = "vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy"
+    fixed = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    layers, strategy = next(iter(fixed)), fixed.get("vision_feature_select_strategy", "default")
+    index = fixed[layers]
     if strategy == "default" and tower.protect != 1:
         raise ValueError(
             f"vision_feature_select_strategy={strategy!r} drops the first token, but {type(tower_model).__name__} has "
@@ -78,9 +82,9 @@ def replace_tower(
         )
     wanted = getattr(policy, "feature_layer", None)
     if wanted is not None and wanted != index:
-        raise ValueError(f"feature_layer={wanted} but model.config.vision_feature_layer is {index}; leave it None")
+        raise ValueError(f"feature_layer={wanted} but model.config.{layers} is {index}; leave it None")
     encoder, replacements = tower.build(tower_model, policy, index, runs_rest=False, record=record, backend=backend)
-    return tower, encoder, replacements, dict(vision_feature_layer=index, vision_feature_select_strategy=strategy)
+    return tower, encoder, replacements, fixed
 
 
 def replace_siglip(
