@@ -171,11 +171,13 @@ class PackedState:
         A frame that is down to its budget keeps its tokens and their score.
         """
         policy, last = self.encoder.policy, self.encoder.feature_layer
-        steps: list[EncoderStep | None] = []
+        kinds = {(frame.tokens, frame.budget) for frame in self.frames}
+        found = {kind: policy.encoder_step(layer, last, *kind) for kind in kinds}
         left = [rows // self.block for rows in self.rows.segments.lengths]
-        for frame, now in zip(self.frames, left, strict=True):
-            step = policy.encoder_step(layer, last, frame.tokens, frame.budget)
-            steps.append(None if now < frame.tokens and now <= frame.budget else step)
+        steps = [
+            None if now < frame.tokens and now <= frame.budget else found[frame.tokens, frame.budget]
+            for frame, now in zip(self.frames, left, strict=True)
+        ]
         given = [step for step in steps if step is not None]
         if not given:
             return None
@@ -252,7 +254,7 @@ class PackedState:
                 window = torch.zeros(len(rows.windows), dtype=torch.int32, device=index.device).index_add(
                     0, self.window[place].flatten(), live.flatten().int() * self.block
                 )
-        if choice.lengths.device.type != "cpu" and step.static:  # a frame's are known
+        if choice.lengths.device.type != "cpu" and (step.static or index is None):  # a frame's are known
             windows = [] if window is None else window.tolist()
             return tuple(self.block * budget for budget in budgets), tuple(windows), tokens
         read = (choice.lengths if window is None else torch.cat([choice.lengths, window])).tolist()

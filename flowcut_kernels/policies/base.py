@@ -21,7 +21,10 @@ Range = tuple[float, float] | tuple[float, float, str]
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of the policies: how many visual tokens an image keeps.
+    """Base of the policies: how many visual tokens an image, or a video, keeps.
+
+    The budget is that of an image with all tiles that a model cuts it into, or of a video with all its frames, and is
+    spread evenly over them. It counts what would enter the language model: merged tokens where patches are merged.
 
     Args:
         target_tokens: tokens kept per image, at least 1; a number at or above the image's tokens keeps everything.
