@@ -167,6 +167,7 @@ def cost(
         raise ValueError(
             f"cost: no formula for {type(model).__name__}, whose encoder reads images of any size in one sequence"
         )
+    _config(encoder.encoder)
     runs = sum(isinstance(new, PrunedEncoderLayer) for _, _, new in replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
     prompt = None if forward is None else _Prompt.read(forward, encoder, arguments)

@@ -71,6 +71,7 @@ class Layout:
     live: tuple[int, ...]  # tokens of each tile that have a part in the grids
     places: int  # tokens of the grids that are made of those
     void: Tensor | None = None  # bool [tiles, N] the other tokens of the tiles; None: there are none
+    masked: bool = False  # nothing may attend to those
     behind: int = 0  # tokens after the grids: a newline
     lasting: int = 0  # of these, those that always stay, and count
     even: bool = False  # the grids (frames) get equal shares
@@ -228,7 +229,8 @@ class PrunedFeatures(Bound):
         for layout in layouts:
             left, every = self._left(layout), [layout.tile] * len(layout.live)
             ends = every if left == layout.full else layout.tile_budgets(left - layout.lasting)
-            whole = sum(ends) >= sum(layout.live)  # void tokens leave only where others do
+            # Void tokens leave only where others do, but those that nothing may attend to.
+            whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
             tokens += every if whole else layout.live
             budgets += every if whole else ends
             none = torch.zeros(len(every), layout.tile, dtype=torch.bool)

@@ -31,9 +31,10 @@ class ShuffledTiles(Kind):
         rows, columns = (size // self.patch // self.side for size in pixels.shape[-2:])
         return rows * columns
 
-    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+    def layout(self, pixels: Tensor, tiles: int = 1) -> Layout:
+        """Of an image of so many tiles."""
         n = self.tokens(pixels)
-        return [Layout((PrunedEncoder.grid(n),), n, (n,), n)] * len(pixels)
+        return Layout((PrunedEncoder.grid(n),) * tiles, n, (n,) * tiles, n * tiles)
 
     def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
         return [x.flatten(0, 1) for x in tiles]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,9 +64,9 @@ class Idefics3Tiles(ShuffledTiles):
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         real = (pixels != 0).flatten(2).any(-1)
-        whole, mask = super().layouts(pixels[real], arguments), arguments.get("pixel_attention_mask")
+        whole, mask = self.layout(pixels), arguments.get("pixel_attention_mask")
         if mask is None or bool(mask[real].all()):
-            return whole
+            return [whole] * int(real.sum())
         seen = torch.nn.functional.max_pool2d(mask[real].float(), self.patch)
         least, most = (torch.nn.functional.max_pool2d(x, self.side).flatten(1) for x in (-seen, seen))
         if bool((-least != most).any()):
@@ -75,8 +76,8 @@ class Idefics3Tiles(ShuffledTiles):
             )
         live = most.sum(1).int().tolist()
         return [
-            Layout(layout.grids, layout.tile, (n,), n, void=hidden[None] if n < layout.tile else None)
-            for layout, n, hidden in zip(whole, live, (most == 0).cpu(), strict=True)
+            replace(whole, live=(n,), places=n, void=hidden[None], masked=True) if n < whole.tile else whole
+            for n, hidden in zip(live, (most == 0).cpu(), strict=True)
         ]
 
 

@@ -103,12 +103,14 @@ class InternVLImages(ShuffledTiles):
             rows = [[n // size for n in row] for row in runs]
         elif count in (1, tiles):  # of a prompt that fits what is left of one image, or of images of one tile
             rows = [[tiles // count] * len(row) for row in runs]
+        else:
+            rows = []
         HEEDED.set((self.model, rows))
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        n, counts = self.tokens(pixels), [count for row in self._heeded() for count in row]
+        counts = [count for row in self._heeded() for count in row]
         counts = counts if sum(counts) == len(pixels) else [1] * len(pixels)
-        return [Layout((PrunedEncoder.grid(n),) * count, n, (n,) * count, n * count) for count in counts]
+        return [self.layout(pixels, count) for count in counts]
 
     def lengths(self, features: Any, known: Encoded | None) -> list[int]:
         rows, found = self._heeded(), super().lengths(features, known)

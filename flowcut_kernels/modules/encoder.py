@@ -97,7 +97,7 @@ class EncoderState:
 
     @property
     def prunes(self) -> bool:
-        return any(budget < tokens for tokens, budget in self.kinds)
+        return any(budget < math.prod(self.grid) for budget in self.budgets)
 
     def enter(self, layer: int) -> None:
         """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
@@ -440,7 +440,7 @@ class PrunedEncoder:
                 f"{batch} tiles came to the vision encoder, but what came with them speaks of {len(tokens)}: pass "
                 "pixel_values and the rest as the processor gave them"
             )
-        prunes = any(budget < n for n, budget in zip(tokens, budgets, strict=True))
+        prunes = any(budget < math.prod(grid) for budget in budgets)
         if not prunes:  # patches by themselves, in the order in which the model expects them
             side, grid = 1, self.grid(patches)
             tokens = budgets = [patches] * batch

@@ -76,6 +76,9 @@ def test_masks(family, attention):
             assert_close(left[i], stock.view(5, TOKENS, -1)[i][seen[i]], **CLOSE)
         kept, length = fk.trace(model).stages[-1].kept, inputs["input_ids"].shape[1]
         assert kept == [15, 8, 15, 12, 15] and model(**inputs).logits.shape[1] == length - 5
+    with fk.patched(model, fk.FlowCut(9)):  # all that is seen of the one tile there is
+        one = {name: inputs[name][:1, 1:2] for name in ("pixel_values", "pixel_attention_mask")}
+        assert_close(features(model, one), stock.view(5, TOKENS, -1)[1][seen[1]], **CLOSE)
     noise = inputs["pixel_values"] + 3 * (1 - inputs["pixel_attention_mask"][:, :, None]).double()
     noise[1, 2] = 0
     for policy in (fk.FlowCut(5), fk.UniformTokens(5), fk.RandomTokens(5)):

@@ -11,12 +11,13 @@ from tiny import IMAGE, PAD, PATCH, SIDE, VOCAB
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     Idefics3VisionConfig,
     LlamaConfig,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from zoo import Family, Image, Part, Tile, batched_tiles, parts_of, spell, write
+from zoo import Family, Image, Part, Tile, batched_tiles, parts_of, spell, tokenizer, write
 
 EDGE = SIDE * PATCH
 TOKENS = (SIDE // 2) ** 2
@@ -42,6 +43,12 @@ def build(
     made.set_attn_implementation(attention)
     made.generation_config.suppress_tokens = [IMAGE]
     return tiny.fill(made, 7).to(dtype)
+
+
+def processor() -> Idefics3Processor:
+    names = {IMAGE: "image", AROUND: "fake_token_around_image", GLOBAL: "global-img", 79: "end_of_utterance"}
+    names |= {CELL + 2 * y + x: f"row_{y + 1}_col_{x + 1}" for y in range(2) for x in range(2)}
+    return Idefics3Processor(IMAGES, tokenizer(**{name: i for i, name in names.items()}), image_seq_len=TOKENS)
 
 
 def spelled(part: Image, row: list[Part]) -> list[int]:
@@ -77,4 +84,5 @@ FAMILY = Family(
     projector=lambda model: model.model.connector,
     tiles=tiles,
     sizes=((56, 56), (35, 70), (80, 20)),
+    processor=processor,
 )

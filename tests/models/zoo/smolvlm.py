@@ -17,6 +17,7 @@ from zoo import idefics3
 FAMILY = replace(
     idefics3.FAMILY,
     name="smolvlm",
+    processor=None,
     model=partial(idefics3.build, SmolVLMConfig, SmolVLMVisionConfig, SmolVLMForConditionalGeneration),
     prompt=partial(idefics3.prompt, images=SmolVLMImageProcessorPil(**idefics3.TILING)),
 )
