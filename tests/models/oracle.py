@@ -57,6 +57,12 @@ def shares(budget: int, room: list[int]) -> list[int]:
     return dealt
 
 
+def attention_of(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """[n] of a query [H, d] to keys [n, G, d], head mean."""
+    key = key.repeat_interleave(query.shape[0] // key.shape[1], 1)
+    return (torch.einsum("hd,nhd->hn", query, key) * scaling).softmax(-1).mean(0)
+
+
 def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first: int, scaling: float) -> tuple:
     """FlowCut's s of the rows behind the `first` ones, and the entropy ratio of the anchor's attention.
 
@@ -64,9 +70,7 @@ def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first:
         query, anchor: [H, d] the anchor's query and [G, d] value.
         key, value: [n, G, d].
     """
-    groups = query.shape[0] // key.shape[1]
-    logits = torch.einsum("hd,nhd->hn", query, key.repeat_interleave(groups, 1)) * scaling
-    attention = logits.softmax(-1).mean(0)[first:]
+    attention = attention_of(query, key, scaling)[first:]
     relevance = (1 + torch.cosine_similarity(value.flatten(1)[first:], anchor.flatten()[None], dim=1)) / 2
     norm = value.flatten(1)[first:].abs().sum(1)
     share = attention / attention.sum()
@@ -161,18 +165,18 @@ class Tower:
 class Text:
     """A pass of the language model: columns that are gone by a layer are keys to nobody."""
 
-    def __init__(self, choose: Callable[..., Tensor | None]) -> None:
-        self.choose = choose
-        self.cuts: dict[int, Tensor] = {}  # bool [L] gone after a layer
+    def __init__(self, choose: Callable[..., Tensor | None], at_entrance: bool) -> None:
+        self.choose, self.at_entrance = choose, at_entrance
+        self.cuts: dict[int, Tensor] = {}  # bool [L] gone after a layer, or at its entrance
 
     def see(self, module, query, key, value, scaling) -> Tensor:
         layer, live = module.layer_idx, torch.ones(key.shape[2], dtype=torch.bool)
-        for _, gone in filter(lambda cut: cut[0] < layer, self.cuts.items()):
+        for gone in self.cuts.values():
             live &= ~gone
-        gone = self.choose(layer, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
+        gone = self.choose(layer, live, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
         if gone is not None:
             self.cuts[layer] = gone
-        return live[None]
+        return live[None] & ~gone if gone is not None and self.at_entrance else live[None]
 
 
 @dataclass
@@ -224,7 +228,7 @@ class Oracle:
             after = positions.amax() + 1 + torch.arange(more)
             positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         inputs |= dict(attention_mask=live[None].long(), position_ids=positions, use_cache=False)
-        watch = Text(self._chooser(ids[0], visuals, live))
+        watch = Text(self._chooser(ids[0], visuals, live), isinstance(self.policy, fk.PyramidDrop))
         layers = self.model.get_decoder().layers
         try:
             for kind, made in visuals.items():
@@ -398,7 +402,7 @@ class Oracle:
         return torch.cat(pieces), output
 
     def _chooser(self, ids: Tensor, visuals: dict[str, Visuals], live: Tensor) -> Callable[..., Tensor | None]:
-        """What the language model drops after a layer."""
+        """What the language model drops in a layer."""
         images = []  # columns of each that enter, tokens before pruning, importance
         for kind, made in visuals.items():
             columns = (ids == self.token_ids[kind]).nonzero().flatten()
@@ -411,24 +415,40 @@ class Oracle:
             text &= ids != token_id
         asks = int(text.nonzero().max()) if text.any() else len(ids) - 1
 
-        def choose(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
-            if not images:
-                return None
-            gone = torch.zeros_like(live)
-            for columns, full, importance in images:
-                if isinstance(self.policy, fk.VFlowOpt):
-                    cuts = staged(Item(columns, importance, []), columns.tolist(), self.policy.llm_stages)
-                    if layer not in cuts:
-                        return None
-                    kept = torch.tensor(cuts[layer])
-                elif layer == getattr(self.policy, "llm_layer", None):
-                    score, _ = flow_score(query[asks], key[columns], value[columns], value[asks], 0, scaling)
-                    kept = columns[score.argsort(descending=True, stable=True)[: self.policy.budget(full)]]
-                else:
+        policy = self.policy
+
+        def count(layer: int, full: int) -> int | None:
+            """Tokens that stay of an image, where a layer chooses."""
+            if isinstance(policy, fk.PyramidDrop):
+                if layer not in policy.layers:
                     return None
-                gone[columns] = True
-                gone[kept] = False
-            return gone
+                share = (policy.layers.index(layer) + 1) / len(policy.layers)
+                return max(round(full * (policy.budget(full) / full) ** share), policy.budget(full))
+            last = policy.layer - 1 if isinstance(policy, fk.FastV) else getattr(policy, "llm_layer", None)
+            return policy.budget(full) if layer == last else None
+
+        def choose(layer: int, there: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float):
+            gone, chosen = torch.zeros_like(live), False
+            for columns, full, importance in images:
+                kept = None
+                if isinstance(policy, fk.VFlowOpt):
+                    cuts = staged(Item(columns, importance, []), columns.tolist(), policy.llm_stages)
+                    kept = torch.tensor(cuts[layer]) if layer in cuts else None
+                elif count(layer, full) is not None:
+                    left = columns[there[columns]]
+                    if isinstance(policy, fk.FlowCut):
+                        score, _ = flow_score(query[asks], key[left], value[left], value[asks], 0, scaling)
+                    else:  # attention over all that the last token of the prompt sees
+                        seen = (live & there)[: asks + 1].nonzero().flatten()
+                        score = torch.zeros(len(there), dtype=key.dtype)
+                        score[seen] = attention_of(query[asks], key[seen], scaling)
+                        score = score[left]
+                    kept = left[score.argsort(descending=True, stable=True)[: count(layer, full)]]
+                if kept is not None:
+                    chosen = True
+                    gone[columns] = True
+                    gone[kept] = False
+            return gone if chosen else None
 
         return choose
 

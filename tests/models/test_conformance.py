@@ -89,6 +89,8 @@ PRUNING = {
     "vflowopt": fk.VFlowOpt(retain_ratio=0.3, hub_threshold=1.6, recycle_cell=2.5, llm_stages=((2, 0.5),)),
     "uniform": fk.UniformTokens(13),
     "one token": fk.FlowCut(1),
+    "fastv": fk.FastV(7, layer=1),
+    "pyramiddrop": fk.PyramidDrop(7, layers=(1, 3)),
 }
 # RMSNorm, rotary tables and the logits of generate are fp32 in an fp64 model.
 CLOSE = dict(rtol=1e-4, atol=5e-5)

@@ -80,7 +80,9 @@ class Family:
     # The same -> rows and columns of the grids that an image's tokens make up in the language model, newlines included
     grids: Callable[[Any, dict[str, Any], str], list[list[tuple[int, int]]]] | None = None  # None: the tiles'
     kinds: tuple[str, ...] = ("image",)
-    policies: tuple[type[fk.policies.base.Policy], ...] = (fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens)
+    policies: tuple[type[fk.policies.base.Policy], ...] = (
+        fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens, fk.FastV, fk.PyramidDrop
+    )  # fmt: skip
     prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages
     written_type: int = 0  # token type of what the model writes
     # (model, inputs) -> position_ids of an unpruned prompt, which kept tokens keep (M-RoPE); None: contiguous ones
