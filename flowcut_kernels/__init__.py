@@ -11,7 +11,7 @@ from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .cost import Cost, cost
 from .models import patch, patched, supported_models, trace, unpatch
-from .policies import FastV, FlowCut, PyramidDrop, RandomTokens, UniformTokens, VFlowOpt, VisionZip
+from .policies import FastV, FlowCut, PyramidDrop, RandomTokens, SparseVLM, UniformTokens, VFlowOpt, VisionZip
 from .trace import Stage, Trace
 from .tune import tune
 
@@ -23,6 +23,7 @@ __all__ = [
     "FlowCut",
     "PyramidDrop",
     "RandomTokens",
+    "SparseVLM",
     "Stage",
     "Trace",
     "UniformTokens",

@@ -357,6 +357,10 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
     text, layers = _config(language), len(language.layers)
     widths = _widths(text)
     rows, left, live, gaps = prompt.left, visual.lengths, visual.live.sum(1).tolist(), False
+    tokens = [0] * prompt.samples
+    for sample, count in zip(visual.samples.tolist(), left, strict=True):
+        tokens[sample] += count
+    words = rows - min(count for count in tokens if count)
     entries: dict[int, int] = {}
     cuts: dict[int, int] = {}
     looks = 0
@@ -367,11 +371,14 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
             if kept == left:
                 continue
             chosen = len(left) * policy.decoder_scoring_flops(max(left), *widths)
-            chosen += prompt.samples * policy.attention_scoring_flops(rows, widths[0])
-            if chosen:  # with the query of the token of each sample that is asked
+            if chosen:  # with the query of each sample's last instruction token
                 looks += chosen + 2 * prompt.samples * text.hidden_size * widths[0]
-            if chosen and made is entries:  # the layer's own keys come later
+            asked = policy.attention_anchors(made is entries, prompt.samples, len(left), words)
+            looks += 2 * asked * widths[0] * (text.hidden_size + rows)
+            if asked and made is entries:  # the layer's own keys come later
                 looks += 2 * prompt.samples * rows * text.hidden_size * widths[1]
+            if asked and not (entries or cuts):
+                looks += len(left) * policy.prompt_scoring_flops(max(left), words, text.hidden_size)
             lost = [0] * prompt.samples
             for sample, now, then in zip(visual.samples.tolist(), left, kept, strict=True):
                 lost[sample] += now - then

@@ -45,6 +45,7 @@ POLICIES = dict(
     random=fk.RandomTokens(8),
     fastv=fk.FastV(8),
     pyramid=fk.PyramidDrop(8, layers=(1, 2)),
+    sparsevlm=fk.SparseVLM(8, layers=(0, 1), surplus=(3,)),
     visionzip=fk.VisionZip(8, contextual_share=0.4),
     # No hubs but a class token: on a CPU only those that are found cost something.
     vflowopt=fk.VFlowOpt(8, hub_threshold=1e9, entropy_weight=0.5, llm_stages=((1, 0.5), (2, 0.4))),
@@ -105,7 +106,7 @@ def test_prediction_is_what_runs(tower, attention, policy):
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("policy", ["calibrated", "llm", "llm_only", "fastv", "pyramid"])
+@pytest.mark.parametrize("policy", ["calibrated", "llm", "llm_only", "fastv", "pyramid", "sparsevlm"])
 @pytest.mark.parametrize(("images", "side"), [((1, 1), None), ((2, 2), "left"), ((1, 3), "left"), ((3, 0), "right")])
 def test_batches(images, side, policy, compact):
     """Several images and samples, padding, all columns to the head; GQA in the caches."""

@@ -23,15 +23,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .._ops import Relevance, ValueNorm
+from .._ops import Relevance, ValueNorm, accumulate_dtype
 from ..ops import anchor_stats, gather_tokens
 from ..ops.score_select import raise_if_not_finite
-from ..policies.base import DecoderView, Policy, Selection, VisualHeads
+from ..policies.base import DecoderView, Policy, PromptView, Selection, VisualHeads
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts
 from .kv_layers import NEVER, PrunedRows, Rewind, compact, is_pruned, pruned_layer
 from .packed_encoder import VisionEncoder
+
+_RATERS = 32  # that are asked together
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,23 @@ class DecoderState:
             kept.append(left if step is None else min(step, left))
         return None if kept == now else kept
 
+    @cached_property
+    def raters(self) -> Tensor | None:
+        """Columns [I, R] that the policy asks about each image, -1 for none; None: the prompt's last ones."""
+        visual = self.visual
+        assert visual is not None
+        column = torch.arange(self.length, device=visual.live.device)
+        # One more column, for the places that have no token.
+        seen = torch.nn.functional.pad(torch.zeros_like(visual.live), (0, 1))
+        seen[visual.samples[:, None], torch.where(visual.columns < 0, self.length, visual.columns)] = True
+        tokens = torch.tensor(visual.lengths).split(visual.counts)
+        most = self.length - min(int(of.sum()) for of in tokens if len(of))
+        text = visual.live & ~seen[:, :-1] & (column <= visual.last[:, None])
+        with torch.no_grad():
+            return self.decoder.policy.decoder_raters(
+                PromptView(self.embeds, text, column, visual.columns, visual.samples, visual.last, most)
+            )
+
     def advance_cache(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
         """The cache of `layer`, told of the rows it is about to be given; None where it holds every column.
 
@@ -228,12 +247,12 @@ class DecoderState:
         return self.masks[memo]
 
     def seen_by(self, given: Tensor | None, new: Tensor, columns: Tensor) -> Tensor:
-        """bool [B, K] which keys, at `columns` [B, K], a query at the new columns `new` [B] attends to."""
+        """bool [B, Q, K] which keys, at `columns` [B, K], queries at the new columns `new` [B, Q] attend to."""
         if given is not None and given.dim() == 4:
-            made = self._selected(given, new[:, None], columns)[:, 0, 0]
+            made = self._selected(given, new, columns)[:, 0]
         else:
             made = columns >= 0 if given is None else self._padding(given, columns)
-            made = self._causal(made, new[:, None], columns)[:, 0, 0]
+            made = self._causal(made, new, columns)[:, 0]
         return made if made.dtype == torch.bool else made == 0
 
     # Three ways to make a mask of queries at `new` columns [B, Q] and keys at `columns` [B, K], -1 for padding.
@@ -535,7 +554,10 @@ class _Rows:
 
     def choose(self, found: VisualRows, budgets: list[int], enters: bool = False) -> Selection:
         """What the policy says."""
+        assert self.state.visual is not None
         view = DecoderView(
+            layer=self.parts.attention.layer_idx,  # type: ignore[arg-type]
+            full=self.state.visual.full,
             budgets=budgets,
             lengths=found.lengths,
             importance=found.importance,
@@ -561,15 +583,21 @@ class _Rows:
         )
 
     def attention(self, found: VisualRows) -> Tensor:
-        """Of the prompt's last token to the images' [I, n]: head mean of the softmax over all keys that it sees."""
+        """Of the prompt's last token to the images' [I, n]: head mean of the softmax over all keys that it sees.
+
+        Or the mean of an image's raters, where the policy names some.
+        """
+        raters = self.state.raters
+        if raters is not None:
+            return self._rated(found, raters)
         key, columns, gaps = self._keys()
         at, old = found.at, key.shape[2] - self.key.shape[2]
         causal = not getattr(self.state.decoder.model.config, "use_bidirectional_attention", False)
         if self.mask is None and causal and not gaps:
             place, end = at + old, found.last + old + 1
         else:  # what it does not see goes behind the rest
-            asker = found.last if self.before is None else self.before.columns.gather(1, found.last[:, None])[:, 0]
-            seen = self.state.seen_by(self.mask, asker, columns)
+            asker = found.last[:, None] if self.before is None else self.before.columns.gather(1, found.last[:, None])
+            seen = self.state.seen_by(self.mask, asker, columns)[:, 0]
             order = (~seen).long().argsort(dim=1, stable=True)
             key = key.gather(2, order[:, None, :, None].expand_as(key))
             place, end = (seen.cumsum(1) - 1)[self._samples[:, None], at.clamp_min(0) + old], seen.sum(1)
@@ -584,6 +612,34 @@ class _Rows:
             backend=self.state.decoder.backend,
         )
         return attention[self._samples[:, None], 0, place.clamp_min(0)].masked_fill(at < 0, 0)
+
+    def _rated(self, found: VisualRows, raters: Tensor) -> Tensor:
+        """The same, mean over an image's raters [I, R]. Each sees other keys, which no span for all of them says."""
+        parts, state, samples = self.parts, self.state, self._samples
+        key, columns, _ = self._keys()
+        mask, rotary, several = self.mask, self.rotary, len(samples) != len(key)
+        if several or len(key) > 1:
+            key, columns = key[samples], columns[samples]
+            mask = mask if mask is None or len(mask) == 1 else mask[samples]
+        rotary = [x.expand(len(self.hidden), -1, -1) for x in self.rotary]
+        at = found.at.clamp_min(0) + key.shape[2] - self.key.shape[2]
+        row = raters.clamp_min(0)
+        if self.before is not None:  # rows of columns
+            row_of = torch.zeros((len(self.hidden), state.length + 1), dtype=torch.long, device=row.device)
+            place = torch.arange(self.hidden.shape[1], device=row.device).expand(len(self.hidden), -1)
+            row_of.scatter_(1, torch.where(self.before.columns < 0, state.length, self.before.columns), place)
+            row = row_of[samples[:, None], row]
+        total = torch.zeros(found.at.shape, dtype=accumulate_dtype(key.dtype), device=row.device)
+        for some, named in zip(row.split(_RATERS, 1), raters.split(_RATERS, 1), strict=True):
+            query = _heads(parts, parts.q_proj(self.normed[samples[:, None], some]), parts.q_norm)
+            query = _rotated(parts, query, [x[samples[:, None], some] for x in rotary])
+            query = query.unflatten(1, (key.shape[1], -1)).to(total.dtype)
+            logits = parts.attention.scaling * query @ key.to(total.dtype).transpose(-1, -2)[:, :, None]
+            seen = state.seen_by(mask, named, columns)[:, None, None] | (named < 0)[:, None, None, :, None]
+            weight = logits.masked_fill(~seen, float("-inf")).softmax(-1).mean((1, 2))
+            weight = weight.gather(2, at[:, None].expand(-1, some.shape[1], -1))
+            total += weight.masked_fill((named < 0)[..., None], 0).sum(1)
+        return (total / (raters >= 0).sum(1, keepdim=True)).masked_fill(found.at < 0, 0)
 
     @property
     def _samples(self) -> Tensor:
@@ -611,7 +667,9 @@ class _Rows:
         layer = self.cache.layers[number]
         held = layer if isinstance(layer, PrunedRows) else None
         rows = int(state.seen) if held is None else held.rows()
-        old = torch.arange(rows, device=device)[None] if held is None else held.columns_of(rows)[:, :rows]
+        old = torch.arange(rows, device=device)[None]
+        if held is not None:  # which may have been told of the new ones
+            old = held.columns_of(max(rows, held.columns.shape[1]))[:, :rows]
         key = torch.cat([layer.keys[:, :, :rows].to(key.dtype), key], 2)
         return key, torch.cat([old.expand(batch, -1), columns], 1), gaps or (held is not None and held.gaps)
 

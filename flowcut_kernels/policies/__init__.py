@@ -5,7 +5,18 @@ from .fastv import FastV
 from .floors import RandomTokens, UniformTokens
 from .flowcut import FlowCut
 from .pyramiddrop import PyramidDrop
+from .sparsevlm import SparseVLM
 from .vflowopt import VFlowOpt
 from .visionzip import VisionZip
 
-__all__ = ["FastV", "FlowCut", "Policy", "PyramidDrop", "RandomTokens", "UniformTokens", "VFlowOpt", "VisionZip"]
+__all__ = [
+    "FastV",
+    "FlowCut",
+    "Policy",
+    "PyramidDrop",
+    "RandomTokens",
+    "SparseVLM",
+    "UniformTokens",
+    "VFlowOpt",
+    "VisionZip",
+]

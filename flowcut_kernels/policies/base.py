@@ -203,6 +203,13 @@ class Policy:
         """
         return None
 
+    def decoder_raters(self, prompt: PromptView) -> Tensor | None:
+        """int64 [I, R] columns of each image whose attention `view.attention` is the mean of, -1 for none.
+
+        None: the prompt's last token's, which one kernel makes.
+        """
+        return None
+
     def decoder_entry(self, layer: int, layers: int, tokens: int, left: int) -> int | None:
         """Visual tokens that enter decoder layer `layer`, its own keys included; arguments as of `decoder_step`."""
         return None
@@ -219,8 +226,16 @@ class Policy:
         """The same of `decoder_select`; columns of all query and of all key heads. 0 where no heads are asked for."""
         return 0
 
-    def attention_scoring_flops(self, rows: int, width: int) -> int:
-        """The same of one sample with `rows` keys, where `decoder_select` asks for the attention of its last token."""
+    def attention_anchors(self, enters: bool, samples: int, images: int, words: int) -> int:
+        """Tokens whose `view.attention` is asked for by `decoder_select`, or by `entry_select` where the cut `enters`.
+
+        Args:
+            words: of a sample, the most.
+        """
+        return 0
+
+    def prompt_scoring_flops(self, tokens: int, words: int, hidden: int) -> int:
+        """FLOPs of `decoder_raters` for an image of `tokens`, with embeddings of `hidden` channels."""
         return 0
 
 
@@ -331,14 +346,28 @@ class DecoderView:
     What is made of the layer's input is made when asked for.
     """
 
+    layer: int
+    full: list[int]  # tokens of each image before anything was pruned
     budgets: list[int]  # tokens to keep of each image
     lengths: list[int]  # tokens of each image; n is the largest
     importance: Tensor | None  # float32 [I, n] of the tokens, for policies that prune features
     scores: Tensor | None  # [I, n] that the last cut chose them by
     hidden: Callable[[], Tensor]  # [I, n, D] the layer's input
     heads: Callable[[], VisualHeads]
-    attention: Callable[[], Tensor]  # float32 [I, n] of the prompt's last token: head mean of the softmax over all keys
+    attention: Callable[[], Tensor]  # float32 [I, n] of `decoder_raters`: head mean of the softmax over all keys
     backend: str | None
+
+
+class PromptView(NamedTuple):
+    """A prompt of B samples and L columns with I images, as it enters the language model."""
+
+    embeds: Tensor  # [B, L, D]
+    text: Tensor  # bool [B, L] words: no visual tokens, no padding, nothing that is to be learnt
+    column: Tensor  # int64 [L]
+    columns: Tensor  # int64 [I, n] of each image's tokens, -1 after the last
+    samples: Tensor  # int64 [I] each image's
+    last: Tensor  # int64 [B] column of the prompt's last token
+    most: int  # at least as many as any sample with images has words
 
 
 class VisualHeads(NamedTuple):

@@ -58,5 +58,5 @@ class FastV(Policy):
     def decoder_select(self, view: DecoderView) -> Selection:
         return keep_most_attended(view)
 
-    def attention_scoring_flops(self, rows: int, width: int) -> int:
-        return 2 * rows * width
+    def attention_anchors(self, enters: bool, samples: int, images: int, words: int) -> int:
+        return samples

@@ -1,4 +1,4 @@
-"""FastV and PyramidDrop in whole models against its formulas in fp64, from scratch, one unpadded sample at a time."""
+"""FastV, PyramidDrop and SparseVLM in whole models against their formulas, in fp64 from scratch, sample by sample."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import pytest
 import tiny
 import torch
+from test_feature_stage import PROMPTS as ONEVISION
+from test_feature_stage import inputs_for as onevision_inputs
 from test_llava import IMG, inputs_for
 from test_llm_stage import GREEDY, Image, Inside, flash_stub, rms, rotated, shrunk
 from tiny import PATCHES
@@ -23,7 +25,9 @@ LAYERS = 5
 POLICIES = {
     "FastV": fk.FastV(target_tokens=11),
     "FastV at 1": fk.FastV(retain_ratio=0.4, layer=1),
-    "PyramidDrop": fk.PyramidDrop(retain_ratio=0.125, layers=(1, 2, 4)),
+    "SparseVLM": fk.SparseVLM(target_tokens=9, layers=(0, 2, 3), surplus=(4, 3)),
+    "SparseVLM once": fk.SparseVLM(retain_ratio=0.1, layers=(1,), surplus=()),
+    "PyramidDrop": fk.PyramidDrop(retain_ratio=0.125, layers=(1, 2, 3)),
 }
 PROMPTS = {
     "one": [[1, IMG, 5, 6, 7]],
@@ -31,6 +35,7 @@ PROMPTS = {
     "several images": [[1, IMG, 4, 5, IMG, 6], [1, IMG, 7, IMG, 8, 9, 10]],
     "one, two or none": [[1, IMG, 5], [1, 11, 12, 13], [1, 9, IMG, IMG, 8, 7]],
     "image last": [[1, 5, IMG], [1, IMG]],
+    "many words": [[1, IMG, *range(3, 80)], [1, 5, IMG, *range(9, 14)]],
 }
 
 
@@ -54,6 +59,14 @@ class Oracle:
         """Every image asks its `ask`, the last column of its prompt."""
         self.x, self.columns = embeds, torch.arange(len(embeds))
         self.images = [Image(list(image.columns), image.ask) for image in images]
+        for image in self.images:
+            visual = {c for each in images for c in each.columns}
+            image.words = [c for c in range(max(image.columns) + 1, image.ask + 1) if c not in visual]
+            if image.words:
+                relevance = torch.stack([(embeds[image.words] @ embeds[v]).softmax(0) for v in image.columns]).mean(0)
+                image.raters = [c for c, m in zip(image.words, relevance, strict=True) if m > relevance.mean()]
+            if not image.words or not image.raters:
+                image.raters = [image.ask]
         for number, layer in enumerate(self.text.layers):
             weights, after = self.run(layer)
             if isinstance(self.policy, fk.PyramidDrop) and number in self.policy.layers:
@@ -63,6 +76,9 @@ class Oracle:
                     self.keep(image, self.asked(weights, image), count)
                 weights, after = self.run(layer)
             self.x = after
+            if isinstance(self.policy, fk.SparseVLM) and number in self.policy.layers:
+                surplus = (*self.policy.surplus, 1)[self.policy.layers.index(number)]
+                self.cluster(weights, round(surplus * self.policy.budget(PATCHES)))
             if isinstance(self.policy, fk.FastV) and number == self.policy.layer - 1:
                 for image in self.images:
                     self.keep(image, self.asked(weights, image), self.policy.budget(PATCHES))
@@ -92,6 +108,36 @@ class Oracle:
         """Head-mean attention of the last column of the prompt that is left."""
         last = int((self.columns <= image.ask).sum()) - 1
         return weights[:, last].mean(0)[self.rows(image)]
+
+    def cluster(self, weights: Tensor, count: int) -> None:
+        """Keep the best `count` of each image, and means of clusters of the best others in their centres' places."""
+        row, changed, gone = {int(c): i for i, c in enumerate(self.columns)}, self.x.clone(), set()
+        for image in self.images:
+            if len(image.columns) <= count:
+                continue
+            asked = [row[c] if c in row else max(i for c2, i in row.items() if c2 <= c) for c in image.raters]
+            score = weights[:, asked].mean((0, 1))[self.rows(image)]
+            order = [image.columns[i] for i in score.argsort(descending=True)]
+            others = sorted(order[count : count + int(0.3 * (len(order) - count)) + 1])
+            number = int(len(others) / 10) + 1
+            x = self.x[[row[c] for c in others]]
+            d = (x[:, None] - x[None]).norm(dim=-1) / x.shape[1] ** 0.5
+            density = [torch.exp(-(d[i].sort().values[:number] ** 2).mean()) for i in range(len(x))]
+            rank = [
+                density[i] * min([d[i, j] for j in range(len(x)) if density[j] > density[i]], default=d.max())
+                for i in range(len(x))
+            ]
+            centres = sorted(range(len(x)), key=lambda i: -rank[i].item())[:number]
+            members: dict[int, list[int]] = {c: [] for c in centres}
+            for i in range(len(x)):
+                members[i if i in members else min(sorted(centres), key=lambda c: d[i, c].item())].append(i)
+            for c, part in members.items():
+                changed[row[others[c]]] = x[part].mean(0)
+            left = sorted(order[:count] + [others[c] for c in centres])
+            gone |= set(image.columns) - set(left)
+            image.columns = left
+        live = ~torch.isin(self.columns, torch.tensor(sorted(gone), dtype=torch.long))
+        self.x, self.columns = changed[live], self.columns[live]
 
     def keep(self, image: Image, score: Tensor, count: int) -> None:
         """The best of an image, once all have been asked of the same map."""
@@ -141,7 +187,7 @@ def test_every_step_of_generate(policy, prompt):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @torch.no_grad()
 def test_forward_with_padding_on_the_right(policy, attention, prompt):
     policy, rows = POLICIES[policy], PROMPTS[prompt]
@@ -154,7 +200,7 @@ def test_forward_with_padding_on_the_right(policy, attention, prompt):
         assert_close(got[: len(wanted)], wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @pytest.mark.parametrize("cache", ["none", "static", "beams", "flash"])
 @torch.no_grad()
 def test_generate_with(cache, policy, monkeypatch):
@@ -181,7 +227,7 @@ def test_generate_with(cache, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: StaticCache(model_of().config.get_text_config(), 400)])
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @torch.no_grad()
 def test_second_turn_with_another_image(policy, cache):
     """The last token of a turn sees the turns before it."""
@@ -197,7 +243,7 @@ def test_second_turn_with_another_image(policy, cache):
     assert_close(logits[0, -1], oracle(embeds, images)[-1], **CLOSE)
 
 
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @torch.no_grad()
 def test_an_image_keeps_the_same_tokens_in_any_company(policy):
     model, policy, rows = model_of(), POLICIES[policy], PROMPTS["four"]
@@ -210,6 +256,21 @@ def test_an_image_keeps_the_same_tokens_in_any_company(policy):
     assert (together.indices.diff(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM once"])
+@torch.no_grad()
+def test_images_of_different_sizes(policy):
+    """Each is read as it is alone."""
+    policy, model = POLICIES[policy], tiny.onevision().double()
+    inputs = onevision_inputs(model, ONEVISION["sizes in a batch"])
+    mask = inputs["attention_mask"]
+    with fk.patched(model, policy):
+        together = model(**inputs).logits
+        for b, live in enumerate(mask.bool()):
+            one = {name: x[b : b + 1] for name, x in inputs.items()}
+            one |= {name: one[name][:, live] for name in ("input_ids", "attention_mask")}
+            assert_close(together[b, -1], model(**one).logits[0, -1], **CLOSE)
+
+
 @pytest.mark.parametrize("policy", [fk.FastV(PATCHES), fk.PyramidDrop(PATCHES, layers=(1,))], ids=str)
 @torch.no_grad()
 def test_all_tokens_is_the_stock_model(policy):
@@ -219,7 +280,7 @@ def test_all_tokens_is_the_stock_model(policy):
         assert torch.equal(model(**inputs).logits, stock)
 
 
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 def test_loss_and_gradients(policy):
     """Checkpointed layers make the same choice again; answers with labels do not choose."""
     policy, rows = POLICIES[policy], PROMPTS["one"]
@@ -258,6 +319,8 @@ def test_not_finite_scores():
 def test_presets():
     found = {n: fk.FastV.preset(n).average_tokens(32, 576) for n in (192, 128, 64)}
     assert {n: round(x, 1) for n, x in found.items()} == {192: 191.6, 128: 127.9, 64: 64.1}
+    found = {n: fk.SparseVLM.preset(n).average_tokens(32, 576) for n in (192, 128, 64)}
+    assert {n: round(x, 1) for n, x in found.items()} == {192: 206.5, 128: 145.4, 64: 82.2}
     found = {n: fk.PyramidDrop.preset(n).average_tokens(32, 576) for n in (270, 192, 128, 64)}
     assert {n: round(x, 1) for n, x in found.items()} == {270: 270, 192: 191.2, 128: 127.5, 64: 64.3}
     assert fk.PyramidDrop(retain_ratio=1 / 8).tokens_by_layer(32, 576)[::8] == [576, 288, 144, 72]
@@ -270,6 +333,12 @@ def test_presets():
         (lambda: fk.FastV(8, layer=2.0), ValueError, "FastV: layer=2.0 must be"),
         (lambda: fk.FastV.preset(100), ValueError, "FastV.preset: average=100 must be one of 192, 128, 64"),
         (lambda: fk.patch(model_of(), fk.FastV(8, layer=5)), ValueError, "layer=5 but the language model has 5 layers"),
+        (lambda: fk.SparseVLM(8, layers=(1, 1, 2)), ValueError, r"layers=\(1, 1, 2\) must be rising"),
+        (lambda: fk.SparseVLM(8, layers=(1, 2)), ValueError, r"must be a number for each of layers=\(1, 2\)"),
+        (lambda: fk.SparseVLM(8, surplus=(1, 2)), ValueError, r"surplus=\(1, 2\) must be numbers that do not rise"),
+        (lambda: fk.SparseVLM(8, surplus=(2, 0.5)), ValueError, r"surplus=\(2, 0.5\) must be numbers"),
+        (lambda: fk.SparseVLM(8, surplus=3), ValueError, "surplus=3 must be numbers"),
+        (lambda: fk.patch(model_of(), fk.SparseVLM(8, layers=(1, 2, 4))), ValueError, "must end before the last"),
         (lambda: fk.PyramidDrop(8, layers=()), ValueError, r"layers=\(\) must be rising decoder layers, at least 1"),
         (lambda: fk.PyramidDrop(8, layers=(2, 2)), ValueError, r"layers=\(2, 2\) must be rising"),
         (lambda: fk.PyramidDrop(8, layers=(0, 2)), ValueError, r"layers=\(0, 2\) must be rising"),

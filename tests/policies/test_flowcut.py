@@ -458,7 +458,9 @@ def test_images_of_different_sizes_in_the_language_model(switch):
     def choose(images, lengths, budgets):
         n = max(lengths)
         heads = VisualHeads(query[images], key[images, :, :n], value[images, :, :n], anchor[images])
-        view = DecoderView(budgets, lengths, None, None, pytest.fail, lambda: heads, pytest.fail, None)
+        view = DecoderView(
+            1, [n] * len(lengths), budgets, lengths, None, None, pytest.fail, lambda: heads, pytest.fail, None
+        )
         return policy.decoder_select(view)
 
     alone = [choose(slice(i, i + 1), lengths[i : i + 1], budgets[i : i + 1]) for i in range(3)]

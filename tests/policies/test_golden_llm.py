@@ -37,6 +37,8 @@ def test_choice(name, backend):
     visual, ask = slice(case["visual_start"], case["visual_start"] + case["visual_num"]), case["last_instruct_pos"] - 1
     choice = fk.FlowCut.release(case["target"], llm_layer=1).decoder_select(
         DecoderView(
+            layer=1,
+            full=[case["visual_num"]] * len(query),
             budgets=[case["target"]] * len(query),
             lengths=[case["visual_num"]] * len(query),
             importance=None,
