@@ -15,13 +15,16 @@ from ..policies.base import Policy
 from ..trace import Trace
 from ._bound import Replacement
 from .clip import CLIP, SIGLIP
+from .gemma3 import Gemma3
 from .idefics3 import IDEFICS3, IDEFICS3_VIT, SMOLVLM, SMOLVLM_VIT
 from .internvl import INTERN_VIT, InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
+from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
 from .paligemma import PaliGemma
 from .qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from .video_llava import VideoLlava
 from .vipllava import VipLlava
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,7 +35,10 @@ ADAPTERS = (
     Llava(),
     LlavaNext(),
     LlavaOnevision(),
+    LlavaNextVideo(),
+    VideoLlava(),
     PaliGemma(),
+    Gemma3(),
     VipLlava(),
     QWEN2_VL,
     QWEN2_5_VL,

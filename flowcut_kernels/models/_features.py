@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,6 +76,7 @@ class Layout:
     behind: int = 0  # tokens after the grids: a newline
     lasting: int = 0  # of these, those that always stay, and count
     even: bool = False  # the grids (frames) get equal shares
+    leads: int = 0  # tokens in front of those of each tile, class tokens, that always stay and do not count
 
     @property
     def area(self) -> int:
@@ -83,6 +85,10 @@ class Layout:
     @property
     def full(self) -> int:
         return self.area + self.behind
+
+    @property
+    def besides(self) -> int:
+        return self.leads * len(self.live)
 
     @property
     def resampled(self) -> bool:
@@ -106,10 +112,22 @@ class Item:
     leading: Tensor | None = None  # [., D] features in front that are no patches
     trailing: Tensor | None = None  # [., D] features behind, which always stay, of importance 1
     appended: int = 0  # more of those, which the model adds later
+    leads: Tensor | None = None  # [grids, ., D] features in front of those of each grid (all alike), which always stay
 
     @property
-    def behind(self) -> int:
-        return self.appended + (0 if self.trailing is None else len(self.trailing))
+    def stays(self) -> int:
+        """Features besides those of the grids that stay, leading ones not counted."""
+        trailing = 0 if self.trailing is None else len(self.trailing)
+        return self.appended + trailing + (0 if self.leads is None else self.leads.shape[:2].numel())
+
+    def numbered(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of features of the grids, and of those that stay besides, where all are counted through."""
+        if self.leads is None:
+            return position, torch.arange(self.full - self.stays, self.full, device=position.device)
+        (grids, lead, _), area = self.leads.shape, math.prod(self.grids[0])
+        first = torch.arange(grids, device=position.device)[:, None] * (lead + area)
+        stay = first + torch.arange(lead, device=position.device)
+        return position + (position // area + 1) * lead, stay.flatten()
 
 
 class Kind:
@@ -117,6 +135,7 @@ class Kind:
 
     modality: str  # "image" | "video"
     pixels: str  # the argument of ``forward`` that brings them
+    aliases: tuple[str, ...] = ()  # other names of it
     method: str  # of the inner model that makes their features
     usual: int | None = None  # tokens of each where all have as many
     leading = 0  # features of each in front that are no patches and are never dropped
@@ -182,14 +201,14 @@ class PrunedFeatures(Bound):
                     f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
                     "patch again"
                 )
-        pixels = arguments[self._first]
+        pixels = self._pixels(arguments, self._first)
         ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
         layouts = self.kind.layouts(pixels, arguments)
         output, known = self._make(arguments, layouts)
-        full, kept = [layout.full for layout in layouts], [self._kept(layout) for layout in layouts]
+        full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
         self.encoded = Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
@@ -207,6 +226,10 @@ class PrunedFeatures(Bound):
         """The name under which the method takes the pixels; videos' changed with transformers' versions."""
         return next(iter(self.__signature__.parameters))
 
+    def _pixels(self, arguments: dict[str, Any], name: str) -> Any:
+        names = name, *self.kind.aliases
+        return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+
     def _left(self, layout: Layout) -> int:
         """Tokens of a visual that the encoder leaves, lasting ones included: one of its tiles at least."""
         budget = self.policy.encoder_budget(layout.full, len(layout.live))
@@ -218,7 +241,7 @@ class PrunedFeatures(Bound):
         """Features of a visual that enter the language model; None: known once they are chosen."""
         left = self._left(layout)
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
-        return None if budget is None else min(budget, left)
+        return None if budget is None else min(budget, left) + layout.besides
 
     def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
         """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
@@ -252,7 +275,7 @@ class PrunedFeatures(Bound):
         """What of this kind comes with a prompt: raw pixels, or features encoded beforehand."""
         encoded = arguments.get("mm_encoder_outputs")
         output = encoded.get(self.kind.modality) if isinstance(encoded, dict) else None
-        return arguments.get(self.kind.pixels), output
+        return self._pixels(arguments, self.kind.pixels), output
 
     def visuals(self, arguments: dict[str, Any], placeholders: Tensor) -> list[Visuals]:
         """The same, with what is left of it; bool [B, L] `placeholders` of the prompt."""
@@ -268,14 +291,15 @@ class PrunedFeatures(Bound):
             return []
         kind.heed(pixels, placeholders)
         layouts = kind.layouts(pixels, arguments)
-        budgets = [self._kept(layout) if kind.shrinks else layout.full for layout in layouts]
+        whole = [layout.full + layout.besides for layout in layouts]
+        budgets = [self._kept(layout) for layout in layouts] if kind.shrinks else whole
         left = [n for n in budgets if n is not None]
         if len(left) < len(budgets):
             left = self._encode_ahead(pixels, arguments)
         tiles = sum(len(layout.live) for layout in layouts)
         return [
             Visuals(
-                kind.token_id, [layout.full + lead for layout in layouts], [n + lead for n in left], lead,
+                kind.token_id, [n + lead for n in whole], [n + lead for n in left], lead,
                 lambda: tiles, lambda: self.encoded,
             )
         ]  # fmt: skip
@@ -290,7 +314,8 @@ class PrunedFeatures(Bound):
         A prompt is looked at before its images are encoded, by ``generate`` and by ``forward``.
         """
         if self.ahead is None or self.ahead[0] is not pixels:
-            others = {name: arguments[name] for name in self.__signature__.parameters if name in arguments}
+            names = self.__signature__.parameters.keys() - {*self.kind.aliases}
+            others = {name: arguments[name] for name in names if name in arguments}
             output = self(**others | {self._first: pixels, "return_dict": True})
             self.ahead = pixels, output
         assert self.encoded is not None
@@ -311,6 +336,7 @@ class PrunedFeatures(Bound):
                 for x, weight, layout, position in zip(features, known.importance, layouts, positions, strict=True)
             ]
         rows, scores, pieces, counts = [], [], [], []
+        features, leads = zip(*map(_without_leads, features, layouts), strict=True)
         marks = self._marked(features[0].device, arguments, layouts, known)
         lefts = [self._left(layout) for layout in layouts]
         for x, mark, layout, left in zip(features, marks, layouts, lefts, strict=True):
@@ -337,17 +363,18 @@ class PrunedFeatures(Bound):
         for layout, left in zip(layouts, lefts, strict=True):
             ends.append(layout.area if left == layout.full else left - layout.lasting)
         first = 0
-        for x, layout, left, at in zip(features, layouts, lefts, index.split(ends), strict=True):
+        for x, lead, layout, left, at in zip(features, leads, layouts, lefts, index.split(ends), strict=True):
             whole = left == layout.full
             # transformers 5.17 puts the newline behind a video's features later on.
             appended = layout.full - len(x)
             trailing = (layout.behind if whole else layout.lasting) - appended
             items.append(
                 Item(
-                    view.features[at], view.importance[at], layout.grids, layout.full,
+                    view.features[at], view.importance[at], layout.grids, layout.full + layout.besides,
                     position=None if whole else at - first,
                     trailing=x[len(x) - trailing :] if trailing else None,
                     appended=appended,
+                    leads=lead,
                 )
             )  # fmt: skip
             first += layout.area
@@ -367,7 +394,7 @@ class PrunedFeatures(Bound):
         return self.kind.assemble(tiles, arguments, channels.new_tensor([0.0, 1.0]))
 
     def _choose(self, output: Any, items: list[Item], kept: list[int | None]) -> None:
-        known = [max(n - item.behind, 0) for n, item in zip(kept, items, strict=True) if n is not None]
+        known = [max(n - item.stays, 0) for n, item in zip(kept, items, strict=True) if n is not None]
         lengths = [len(item.features) for item in items]
         given = [
             torch.arange(n, device=item.features.device) if item.position is None else item.position
@@ -389,15 +416,9 @@ class PrunedFeatures(Bound):
             choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
         else:
             choice = self.policy.feature_select(view)
-        # Pieces of an image are views, where nothing stands around them.
-        rows = [_surrounded(*pair) for pair in zip(items, choice.features.split(choice.lengths), strict=True)]
-        positions = list(places[choice.index].split(choice.lengths))
-        weights = list(view.importance[choice.index].split(choice.lengths))
-        for i, item in enumerate(items):
-            if item.behind:
-                last = torch.arange(item.full - item.behind, item.full, device=places.device)
-                positions[i] = torch.cat([positions[i], last])
-                weights[i] = torch.cat([weights[i], weights[i].new_ones(item.behind)])
+        chosen = choice.features, places[choice.index], view.importance[choice.index], choice.recycled
+        pieces = zip(*(x.split(choice.lengths) for x in chosen), strict=True)
+        rows, positions, weights, recycled = map(list, zip(*map(_surrounded, items, pieces), strict=True))
         if not self.kind.shrinks:
             rows = [
                 x.new_zeros(item.full, x.shape[1]).index_copy(0, at, x)
@@ -415,26 +436,23 @@ class PrunedFeatures(Bound):
             position=pad_sequence(positions, batch_first=True),
         )
         if self.encoder.trace is not None and (known != lengths or (self.kind.assembles and not whole)):
-            self._record(items, view, places, positions, choice)
+            self._record(items, view, places, positions, recycled)
 
     def _record(
-        self, items: list[Item], view: FeatureView, places: Tensor, positions: list[Tensor], choice: FeatureSelection
+        self, items: list[Item], view: FeatureView, places: Tensor, positions: list[Tensor], recycled: list[Tensor]
     ) -> None:
         assert self.encoder.trace is not None
         scores = view.importance.new_full((len(items), max(item.full for item in items)), float("nan"))
-        marks = []
-        for row, (item, part, left) in enumerate(
-            zip(items, _parts(view.lengths), _parts(choice.lengths), strict=True)
-        ):  # fmt: skip
-            scores[row, places[part]] = view.importance[part]
-            scores[row, item.full - item.behind : item.full] = 1
-            marks.append(torch.nn.functional.pad(choice.recycled[left], (0, item.behind)))
+        pieces = (x.split(view.lengths) for x in (places, view.importance))
+        for row, item, place, weight in zip(scores, items, *pieces, strict=True):
+            place, stay = item.numbered(place)
+            row[place], row[stay] = weight, 1.0
         kept = [len(x) for x in positions]
         self.encoder.trace.stages.append(
             Stage(
                 "features", -1, kept, pad_sequence(positions, batch_first=True, padding_value=-1),
                 torch.tensor(kept, dtype=torch.int32, device=scores.device), scores, None,
-                recycled=pad_sequence(marks, batch_first=True),
+                recycled=pad_sequence(recycled, batch_first=True),
             )
         )  # fmt: skip
 
@@ -452,11 +470,20 @@ class ScatteredProjector(Bound):
     method = "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        projected, known = self.original(*args, **kwargs), _PASS.get()
-        if known is None or known.position is None:
+        projected, known = self.original(*args, **kwargs), pruned_pass()
+        if known is None:
             return projected
-        projected = projected.flatten(0, -2).unflatten(0, known.position.shape)
-        return _spread_out(projected, known.position, known.whole)
+        assert known.position is not None
+        tiles, n = known.position.shape
+        projected = projected.reshape(tiles, -1, projected.shape[-1])
+        rows = _spread_out(projected[:, -n:], known.position, known.whole)
+        return torch.cat([projected[:, :-n], rows], 1) if projected.shape[1] > n else rows  # class tokens in front
+
+
+def pruned_pass() -> EncoderPass | None:
+    """What the tower left whose output is being projected; None: everything."""
+    known = _PASS.get()
+    return None if known is None or known.position is None else known
 
 
 def _spread_out(x: Tensor, position: Tensor, tokens: int) -> Tensor:
@@ -480,13 +507,33 @@ def spread(total: int, limits: Sequence[int]) -> list[int]:
     return shares
 
 
-def _surrounded(item: Item, rows: Tensor) -> Tensor:
-    """Features between those that lead and those that trail."""
-    parts = [x for x in (item.leading, rows, item.trailing) if x is not None]
-    return torch.cat(parts) if len(parts) > 1 else rows
+def _without_leads(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """A visual's features without those in front of each tile's, and those."""
+    if not layout.leads:
+        return x, None
+    tiles = x.unflatten(0, (len(layout.live), -1))
+    return tiles[:, layout.leads :].flatten(0, 1), tiles[:, : layout.leads]
 
 
-def _parts(lengths: list[int]) -> list[slice]:
-    """Slices of consecutive pieces."""
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+def _surrounded(item: Item, chosen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What was chosen of an item's grids, and what stays besides.
+
+    Args:
+        chosen: features [n, D], places in the grids, importance, recycled.
+
+    Returns:
+        The same of all, places where all are counted through; features without those that are appended later.
+    """
+    rows, place, weight, recycled = chosen
+    place, stay = item.numbered(place)
+    if len(stay):
+        place = torch.cat([place, stay])
+        weight = torch.cat([weight, weight.new_ones(len(stay))])
+        recycled = torch.cat([recycled, torch.zeros_like(stay, dtype=torch.bool)])
+    leads = None if item.leads is None else item.leads.flatten(0, 1)
+    parts = [x for x in (item.leading, rows, leads, item.trailing) if x is not None]
+    rows = torch.cat(parts) if len(parts) > 1 else rows  # a view, where nothing stands around
+    if leads is not None:
+        order = place.argsort()
+        rows, place, weight, recycled = (x[order] for x in (rows, place, weight, recycled))
+    return rows, place, weight, recycled

@@ -74,11 +74,7 @@ class Tower:
             raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
         if policy.needs_class_token and not self.protect:
             raise ValueError(f"{policy} asks for a class token, which {type(model).__name__} has none of")
-        if side > 1 and not policy.keeps_blocks:
-            raise ValueError(
-                f"{type(policy).__name__} keeps single patches, but {type(model).__name__} is read in squares of "
-                f"{side} x {side} patches, which are merged: use another policy, such as FlowCut"
-            )
+        check_squares(policy, model, side)
         policy.check_encoder(feature_layer, self.patches(model) // side**2)
         encoder = PrunedEncoder(
             model.encoder, layers, policy, self.protect, feature_layer, record=record, backend=backend
@@ -96,6 +92,15 @@ class Tower:
     def patches(self, model: Any) -> int:
         """Patches per image at the configured size."""
         return (edge(model.config.image_size) // edge(model.config.patch_size)) ** 2
+
+
+def check_squares(policy: Policy, model: Any, side: int) -> None:
+    """ValueError where a policy cannot keep squares of side x side patches, which are merged later."""
+    if side > 1 and not policy.keeps_blocks:
+        raise ValueError(
+            f"{type(policy).__name__} keeps single patches, but {type(model).__name__} is read in squares of "
+            f"{side} x {side} patches, which are merged: use another policy, such as FlowCut"
+        )
 
 
 def edge(size: int | Sequence[int]) -> int:

@@ -51,14 +51,14 @@ SIGLIP = Tower(
 
 
 def replace_tower(
-    model: Any, policy: Policy, *, record: bool, backend: str | None
+    model: Any, policy: Policy, *, record: bool, backend: str | None, name: str = "vision_tower"
 ) -> tuple[Tower, PrunedEncoder, list[Replacement], dict[str, Any]]:
     """The tower of a LLaVA-like model whose layers after the feature layer never run.
 
     Returns:
         The tower's facts, its encoder, what replaces its parts, and the settings that must not change afterwards.
     """
-    tower_model, config = model.model.vision_tower, model.config
+    tower_model, config = getattr(model.model, name), model.config
     tower = next((t for t in (CLIP, SIGLIP) if type(tower_model) is t.model_class), None)
     if tower is None:
         raise ValueError(
@@ -88,9 +88,13 @@ def replace_tower(
 
 
 def replace_siglip(
-    model: Any, policy: Policy, *, record: bool, backend: str | None
+    model: Any, policy: Policy, side: int = 1, *, record: bool, backend: str | None
 ) -> tuple[PrunedEncoder, list[Replacement]]:
-    """The SigLIP tower of a model that reads its last hidden state, behind the final norm."""
+    """The SigLIP tower of a model that reads its last hidden state, behind the final norm.
+
+    Args:
+        side: edge in patches of a token, that the model merges.
+    """
     tower_model, wanted = model.model.vision_tower, getattr(policy, "feature_layer", None)
     if type(tower_model) is not SIGLIP.model_class:
         raise ValueError(
@@ -99,4 +103,4 @@ def replace_siglip(
         )
     if wanted not in (None, -1):
         raise ValueError(f"feature_layer={wanted} but {type(model).__name__} reads the last layer: leave it None")
-    return SIGLIP.build(tower_model, policy, -1, runs_rest=False, record=record, backend=backend)
+    return SIGLIP.build(tower_model, policy, -1, runs_rest=False, record=record, backend=backend, side=side)

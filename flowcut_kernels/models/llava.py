@@ -39,10 +39,10 @@ class LlavaImages(Kind):
 
     modality, pixels, method = "image", "pixel_values", "get_image_features"
 
-    def __init__(self, model: Any, token_id: int, patches: int, leading: int) -> None:
+    def __init__(self, model: Any, token_id: int, patches: int, leading: int, side: int = 1) -> None:
         super().__init__(model, token_id)
         self.patches = self.usual = patches
-        self.leading = leading
+        self.leading, self.side = leading, side
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         grids = (PrunedEncoder.grid(self.patches),)

@@ -74,7 +74,7 @@ def decoder_replacements(
     if module != f"transformers.models.{file}.modeling_{file}":
         raise ValueError(
             f"{policy} drops tokens inside the language model, which must be one of {', '.join(FAMILIES)}; got "
-            f"{module}.{name}: prune before the language model alone (llm_layer=None, llm_stages=())"
+            f"{module}.{name}: prune before the language model alone, with llm_layer=None and llm_stages=()"
         )
     parts = partial(_parts, module=module, norm=norm)
     window = getattr(model.config, "sliding_window", None)

@@ -389,6 +389,7 @@ class PrunedEncoder:
     record: bool = False
     backend: str | None = None
     trace: Trace | None = field(default=None, repr=False)
+    traced: PrunedEncoder | None = field(default=None, repr=False)  # another tower's, that has the trace of either
     asked: EncoderPass | None = field(default=None, repr=False)  # by a tower that gives its encoder no such argument
 
     @property
@@ -424,7 +425,7 @@ class PrunedEncoder:
         for layer in self.layers:
             entered.append((state.patches, state.mask))
             hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
-        self.trace = state.trace
+        (self.traced or self).trace = state.trace
         if encoder_pass is not None:
             self._end(state, encoder_pass, entered)
         return BaseModelOutput(last_hidden_state=hidden_states)

@@ -89,7 +89,8 @@ class Tower:
         budgets: list[int],
         layers: int,
     ) -> None:
-        self.policy, self.tiles, self.voids, self.budgets, self.layers = policy, tiles, voids, budgets, layers
+        self.policy, self.tiles, self.voids, self.layers = policy, tiles, voids, layers
+        self.budgets = [max(budget, 1) for budget in budgets]  # nothing attends to nothing
         self.layer = 0  # that is running
         count = 1 + max(int(max(tile.rows.max(), *tile.protected.tolist(), 0)) for tile in tiles)
         self.live = torch.ones(count, dtype=torch.bool)
@@ -250,22 +251,23 @@ class Oracle:
         places = int((inputs["input_ids"] == self.token_ids[kind]).sum())
         groups = self.family.tiles(self.model, inputs, kind)
         tiles = [tile for group in groups for tile in group]
-        owner = torch.zeros(sum(len(tile.tokens) for tile in tiles))
+        owner = torch.zeros(sum(len(tile.tokens) + len(tile.leads) for tile in tiles))
+        leads = torch.zeros_like(owner)
         for i, group in enumerate(groups):
             for tile in group:
-                owner[tile.tokens] = i
+                owner[tile.tokens], owner[tile.leads], leads[tile.leads] = i, i, 1
         # Which tokens the model takes, and whose a place is; newlines come behind a place that is known.
         with torch.enable_grad():
-            ones, self.later = torch.ones_like(owner).requires_grad_(), 0
-            marks = self._assembled(inputs, kind, torch.stack([ones, owner], 1))
+            ones, self.later = (1 - leads).requires_grad_(), 0
+            marks = self._assembled(inputs, kind, torch.stack([ones, owner, leads], 1))
             if len(marks) < places:
                 self.later = (places - len(marks)) // len(groups)
-                marks = self._assembled(inputs, kind, torch.stack([ones, owner], 1))
-            weight, whose = marks.unbind(1)
+                marks = self._assembled(inputs, kind, torch.stack([ones, owner, leads], 1))
+            weight, whose, lead = marks.unbind(1)
             taken = torch.autograd.grad(weight.sum(), ones)[0] > 0
-        patch, whose = weight.detach() > 0, (whose / weight).detach().round()
-        visual = torch.where(patch, whose, 0).cummax(0).values.long()
-        full = torch.bincount(visual, minlength=len(groups)).tolist()
+        patch, lead, whose = weight.detach() > 0, lead > 0, (whose / (weight + lead)).detach().round()
+        visual = torch.where(patch | lead, whose, 0).cummax(0).values.long()
+        full = torch.bincount(visual[~lead], minlength=len(groups)).tolist()
         real = torch.bincount(visual[patch], minlength=len(groups)).tolist()
         left, pruned, resampled = [], [], []
         budgets: list[int] = []
@@ -288,11 +290,11 @@ class Oracle:
             for tile, x in zip(tiles, tower.importance, strict=True):
                 importance[tile.tokens] = x
             importance = self._assembled(inputs, kind, importance[:, None])[:, 0].masked_fill(~patch, 1.0)
-            made = self._recycled(inputs, kind, groups, Visuals(features, patch, visual, importance))
+            made = self._recycled(inputs, kind, groups, Visuals(features, lead, visual, importance))
         else:
             alive, score = torch.zeros_like(owner), torch.zeros_like(owner, dtype=torch.float64)
-            for tile, still, found in zip(tiles, tower.alive, tower.history, strict=True):
-                alive[tile.tokens] = still.to(alive)
+            for tile, still, found, budget in zip(tiles, tower.alive, tower.history, budgets, strict=True):
+                alive[tile.tokens] = still.to(alive) if budget else 0.0
                 if found is not None:
                     score[tile.tokens[still]] = found
             marks, score = self._assembled(inputs, kind, torch.stack([alive, score], 1)).unbind(1)
@@ -325,15 +327,15 @@ class Oracle:
             kept[best] = True
 
     def _recycled(self, inputs: dict[str, Any], kind: str, groups: list[list[Tile]], made: Visuals) -> Visuals:
-        """By the oracle of test_feature_stage.py."""
+        """By the oracle of test_feature_stage.py; what is kept already stays besides."""
         assert made.importance is not None
         if self.family.grids is None:
             grids = [[tile.grid for tile in group] for group in groups]
         else:
             grids = self.family.grids(self.model, inputs, kind)
-        made.kept = torch.zeros_like(made.kept)
+        stays = made.kept.clone()
         for i, grid in enumerate(grids):
-            at = (made.visual == i).nonzero().flatten()
+            at = ((made.visual == i) & ~stays).nonzero().flatten()
             item = Item(made.features[at], made.importance[at], list(grid), len(at) - sum(h * w for h, w in grid))
             left = pruned_by_hand(item, self.policy.budget(len(at)), self.policy.recycle_cell)
             made.features[at[left.kept]], made.kept[at[left.kept]] = left.features, True
@@ -365,7 +367,8 @@ class Oracle:
         change: Any = None,
     ) -> tuple[Tensor, Any, Tower]:
         """Features [T, D] of a pruning tower, the output they came in, and what it dropped."""
-        modules = [self.family.attention(layer) for layer in self.family.layers(self.model)]
+        layers = self.family.video_layers if kind == "video" and self.family.video_layers else self.family.layers
+        modules = [self.family.attention(layer) for layer in layers(self.model)]
         watch = Tower(self.policy, tiles, voids, budgets, len(modules))
         handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
         try:
@@ -464,5 +467,5 @@ def made_of(inner: nn.Module, inputs: dict[str, Any], kind: str) -> Any:
     """What the model's own get_image_features returns for the arguments that it takes of a prompt's."""
     method = getattr(inner, f"get_{kind}_features")
     first, *names = inspect.signature(method).parameters
-    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    pixels = inputs["pixel_values_videos" if kind == "video" else next(x for x in inputs if x.startswith("pixel"))]
     return method(**{name: inputs[name] for name in names if name in inputs} | {first: pixels, "return_dict": True})

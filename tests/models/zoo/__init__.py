@@ -62,6 +62,7 @@ class Tile(NamedTuple):
     rows: Tensor  # int64 [n, block] rows of each token's patches in the tower, counted through all tiles of a call
     tokens: Tensor  # int64 [n] places of its tokens in what the projector puts out, counted likewise
     protected: Tensor  # int64 [p] rows that are no patches (a class token)
+    leads: Tensor = torch.arange(0)  # int64 [.] places of such in what the projector puts out: they stay
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Family:
         fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens, fk.FastV, fk.PyramidDrop
     )  # fmt: skip
     prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages
+    video_layers: Callable[[Any], Sequence[nn.Module]] | None = None  # the same where frames have their own tower
     written_type: int = 0  # token type of what the model writes
     # (model, inputs) -> position_ids of an unpruned prompt, which kept tokens keep (M-RoPE); None: contiguous ones
     positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
@@ -122,20 +124,23 @@ def write(rows: Iterable[list[Part]], spelled: Callable[[Any, list[Part]], list[
     return [[i for part in row for i in ([part] if isinstance(part, int) else spelled(part, row))] for row in rows]
 
 
-def batched_tiles(count: int, grid: tuple[int, int], *, protect: int = 0, block: int = 1) -> list[Tile]:
+def batched_tiles(count: int, grid: tuple[int, int], *, protect: int = 0, block: int = 1, leads: int = 0) -> list[Tile]:
     """`count` tiles of a tower that takes a batch of images, with patches in raster order.
 
     Args:
         grid: rows and columns of a tile's tokens.
-        protect: leading rows that are no patches, and that the projector is not given.
+        protect: leading rows that are no patches.
         block: patches of a token, a square.
+        leads: those of the leading rows that the projector is given.
     """
     height, width, side = *grid, round(block**0.5)
     patches = torch.arange(height * width * block).view(height, side, width, side)
     rows = patches.transpose(1, 2).reshape(height * width, block) + protect
-    n, every = height * width, protect + height * width * block
+    places, every = torch.arange(leads + height * width), protect + height * width * block
     return [
-        Tile(grid, rows + i * every, torch.arange(n) + i * n, torch.arange(protect) + i * every) for i in range(count)
+        Tile(grid, rows + i * every, at[leads:], torch.arange(protect) + i * every, at[:leads])
+        for i in range(count)
+        for at in [places + i * len(places)]
     ]
 
 

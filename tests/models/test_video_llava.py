@@ -1,0 +1,91 @@
+"""What the conformance suite leaves out of Video-LLaVA: budgets of frames, two towers with one trace, names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import PATCHES
+from torch.testing import assert_close
+from transformers import VideoLlavaForConditionalGeneration
+from zoo import Image, Video
+from zoo.video_llava import NAMES, PIXELS, model, prompt
+
+import flowcut_kernels as fk
+
+KEEP, FRAMES = 11, 3
+
+
+def given(rows):
+    return {name: x.double() if x.is_floating_point() else x for name, x in prompt(rows).items()}
+
+
+@torch.no_grad()
+def test_frames_share_a_budget():
+    """Every frame keeps what a bare tower keeps of it with its share, behind its class token, which does not count."""
+    llava, pixels = model(dtype=torch.float64), given([[Video(FRAMES), Video(FRAMES, seed=1)]])["pixel_values_videos"]
+    tower, frames, shares = copy.deepcopy(llava.model.video_tower), pixels.flatten(0, 1), [4, 4, 3] * 2
+    want, kept = [], []
+    for frame, share in zip(frames, shares, strict=True):
+        with fk.patched(tower, fk.FlowCut(share), record=True):
+            states = tower(frame[None], output_hidden_states=True).hidden_states[-2]
+            kept.append(fk.trace(tower).stages[-1].indices[0])
+        want.append(llava.model.multi_modal_projector(states[0]))
+    with fk.patched(llava, fk.FlowCut(KEEP), record=True):
+        got = llava.model.get_video_features(pixels).pooler_output
+        *_, encoder, features = fk.trace(llava).stages
+    assert_close(got, torch.stack([torch.cat(want[:FRAMES]), torch.cat(want[FRAMES:])]))
+    assert (encoder.kept, features.kept) == (shares, [KEEP + FRAMES] * 2)
+    for video, indices in enumerate(features.indices):
+        parts = kept[FRAMES * video :][:FRAMES]
+        places = [torch.cat([torch.tensor([-1]), part]) + 1 + i * (PATCHES + 1) for i, part in enumerate(parts)]
+        assert torch.equal(indices, torch.cat(places))
+
+
+@torch.no_grad()
+def test_trace_of_the_last_pass():
+    """Of either tower, where one alone has work, and of the videos where both do."""
+    llava = model()
+    with fk.patched(llava, fk.FlowCut(KEEP), record=True):
+        for row, kept in (
+            ([Image(), 5], [KEEP]),
+            ([Video(2)], [6, 5]),
+            ([Image(), Video(2)], [6, 5]),
+            ([Image()], [KEEP]),
+        ):
+            llava(**prompt([row]))
+            encoder = [stage for stage in fk.trace(llava).stages if stage.name == "encoder"]
+            assert encoder[-1].kept == kept
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_cut_in_the_language_model_alone(beams):
+    """Frames that the encoder leaves whole are one video to the language model, in `generate` too."""
+    llava, rows = model(dtype=torch.float64), [[3, Video(2), 5], [Video(2, seed=1), 6, 7]]
+    inputs, policy = given(rows), fk.FlowCut(PATCHES + 8, llm_layer=1)
+    with fk.patched(llava, policy, record=True):
+        logits = llava(**inputs).logits[:, -1]
+        assert [(stage.name, stage.kept) for stage in fk.trace(llava).stages] == [("llm", [PATCHES + 8] * 2)]
+        settings = dict(max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        first = llava.generate(**inputs, **settings, num_beams=beams).logits[0]
+    assert_close(first[::beams].double(), logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pixels_by_either_name():
+    llava, inputs = model(), prompt([[3, Image(), 5, 6]])
+    pixels = inputs.pop(PIXELS)
+    names = [name for name in ("pixel_values", "pixel_values_images") if name in NAMES]
+    with fk.patched(llava, fk.FlowCut(KEEP)):
+        logits = [llava(**inputs, **{name: pixels}).logits for name in names]
+        written = [llava.generate(**inputs, **{name: pixels}, max_new_tokens=3, do_sample=False) for name in names]
+    assert logits[0].shape[1] == KEEP + 3
+    assert torch.equal(logits[0], logits[-1]) and torch.equal(written[0], written[-1])
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="class_token=False"):
+        fk.patch(model(), fk.VisionZip(KEEP))
+    assert VideoLlavaForConditionalGeneration in fk.supported_models()
