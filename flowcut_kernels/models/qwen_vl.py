@@ -25,9 +25,7 @@ from ..modules.packed_encoder import PackedBlock, PackedEncoder, PackedMerger, P
 from ..policies.base import Policy
 from ._bound import Replacement
 from ._features import Kind, Layout
-from ._vlm import vlm_replacements
-
-_MANY = 1 << 20  # more tokens than an image or a video has
+from ._vlm import MANY, vlm_replacements
 
 
 class QwenVL:
@@ -52,7 +50,7 @@ class QwenVL:
             )
         kinds = [QwenVisuals(inner, getattr(config, f"{kind}_token_id"), kind) for kind in ("image", "video")]
         replacements += vlm_replacements(
-            model, kinds, policy, _MANY, encoder, {}, backend=backend, compact_cache=compact_cache
+            model, kinds, policy, MANY, encoder, {}, backend=backend, compact_cache=compact_cache
         )
         if hasattr(inner.language_model, "_deepstack_process"):
             replacements.append((inner.language_model, "_deepstack_process", PrunedDeepstack(inner.language_model)))
