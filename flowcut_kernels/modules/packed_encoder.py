@@ -66,7 +66,7 @@ class Frame(NamedTuple):
         frames = []
         for visual, (count, height, width) in enumerate(grids):
             grid = height // side, width // side
-            budget = policy.encoder_budget(count * grid[0] * grid[1])
+            budget = policy.encoder_budget(count * grid[0] * grid[1], count)
             frames += [cls(visual, grid, budget // count + (i < budget % count)) for i in range(count)]
         return frames
 

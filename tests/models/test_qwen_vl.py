@@ -150,6 +150,18 @@ def test_cuts_by_frame(family):
 
 
 @torch.no_grad()
+def test_share_of_a_frame(family):
+    """Its own share of the budget each, whatever their number; then what the language model is to be given."""
+    model, inputs = family.model(), given(family, [[3, FILM, 8]])
+    for target, left in ((8, 12), (200, 105)):  # FILM has 3 frames of 7 x 5 tokens
+        policy = fk.FlowCut(target, llm_layer=1, view_share=0.5)
+        with fk.patched(model, policy, record=True):
+            model(**inputs)
+            kept = [stage.kept for stage in fk.trace(model).stages]
+        assert kept[-2:] == ([[left], [target]] if left < 105 else [])
+
+
+@torch.no_grad()
 def test_entropy_of_patches(family):
     """VFlowOpt's second term, of images whose patches come one by one and in windows."""
     model, mean, std = family.model(), (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
