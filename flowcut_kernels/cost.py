@@ -7,6 +7,7 @@ keep (`received_attention`) counts twice. Norms, softmax, rotary tables and elem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,7 +21,7 @@ from .models import adapter_of
 from .models._features import heeding
 from .models._prompt import PrunedForward
 from .modules.decoder import VisualTokens
-from .modules.encoder import PrunedEncoder, PrunedEncoderLayer
+from .modules.encoder import EncoderPass, PrunedEncoder, PrunedEncoderLayer
 from .modules.packed_encoder import PackedEncoder
 from .policies.base import EncoderStep, Policy, is_whole
 
@@ -63,11 +64,14 @@ class Schedule:
         return ", ".join(f"{rows} x {len(list(same))}" for rows, same in groupby(self.leaving))
 
 
+_Walk = tuple[Schedule, int, bool]  # through an encoder: rows, FLOPs of choosing them, whether entropy mattered
+
+
 @dataclass(frozen=True)
 class Side:
     """What one forward pass over a prompt costs, all its images and samples together."""
 
-    encoder: Schedule  # of one image, class token included
+    encoder: Schedule  # of one image, class token included; of tiles that differ, the longest (of the first kind)
     decoder: Schedule  # of one sample: text, visual tokens and padding; empty for a bare tower
     encoder_flops: int  # patch embedding, layers, choosing tokens, pooling head
     projector_flops: int
@@ -171,16 +175,18 @@ def cost(
     runs = sum(isinstance(new, PrunedEncoderLayer) for _, _, new in replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
     prompt = None if forward is None else _Prompt.read(forward, encoder, arguments)
-    tiles = _bare_images(arguments) if prompt is None else prompt.tiles
+    passes = [_bare_pass(encoder, arguments)] if prompt is None else prompt.passes
 
-    rows, looks, adapts = _walk_encoder(encoder, runs, entropy)
-    full = _encoded(encoder, tiles, Schedule.stock(len(encoder.layers), rows.entering[0]), 0)
-    pruned = _encoded(encoder, tiles, rows, looks)
+    walks = [_walk_encoder(encoder, runs, entropy, asked) for asked in passes]
+    stock = Schedule.stock(len(encoder.layers), encoder.protect + _patches(encoder.encoder.config))
+    stocks = [(stock, 0, False)] * len(passes)
+    full, pruned = _encoded(encoder, passes, stocks), _encoded(encoder, passes, walks)
     if prompt is not None:
         rows, looks = _walk_decoder(policy, prompt)
-        full = _prefilled(full, prompt, Schedule.stock(len(rows.entering), prompt.columns), 0, logits_to_keep, False)
-        pruned = _prefilled(pruned, prompt, rows, looks, logits_to_keep, compact_cache)
-    return Cost(full, pruned, entropy if adapts else None)
+        every = Schedule.stock(len(rows.entering), prompt.columns)
+        full = _prefilled(full, prompt, _read(prompt, stocks), every, 0, logits_to_keep, False)
+        pruned = _prefilled(pruned, prompt, _read(prompt, walks), rows, looks, logits_to_keep, compact_cache)
+    return Cost(full, pruned, entropy if any(adapts for *_, adapts in walks) else None)
 
 
 def layer_flops(config: Any, entering: int, leaving: int) -> int:
@@ -250,25 +256,34 @@ def _saved(full: int, pruned: int) -> float:
     return 1 - pruned / full if full else 0.0
 
 
-def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float) -> tuple[Schedule, int, bool]:
-    """Rows of an image by layer, FLOPs of choosing them, and whether `entropy` mattered."""
+def _walk_encoder(encoder: PrunedEncoder, runs: int, entropy: float, asked: EncoderPass) -> _Walk:
+    """Rows of the longest tile of a pass by layer, FLOPs of choosing them of one, and whether `entropy` mattered."""
     policy, config, protect = encoder.policy, _config(encoder.encoder), encoder.protect
-    patches = live = _patches(config)
-    budget = policy.encoder_budget(patches)
+    patches = _patches(config)
+    state = encoder.started(asked, _tiles(asked), patches)
+    live = list(state.tokens) if state.void is None else [math.prod(state.grid)] * len(state.tokens)
+    before: dict[int, int] = {}
     cuts: dict[int, int] = {}
     looks, adapts, merging = 0, False, set()
     for layer in range(runs):
-        step = policy.encoder_step(layer, encoder.feature_layer, patches, budget)
-        if step is None or (cuts and live <= budget):
+        step, ends = state.step(layer)
+        if step is None:
             continue
-        looks += policy.encoder_scoring_flops(step, live, protect, config.hidden_size, config.num_attention_heads)
+        if step.prunes and live != state.tokens and not cuts:
+            live = list(state.tokens)
+            before[layer] = protect + state.block * max(live)
+        looks += policy.encoder_scoring_flops(
+            step, state.block * max(live), protect, config.hidden_size, config.num_attention_heads
+        )
         if step.prunes:
             adapts |= _adapts(step)
-            live = _kept(step, live, entropy ** getattr(policy, "entropy_exponent", 2.0))
-            cuts[layer] = protect + live
+            power = entropy ** getattr(policy, "entropy_exponent", 2.0)
+            steps = [step._replace(budget=end) for end in ends or [step.budget] * len(live)]
+            state.left = live = [_kept(each, n, power) for each, n in zip(steps, live, strict=True)]
+            cuts[layer] = protect + state.block * max(live)
         if step.merges:
             merging.add(layer)
-    rows = Schedule.cut(runs, protect + patches, cuts)
+    rows = Schedule.cut(runs, protect + patches, cuts, before)
     return replace(rows, merging=frozenset(merging)), looks, adapts
 
 
@@ -283,16 +298,23 @@ def _kept(step: EncoderStep, live: int, power: float) -> int:
     return max(live - round((live - step.budget) / step.divisor * (1 - power)), step.budget)
 
 
-def _encoded(encoder: PrunedEncoder, tiles: int, rows: Schedule, looks: int) -> Side:
+def _encoded(encoder: PrunedEncoder, passes: list[EncoderPass], walks: Sequence[_Walk]) -> Side:
     """The vision tower's part, for all images."""
-    flops = tiles * (encoder_flops(_config(encoder.encoder), rows) + looks)
-    return Side(rows, Schedule(), flops, 0, 0, tiles * looks, 0)
+    config, flops, looked = _config(encoder.encoder), 0, 0
+    for asked, (rows, looks, *_) in zip(passes, walks, strict=True):
+        flops += _tiles(asked) * (encoder_flops(config, rows) + looks)
+        looked += _tiles(asked) * looks
+    return Side(walks[0][0], Schedule(), flops, 0, 0, looked, 0)
 
 
-def _bare_images(arguments: Mapping[str, Any]) -> int:
+def _tiles(asked: EncoderPass) -> int:
+    return len(asked.tokens or ())
+
+
+def _bare_pass(encoder: PrunedEncoder, arguments: Mapping[str, Any]) -> EncoderPass:
     if arguments.get("pixel_values") is None:
         raise ValueError("cost: inputs holds no pixel_values; give images")
-    return len(arguments["pixel_values"])
+    return EncoderPass(tokens=[_patches(encoder.encoder.config)] * len(arguments["pixel_values"]))
 
 
 @dataclass
@@ -300,7 +322,7 @@ class _Prompt:
     """A batch of prompts, and what is left of it when it enters the language model."""
 
     model: Any
-    tiles: int  # images that the encoder is given
+    passes: list[EncoderPass]  # what the encoder is given, and is to leave
     unread: int  # rows of each that never reach the projector: a class token
     samples: int
     columns: int
@@ -342,7 +364,7 @@ class _Prompt:
         assert visual is not None
         return cls(
             model=forward.model,
-            tiles=sum(visuals.tiles() for visuals in given),
+            passes=[asked for visuals in given if (asked := visuals.asked()) is not None],
             unread=encoder.protect - given[0].leading,
             samples=len(ids),
             columns=ids.shape[1],
@@ -389,7 +411,17 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
     return Schedule.cut(layers, prompt.left, cuts, entries), looks
 
 
-def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_to_keep: int, compact: bool) -> Side:
+def _read(prompt: _Prompt, walks: Sequence[_Walk]) -> int:
+    """Rows that the projector is given."""
+    return sum(
+        _tiles(asked) * (rows.leaving[-1] - prompt.unread) // asked.side**2
+        for asked, (rows, *_) in zip(prompt.passes, walks, strict=True)
+    )
+
+
+def _prefilled(
+    side: Side, prompt: _Prompt, read: int, rows: Schedule, looks: int, logits_to_keep: int, compact: bool
+) -> Side:
     """`side` with the projector, the language model and its cache."""
     language = prompt.model.get_decoder()
     vision, text = prompt.model.config.vision_config, _config(language)
@@ -398,7 +430,6 @@ def _prefilled(side: Side, prompt: _Prompt, rows: Schedule, looks: int, logits_t
         raise ValueError(
             f"cost: {rows.entering[0]} columns do not fit text_config.sliding_window={window}: set it None"
         )
-    read = prompt.tiles * (side.encoder.leaving[-1] - prompt.unread)
     logits = min(logits_to_keep or prompt.columns, rows.leaving[-1])
     held = (rows.leaving[-1],) * len(rows.leaving) if compact else rows.entering
     return replace(

@@ -170,6 +170,27 @@ def test_tiles_and_frames(changes, stages, compact):
     assert encoder <= limit <= 1.02 * encoder
 
 
+@pytest.mark.parametrize("policy", ["calibrated", "fixed", "llm"])
+def test_pruned_tiles(policy):
+    """Of different sizes, with padding that leaves before the first cut; one that is not cut beside them."""
+    settings = dict(calibrated=dict(interval=3), fixed=dict(cumulative=False), llm=dict(llm_layer=1))[policy]
+    policy, size = fk.FlowCut(80, adaptive=False, **settings), tiny.SIDE * tiny.PATCH
+    model, pixels = tiny.llava_next(), torch.zeros(3, 5, 3, size, size)  # filled up with empty views
+    sizes = torch.tensor([[40, 110], [2 * size, 2 * size], [110, 15]])
+    for i, views in enumerate((3, 5, 3)):
+        pixels[i, :views] = tiny.images(views, seed=i)
+    with torch.no_grad():
+        pictures = [[tiny.IMAGE] * len(x) for x in model.get_image_features(pixels, sizes).pooler_output]
+    assert len(pictures[2]) < 2 * 80 < len(pictures[1])
+    rows = [[1, 4, *pictures[0], 5, *pictures[1], 6], [1, *pictures[2], 7, 8]]
+    ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
+    inputs = dict(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixels, image_sizes=sizes)
+    cost = fk.cost(model, policy, inputs)
+    assert run(model, inputs, logits_to_keep=1) == predicted(cost.full)
+    with fk.patched(model, policy, backend="reference"):
+        assert run(model, inputs, logits_to_keep=1) == predicted(cost.pruned)
+
+
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_bare_towers(tower):
     """All their layers run, those after the cuts on what is left."""

@@ -56,7 +56,7 @@ class Visuals(NamedTuple):
     full: list[int]  # placeholders of each as the processor writes them
     kept: list[int]  # features of each that are put into the prompt
     leading: int  # features of each that are no patches (a class token) and are never dropped
-    tiles: Callable[[], int]  # what the encoder is given of them, all together
+    asked: Callable[[], EncoderPass | None]  # what the encoder is to leave of them; None: they are encoded already
     encoded: Callable[[], Encoded | None]  # what is known of them, once the features are made
 
 
@@ -243,9 +243,8 @@ class PrunedFeatures(Bound):
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
         return None if budget is None else min(budget, left) + layout.besides
 
-    def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
-        """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
-        kind = self.kind
+    def _asked(self, layouts: list[Layout]) -> EncoderPass:
+        """What is to be left of each tile."""
         tokens: list[int] = []
         budgets: list[int] = []
         voids: list[Tensor] = []
@@ -259,7 +258,11 @@ class PrunedFeatures(Bound):
             none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
             voids.append(none if whole or layout.void is None else layout.void)
         void = torch.cat(voids) if any(layout.void is not None for layout in layouts) else None
-        known = EncoderPass(kind.side, tokens, budgets, void)
+        return EncoderPass(self.kind.side, tokens, budgets, void)
+
+    def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
+        """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
+        kind, known = self.kind, self._asked(layouts)
         if kind.shrinks and (kind.assembles or kind.side > 1 or self.policy.prunes_features):
             arguments = arguments | dict(encoder_pass=known)
         before = _PASS.set(known)
@@ -286,7 +289,7 @@ class PrunedFeatures(Bound):
             kept = kind.lengths(output.pooler_output, known)
             full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
             full = full if known is None else [n + lead for n in known.full]
-            return [Visuals(kind.token_id, full, kept, lead, lambda: 0, lambda: known)]
+            return [Visuals(kind.token_id, full, kept, lead, lambda: None, lambda: known)]
         if pixels is None:
             return []
         kind.heed(pixels, placeholders)
@@ -296,11 +299,10 @@ class PrunedFeatures(Bound):
         left = [n for n in budgets if n is not None]
         if len(left) < len(budgets):
             left = self._encode_ahead(pixels, arguments)
-        tiles = sum(len(layout.live) for layout in layouts)
         return [
             Visuals(
                 kind.token_id, [n + lead for n in whole], [n + lead for n in left], lead,
-                lambda: tiles, lambda: self.encoded,
+                lambda: self._asked(layouts), lambda: self.encoded,
             )
         ]  # fmt: skip
 

@@ -410,7 +410,16 @@ class PrunedEncoder:
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
         encoder_pass = encoder_pass or self.asked
-        state, hidden_states = self._begin(inputs_embeds, encoder_pass or EncoderPass())
+        rows = inputs_embeds.shape[1]
+        state = self.started(encoder_pass or EncoderPass(), len(inputs_embeds), rows - self.protect)
+        hidden_states = inputs_embeds
+        if state.block > 1:
+            side = math.isqrt(state.block)
+            hidden_states = hidden_states[:, _by_tokens(state.grid, side, self.protect, hidden_states.device)]
+        if state.prunes:
+            # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers.
+            # Where nothing is pruned it stays: other layouts round differently.
+            hidden_states = hidden_states.contiguous()
         if encoder_pass is not None and state.prunes:
             state.number_patches(len(hidden_states), hidden_states.shape[1], hidden_states.device)
         if attention_mask is not None and state.void is not None:  # what nothing may attend to leaves at once
@@ -430,10 +439,9 @@ class PrunedEncoder:
             self._end(state, encoder_pass, entered)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
-    def _begin(self, embeds: Tensor, asked: EncoderPass) -> tuple[EncoderState, Tensor]:
-        """The state of a pass, and what its first layer is given."""
-        batch, patches, side = len(embeds), embeds.shape[1] - self.protect, asked.side
-        grid = self._tokens(patches, side)
+    def started(self, asked: EncoderPass, batch: int, patches: int) -> EncoderState:
+        """The state of a pass over `batch` tiles of so many patches."""
+        side, grid = asked.side, self._tokens(patches, asked.side)
         tokens = asked.tokens or [math.prod(grid)] * batch
         budgets = asked.budgets or [self.policy.encoder_budget(n) for n in tokens]
         if len(tokens) != batch:
@@ -445,7 +453,7 @@ class PrunedEncoder:
         if not prunes:  # patches by themselves, in the order in which the model expects them
             side, grid = 1, self.grid(patches)
             tokens = budgets = [patches] * batch
-        state = EncoderState(
+        return EncoderState(
             policy=self.policy,
             feature_layer=self.feature_layer,
             grid=grid,
@@ -459,11 +467,6 @@ class PrunedEncoder:
             trace=Trace() if self.record else None,
             entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
         )
-        if side > 1:
-            embeds = embeds[:, _by_tokens(grid, side, self.protect, embeds.device)]
-        # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers. Where
-        # nothing is pruned it stays: other layouts round differently.
-        return state, embeds.contiguous() if prunes else embeds
 
     def _end(self, state: EncoderState, asked: EncoderPass, entered: list[tuple[Tensor | None, Tensor | None]]) -> None:
         """Note what a pass left."""
