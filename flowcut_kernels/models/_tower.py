@@ -74,6 +74,11 @@ class Tower:
             raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
         if policy.needs_class_token and not self.protect:
             raise ValueError(f"{policy} asks for a class token, which {type(model).__name__} has none of")
+        if len(several) > 1 and policy.merges_features:
+            raise ValueError(
+                f"{type(policy).__name__} merges tokens of one layer's output, but of {type(model).__name__} the "
+                f"layers {several} are read: use another policy, such as FlowCut"
+            )
         check_squares(policy, model, side)
         policy.check_encoder(feature_layer, self.patches(model) // side**2)
         encoder = PrunedEncoder(

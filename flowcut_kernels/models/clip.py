@@ -75,7 +75,7 @@ def replace_tower(
             f"vision_feature_select_strategy={strategy!r} drops the first token, but {type(tower_model).__name__} has "
             "no class token: set 'full'"
         )
-    if strategy == "full" and getattr(policy, "class_token", False):
+    if tower.protect and strategy == "full" and getattr(policy, "class_token", False):
         raise ValueError(
             "class_token=True, but vision_feature_select_strategy='full' gives the language model the class token "
             "anyway: set class_token=False"

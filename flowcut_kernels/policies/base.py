@@ -147,6 +147,11 @@ class Policy:
         return False
 
     @property
+    def merges_features(self) -> bool:
+        """Whether the output of the feature layer is merged, so that no other layer's fits it."""
+        return False
+
+    @property
     def keeps_blocks(self) -> bool:
         """Whether patches that a model merges into one token stay or go together."""
         return True

@@ -62,6 +62,10 @@ class VisionZip(Policy):
         return True
 
     @property
+    def merges_features(self) -> bool:
+        return True
+
+    @property
     def keeps_blocks(self) -> bool:
         return False
 
@@ -78,13 +82,17 @@ class VisionZip(Policy):
         query, _ = view.anchor("cls")
         (batch, _, rows, _), device, first = view.key.shape, view.key.device, view.protect
         most, own = self.contextual(step.budget), int(self.class_token)
-        if view.budgets is None:
-            contextual, budgets = torch.full((batch, 1), most, device=device), None
-        else:
+        live = torch.ones((batch, rows), dtype=torch.bool, device=device)
+        if view.lengths is not None:
+            live = torch.arange(rows, device=device) < view.lengths[:, None]
+        whole, budget, budgets = None, step.budget - most - own, None
+        contextual = torch.full((batch, 1), most, device=device)
+        if view.budgets is not None:  # tiles, some of which may keep all that they have
             tokens = view.budgets[:, None].long()
+            whole = live.sum(1, keepdim=True) - first <= tokens
             contextual = (self.contextual_share * tokens.double()).round().long()  # half to even, as Python's
-            contextual = torch.minimum(contextual, tokens - own)
-            budgets = (tokens - contextual - own)[:, 0].int()
+            contextual = torch.minimum(contextual, tokens - own).masked_fill(whole, 0)
+            budget, budgets = step.budget, (tokens - contextual - own * (~whole).long())[:, 0].int()
         score, index, lengths, entropy = anchor_stats_select(
             query,
             view.key,
@@ -94,7 +102,7 @@ class VisionZip(Policy):
             relevance=Relevance.NONE,
             value_norm=ValueNorm.NONE,
             mode=Select.FIXED,
-            budget=step.budget - most - own,
+            budget=budget,
             budgets=budgets,
             backend=view.backend,
         )
@@ -102,9 +110,6 @@ class VisionZip(Policy):
         kept = torch.zeros((batch, rows + 1), dtype=torch.bool, device=device)
         kept = kept.scatter_(1, torch.where(index < 0, rows, index), True)[:, :rows]
         kept[:, :first] = True
-        live = torch.ones_like(kept)
-        if view.lengths is not None:
-            live = torch.arange(rows, device=device) < view.lengths[:, None]
         rest = live & ~kept
         number = rest.cumsum(1) - 1
         stride = (rest.sum(1, keepdim=True) // contextual.clamp_min(1)).clamp_min(1)
@@ -116,6 +121,7 @@ class VisionZip(Policy):
         classes = torch.zeros_like(kept)
         if self.class_token:
             classes = merged & (merged.cumsum(1) == 1)
+            classes = classes if whole is None else classes & ~whole
             kept |= classes
         width = first + step.budget
         order = (~kept).long().argsort(dim=1, stable=True)[:, :width]

@@ -7,8 +7,6 @@ import copy
 import pytest
 import tiny
 import torch
-from test_feature_stage import PROMPTS as ONEVISION
-from test_feature_stage import inputs_for as onevision_inputs
 from test_llava import IMG, inputs_for
 from test_llm_stage import GREEDY, Image, Inside, flash_stub, rms, rotated, shrunk
 from tiny import PATCHES
@@ -17,6 +15,8 @@ from torch.nn.functional import silu
 from torch.testing import assert_close
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from zoo import Image as Picture
+from zoo import families
 
 import flowcut_kernels as fk
 
@@ -256,19 +256,21 @@ def test_an_image_keeps_the_same_tokens_in_any_company(policy):
     assert (together.indices.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM once"])
+@pytest.mark.parametrize("family", [family for family in families() if fk.FastV in family.policies], ids=str)
 @torch.no_grad()
-def test_images_of_different_sizes(policy):
-    """Each is read as it is alone."""
-    policy, model = POLICIES[policy], tiny.onevision().double()
-    inputs = onevision_inputs(model, ONEVISION["sizes in a batch"])
-    mask = inputs["attention_mask"]
-    with fk.patched(model, policy):
-        together = model(**inputs).logits
-        for b, live in enumerate(mask.bool()):
-            one = {name: x[b : b + 1] for name, x in inputs.items()}
-            one |= {name: one[name][:, live] for name in ("input_ids", "attention_mask")}
-            assert_close(together[b, -1], model(**one).logits[0, -1], **CLOSE)
+def test_samples_of_every_family(family):
+    """Images of different sizes are read in a batch as they are alone, clusters and raters included."""
+    model, sizes = family.model(dtype=torch.float64), [Picture(*size, seed=i) for i, size in enumerate(family.sizes)]
+    rows = [[3, sizes[0], 5, 6, 7], [3, 9, sizes[1], 8, sizes[2], 4], [3, 11, 12]]
+    with fk.patched(model, fk.SparseVLM(5, layers=(0, 1), surplus=(2,))):
+
+        def logits(rows: list[list]) -> Tensor:
+            inputs = family.prompt(rows)
+            pixels = {name: x.double() for name, x in inputs.items() if name.startswith("pixel_values")}
+            return model(**inputs | pixels).logits[:, -1]
+
+        for row, together in zip(rows, logits(rows), strict=True):
+            assert_close(logits([row])[0], together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [fk.FastV(PATCHES), fk.PyramidDrop(PATCHES, layers=(1,))], ids=str)

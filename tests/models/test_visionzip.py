@@ -10,6 +10,7 @@ from test_llava import Oracle as Llava
 from tiny import LAYERS, PATCHES
 from torch import Tensor
 from torch.testing import assert_close
+from zoo import Image, llava_next, vipllava
 
 import flowcut_kernels as fk
 
@@ -120,6 +121,37 @@ def test_with_the_class_token_in_the_prompt():
     assert_close(torch.stack(list(got)), want, rtol=1e-5, atol=1e-5)
 
 
+def next_features(size: tuple[int, int], policy: fk.VisionZip):
+    """A LLaVA-NeXT, its tower's input for one image, and the image's features under the policy."""
+    model = llava_next.FAMILY.model(dtype=torch.float64)
+    inputs = llava_next.FAMILY.prompt([[3, Image(*size), 6]])
+    pixels = inputs["pixel_values"].double()
+    with fk.patched(model, policy, record=True):
+        features = model.get_image_features(pixels, inputs["image_sizes"]).pooler_output[0]
+        return model, pixels[0], features, fk.trace(model).stages[0]
+
+
+@pytest.mark.parametrize(("size", "counts"), [((56, 112), [7, 7, 6]), ((112, 112), [4] * 5)])
+@torch.no_grad()
+def test_views(size, counts, monkeypatch):
+    """Of a tiled image every view is an image with its part of the budget."""
+    model, pixels, features, _ = next_features(size, fk.VisionZip(20, contextual_share=0.4))
+    tower = model.model.vision_tower
+    monkeypatch.setitem(globals(), "LAYERS", tower.config.num_hidden_layers)
+    for view, count in zip(pixels, counts, strict=True):
+        (rows,), _ = zipped(tower, view[None], fk.VisionZip(count, contextual_share=0.4))
+        assert torch.cdist(model.model.multi_modal_projector(rows), features).min(1).values.max() < 1e-5
+    assert len(features) == 20
+
+
+@torch.no_grad()
+def test_a_view_that_keeps_all_it_has():
+    """It has neither a class token nor contextual ones; void patches do not count."""
+    *_, features, stage = next_features((20, 112), fk.VisionZip(retain_ratio=0.75))
+    assert stage.recycled.any(1).tolist().count(False) >= 1
+    assert len(features) == sum(stage.kept)
+
+
 @torch.no_grad()
 def test_all_tokens_is_the_stock_model():
     model, inputs = tiny.llava(), inputs_for(PROMPTS["one image"])
@@ -153,6 +185,11 @@ def test_scores_that_are_not_finite():
     tower.encoder.layers[-2].self_attn.k_proj.weight.fill_(torch.nan)
     with fk.patched(tower, POLICIES["published"]), pytest.raises(ValueError, match="at encoder layer 6 hold NaN"):
         tower(tiny.images(1))
+
+
+def test_several_feature_layers():
+    with pytest.raises(ValueError, match=r"merges tokens of one layer's output, but of CLIPVisionModel the layers \("):
+        fk.patch(vipllava.FAMILY.model(), POLICIES["published"])
 
 
 def test_towers_without_a_class_token():
