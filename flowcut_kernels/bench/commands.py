@@ -129,6 +129,10 @@ def prefill(
     model: Annotated[
         str | None, typer.Option(help="llava-1.5-7b, llava-next-7b or llava-onevision-7b at full size; sets the rest.")
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="Model families, separated by commas, or all: what pruning gains, and its cost in Python."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     tokens: Counts = "192,64",
     layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
@@ -142,14 +146,28 @@ def prefill(
     threads: Threads = None,
     device: Device = "cpu",
     backend: Backend = None,
-    toy: Annotated[bool, typer.Option(hidden=True)] = False,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="With --model or --family: the same structure at a toy's size.")
+    ] = False,
     json: Json = None,
     csv: Csv = None,
 ) -> None:
     """Image to first token and decoding: encoder, projector, language model, KV cache."""
+    from . import families
     from .prefill import cpu_shape, measure
     from .shapes import REAL, real
 
+    if family is not None:
+        names = tuple(families.FAMILIES) if family == "all" else tuple(family.split(","))
+        unknown = [name for name in names if name not in families.FAMILIES]
+        if unknown or model is not None:
+            wrong = f"{unknown[0]!r} is unknown" if unknown else "does not go with --model"
+            raise typer.BadParameter(f"--family {wrong}: use all or {', '.join(families.FAMILIES)}")
+        asked = dict(
+            families=names, size="toy" if toy else "real", dtype=dtypes(dtype)[0], repeats=repeats, backend=backend
+        )
+        section("prefill", families.measure, asked, threads, device, json, csv)
+        return
     if model in REAL:
         shape = real(model, toy)
     elif model is None:

@@ -57,6 +57,10 @@ STEPS = (
         "prefill --model llava-onevision-7b --batch 1,8 --baselines --repeats 5 --device cuda",
         f"prefill --model llava-onevision-7b --toy --batch 1,2 --baselines {TOY}",
     ),
+    Step(
+        "prefill-families", "prefill --family all --repeats 3 --device cuda",
+        f"prefill --family all --toy {TOY}",
+    ),
     Step("compile", "compile --arch {arch}", "compile --arch 90 --only gather"),
 )  # fmt: skip
 # Compilation for other generations needs no GPU, and CI does it.

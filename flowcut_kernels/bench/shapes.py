@@ -146,7 +146,7 @@ def llava(
         image_seq_length=patches_of(vision), vision_feature_layer=-2 if clip else -1,
         vision_feature_select_strategy="default" if clip else "full",
     )  # fmt: skip
-    with _NoInit(), torch.device(device):
+    with NoInit(), torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         fill(model.model.vision_tower, gains)
@@ -222,7 +222,7 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Skips drawing initial weights that are overwritten anyway (300 M normals take seconds)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

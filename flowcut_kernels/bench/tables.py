@@ -188,6 +188,15 @@ TABLES: dict[str, list[Column]] = {
             "KV cache", lambda r: _sizes(r["stock_kv_bytes"], r["kv_bytes"]) if r["ok"] else r["refcheck"], True, True
         ),
     ],
+    "families": [
+        Column("family", _cell("family"), False),
+        Column("type", _type, False),
+        Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}" if r["ok"] else r["refcheck"], False, True),
+        Column("1st token", lambda r: _pair(r, "first")),
+        Column("faster", _cell("speedup", times)),
+        Column("Python", _time("python_seconds")),
+        Column("of stock", _cell("python_share", percent)),
+    ],
     "prefill limits": [
         Column("type", _type, False),
         Column("B", _cell("batch")),

@@ -28,6 +28,7 @@ COMMANDS = {
     "ops": "ops --toy --repeats 1",
     "encoder": "encoder --layers 6 --image-size 112 --hidden 64 --tokens 16,8 --batch 1,2 --repeats 1",
     "prefill": "prefill --layers 6 --text-layers 1 --image-size 112 --hidden 64 --tokens 8 --steps 1 --repeats 1",
+    "families": "prefill --family llava-1.5-7b,qwen2.5-vl-7b --toy --repeats 1",
     "quality": "quality --questions 16 --policies FlowCut,random",
     "kv": "kv --toy --repeats 1 --steps 2",
     "conversation": "conversation --questions 16",
