@@ -15,7 +15,6 @@ from ._bound import Replacement
 from ._features import Encoded, Kind, Layout, ScatteredProjector
 from ._vlm import MANY, vlm_replacements
 from .clip import replace_tower
-from .llava import LlavaImages
 
 
 class VideoLlava:
@@ -40,10 +39,11 @@ class VideoLlava:
         tower, encoder, replacements, fixed = replace(name="image_tower")
         _, frames, more, _ = replace(name="video_tower")
         frames.traced, patches = encoder, tower.patches(inner.image_tower)
-        leading = tower.protect if fixed["vision_feature_select_strategy"] == "full" else 0
+        strategy = fixed["vision_feature_select_strategy"]
+        lead = tower.protect
         kinds = (
-            VideoLlavaImages(inner, config.image_token_id, patches, leading),
-            VideoLlavaVideos(inner, config.video_token_id, patches, tower.protect),
+            VideoLlavaImages(inner, config.image_token_id, patches, lead if strategy == "full" else 0),
+            VideoLlavaVideos(inner, config.video_token_id, patches, lead),
         )
         projector = inner.multi_modal_projector
         replacements += [*more, (projector, "forward", ScatteredProjector(projector))]
@@ -53,16 +53,9 @@ class VideoLlava:
         return encoder, replacements
 
 
-class VideoLlavaImages(LlavaImages):
-    """The same as LLaVA's; transformers changed the name of their pixels."""
+class _Frames(Kind):
+    """Frames of all patches, maybe each behind its class token; an image is a single one."""
 
-    aliases = ("pixel_values_images",)
-
-
-class VideoLlavaVideos(Kind):
-    """Frames of all patches, each behind its class token."""
-
-    modality, pixels, method = "video", "pixel_values_videos", "get_video_features"
     assembles = True
 
     def __init__(self, model: Any, token_id: int, patches: int, leads: int) -> None:
@@ -70,10 +63,10 @@ class VideoLlavaVideos(Kind):
         self.patches, self.leads = patches, leads
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        videos, frames = pixels.shape[:2]
+        frames = 1 if pixels.dim() == 4 else pixels.shape[1]
         grids, live = (PrunedEncoder.grid(self.patches),) * frames, (self.patches,) * frames
         layout = Layout(grids, self.patches, live, self.patches * frames, even=True, leads=self.leads)
-        return [layout] * videos
+        return [layout] * len(pixels)
 
     def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
         return [x.flatten(0, 1) for x in tiles]
@@ -86,3 +79,16 @@ class VideoLlavaVideos(Kind):
         if known is None:
             return found
         return [known.kept[0]] * (sum(found) // known.kept[0])  # frame by frame, where nothing was dropped
+
+
+class VideoLlavaImages(_Frames):
+    """The name of their pixels changed with transformers' versions."""
+
+    modality, pixels, method = "image", "pixel_values", "get_image_features"
+    aliases = ("pixel_values_images",)
+
+
+class VideoLlavaVideos(_Frames):
+    """Frames one behind another."""
+
+    modality, pixels, method = "video", "pixel_values_videos", "get_video_features"

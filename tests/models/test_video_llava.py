@@ -59,6 +59,25 @@ def test_trace_of_the_last_pass():
             assert encoder[-1].kept == kept
 
 
+@torch.no_grad()
+def test_images_are_frames_without_class_tokens():
+    """Where the encoder's surplus is recycled too; and what the language model leaves of them is theirs."""
+    llava, rows = model(dtype=torch.float64), [[3, Image(), 5, Video(2)], [Video(2, seed=1), Image(seed=1), 7]]
+    inputs = given(rows)
+    llava.model.video_tower.load_state_dict(llava.model.image_tower.state_dict())
+    with fk.patched(llava, fk.FlowCut(KEEP, recycle_cell=2.0)):
+        images = llava.model.get_image_features(inputs[PIXELS]).pooler_output
+        frames = llava.model.get_video_features(inputs[PIXELS][:, None]).pooler_output
+    assert_close(images, frames[:, 1:])
+    with fk.patched(llava, fk.FlowCut.release(KEEP, llm_layer=1), record=True):
+        llava(**inputs)
+        image, video, other, _ = fk.trace(llava).stages[-1].indices  # of each row images come first
+        llava.model.get_image_features(inputs[PIXELS])
+        entered = fk.trace(llava).stages[-1].indices
+    assert torch.isin(image, entered[0]).all() and torch.isin(other, entered[1]).all()
+    assert video.max() > PATCHES and not torch.isin(image, entered[1]).all()
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
 def test_cut_in_the_language_model_alone(beams):
