@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..models import patch, unpatch
-from ..policies import FlowCut, Policy, RandomTokens, UniformTokens, VFlowOpt
+from ..policies import FlowCut, Policy, RandomTokens, UniformTokens, VFlowOpt, VisionZip
 from .entropy import cls_entropy
 from .report import Section
 from .shapes import patches_of
@@ -29,6 +29,7 @@ POLICIES: dict[str, Callable[[int, int, int], Policy]] = {
     "FlowCut release": lambda t, layers, i: FlowCut.release(target_tokens=t),
     "VFlowOpt": lambda t, layers, i: VFlowOpt(target_tokens=t),
     "hybrid": lambda t, layers, i: FlowCut(target_tokens=t, recycle_cell=4),
+    "VisionZip": lambda t, layers, i: VisionZip(target_tokens=t),
     "CLS attention": lambda t, layers, i: FlowCut(t, criteria=("attention",), cumulative=False, interval=layers),
     "CLS staged": lambda t, layers, i: FlowCut(t, criteria=("attention",)),
     "random": lambda t, layers, i: RandomTokens(target_tokens=t, seed=i),

@@ -226,6 +226,22 @@ def test_generate_with(cache, policy, monkeypatch):
         assert_close(score.double(), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
+@torch.no_grad()
+def test_compacted_cache(policy):
+    """The prompt's logits are the same, and all layers end with the rows that reached the last one."""
+    model, policy, inputs = model_of(), POLICIES[policy], given(PROMPTS["several images"])
+    found = []
+    for compact_cache in (False, True):
+        with fk.patched(model, policy, compact_cache=compact_cache):
+            found.append(model(**inputs, use_cache=True))
+    assert torch.equal(found[0].logits, found[1].logits)
+    rows = [[layer.keys.shape[2] for layer in output.past_key_values.layers] for output in found]
+    longest = max(len(row) - row.count(IMG) + policy.tokens_by_layer(LAYERS, PATCHES)[-1] * row.count(IMG)
+                  for row in PROMPTS["several images"])  # fmt: skip
+    assert rows[1] == [longest] * LAYERS and rows[0][-1] == longest < rows[0][0]
+
+
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: StaticCache(model_of().config.get_text_config(), 400)])
 @pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @torch.no_grad()
