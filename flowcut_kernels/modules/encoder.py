@@ -312,7 +312,8 @@ class PrunedEncoderLayer:
                 residual, normed = pruning.gather(choice.index, residual, normed, parts.norm1)
         if query is None:
             query = self._heads(parts.q_proj(normed))
-        if step is not None and has_native_attention(parts.attention, query, pruning.backend):
+        # Where everything stays, what comes out is the stock model's, bit for bit.
+        if step is not None and pruning.prunes and has_native_attention(parts.attention, query, pruning.backend):
             span = None if key_lengths is None else torch.stack((torch.zeros_like(key_lengths), key_lengths), 1)
             scale: Any = parts.attention.scale
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
