@@ -172,7 +172,8 @@ def cost(
             f"cost: no formula for {type(model).__name__}, whose encoder reads images of any size in one sequence"
         )
     _config(encoder.encoder)
-    runs = sum(isinstance(new, PrunedEncoderLayer) for _, _, new in replacements)
+    layers = {*encoder.layers}  # of one tower, where there are two alike
+    runs = sum(isinstance(new, PrunedEncoderLayer) and module in layers for module, _, new in replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
     prompt = None if forward is None else _Prompt.read(forward, encoder, arguments)
     passes = [_bare_pass(encoder, arguments)] if prompt is None else prompt.passes
@@ -323,7 +324,7 @@ class _Prompt:
 
     model: Any
     passes: list[EncoderPass]  # what the encoder is given, and is to leave
-    unread: int  # rows of each that never reach the projector: a class token
+    protect: int  # rows of each in front of its patches: a class token
     samples: int
     columns: int
     left: int  # columns
@@ -365,7 +366,7 @@ class _Prompt:
         return cls(
             model=forward.model,
             passes=[asked for visuals in given if (asked := visuals.asked()) is not None],
-            unread=encoder.protect - given[0].leading,
+            protect=encoder.protect,
             samples=len(ids),
             columns=ids.shape[1],
             left=left["input_ids"].shape[1],
@@ -414,7 +415,7 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
 def _read(prompt: _Prompt, walks: Sequence[_Walk]) -> int:
     """Rows that the projector is given."""
     return sum(
-        _tiles(asked) * (rows.leaving[-1] - prompt.unread) // asked.side**2
+        _tiles(asked) * (asked.leads + (rows.leaving[-1] - prompt.protect) // asked.side**2)
         for asked, (rows, *_) in zip(prompt.passes, walks, strict=True)
     )
 

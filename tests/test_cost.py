@@ -66,7 +66,7 @@ def prompt(images: tuple[int, ...] = (1,), side: str | None = None, class_token:
 
 
 @torch.no_grad()
-def run(model, inputs, **options):
+def run(model, inputs, towers=("vision_tower",), **options):
     """FLOPs counted in encoder, projector and language model with its head, and the bytes the cache allocated."""
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         output = model(**inputs, use_cache=True, **options)
@@ -74,7 +74,8 @@ def run(model, inputs, **options):
     name = type(model).__name__
     prefill = modules[f"{name}.model.language_model"] + modules[f"{name}.lm_head"]
     prefill -= modules.get(f"{name}.model.language_model.rotary_emb", 0)
-    flops = modules[f"{name}.model.vision_tower"], modules[f"{name}.model.multi_modal_projector"], prefill
+    encoder = sum(modules[f"{name}.model.{tower}"] for tower in towers)
+    flops = encoder, modules[f"{name}.model.multi_modal_projector"], prefill
     storages = [x.untyped_storage() for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
     return flops, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

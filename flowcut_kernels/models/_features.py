@@ -258,7 +258,8 @@ class PrunedFeatures(Bound):
             none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
             voids.append(none if whole or layout.void is None else layout.void)
         void = torch.cat(voids) if any(layout.void is not None for layout in layouts) else None
-        return EncoderPass(self.kind.side, tokens, budgets, void)
+        leads = self.kind.leading + max((layout.leads for layout in layouts), default=0)
+        return EncoderPass(self.kind.side, tokens, budgets, void, leads=leads)
 
     def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
         """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""

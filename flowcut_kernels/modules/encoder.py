@@ -62,6 +62,7 @@ class EncoderPass:
     void: Tensor | None = None  # bool [B, N] tokens that the model throws away: they go before the first cut
     pixels: Pixels | None = None  # where the policy wants them
     align: tuple[int, ...] = ()  # indices of hidden states whose rows are to be known
+    leads: int = 0  # rows of a tile in front of its patches that the projector is given too
     # Afterwards:
     whole: int = 0  # N
     # Of a packed encoder, whose images differ in size, lists of one tensor [n] for each.

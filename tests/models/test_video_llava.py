@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from test_cost import predicted, run
 from tiny import PATCHES
 from torch.testing import assert_close
 from transformers import VideoLlavaForConditionalGeneration
@@ -102,6 +103,18 @@ def test_pixels_by_either_name():
         written = [llava.generate(**inputs, **{name: pixels}, max_new_tokens=3, do_sample=False) for name in names]
     assert logits[0].shape[1] == KEEP + 3
     assert torch.equal(logits[0], logits[-1]) and torch.equal(written[0], written[-1])
+
+
+@pytest.mark.parametrize("llm_layer", [None, 1])
+def test_cost(llm_layer):
+    """Of frames with class tokens, in a tower of their own, beside images."""
+    llava, policy = model(), fk.FlowCut(30, adaptive=False, llm_layer=llm_layer)
+    inputs = prompt([[3, Image(), 4, Video(3), 5], [Video(3, seed=1), 6, Image(seed=1), 7]])
+    towers = dict(logits_to_keep=1, towers=("image_tower", "video_tower"))
+    cost = fk.cost(llava, policy, inputs)
+    assert run(llava, inputs, **towers) == predicted(cost.full)
+    with fk.patched(llava, policy, backend="reference"):
+        assert run(llava, inputs, **towers) == predicted(cost.pruned)
 
 
 def test_refused():
