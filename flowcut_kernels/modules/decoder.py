@@ -152,16 +152,19 @@ class DecoderState:
         """Columns [I, R] that the policy asks about each image, -1 for none; None: the prompt's last ones."""
         visual = self.visual
         assert visual is not None
-        column = torch.arange(self.length, device=visual.live.device)
-        # One more column, for the places that have no token.
-        seen = torch.nn.functional.pad(torch.zeros_like(visual.live), (0, 1))
-        seen[visual.samples[:, None], torch.where(visual.columns < 0, self.length, visual.columns)] = True
+
+        def words() -> Tensor:
+            column = torch.arange(self.length, device=visual.live.device)
+            # One more column, for the places that have no token.
+            seen = torch.nn.functional.pad(torch.zeros_like(visual.live), (0, 1))
+            seen[visual.samples[:, None], torch.where(visual.columns < 0, self.length, visual.columns)] = True
+            return visual.live & ~seen[:, :-1] & (column <= visual.last[:, None])
+
         tokens = torch.tensor(visual.lengths).split(visual.counts)
         most = self.length - min(int(of.sum()) for of in tokens if len(of))
-        text = visual.live & ~seen[:, :-1] & (column <= visual.last[:, None])
         with torch.no_grad():
             return self.decoder.policy.decoder_raters(
-                PromptView(self.embeds, text, column, visual.columns, visual.samples, visual.last, most)
+                PromptView(self.embeds, words, visual.columns, visual.samples, visual.last, most)
             )
 
     def advance_cache(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
@@ -615,10 +618,10 @@ class _Rows:
 
     def _rated(self, found: VisualRows, raters: Tensor) -> Tensor:
         """The same, mean over an image's raters [I, R]. Each sees other keys, which no span for all of them says."""
-        parts, state, samples = self.parts, self.state, self._samples
+        parts, state, samples, mask = self.parts, self.state, self._samples, self.mask
         key, columns, _ = self._keys()
-        mask, rotary, several = self.mask, self.rotary, len(samples) != len(key)
-        if several or len(key) > 1:
+        assert state.visual is not None
+        if state.visual.counts != [1] * len(key):
             key, columns = key[samples], columns[samples]
             mask = mask if mask is None or len(mask) == 1 else mask[samples]
         rotary = [x.expand(len(self.hidden), -1, -1) for x in self.rotary]

@@ -368,8 +368,7 @@ class PromptView(NamedTuple):
     """A prompt of B samples and L columns with I images, as it enters the language model."""
 
     embeds: Tensor  # [B, L, D]
-    text: Tensor  # bool [B, L] words: no visual tokens, no padding, nothing that is to be learnt
-    column: Tensor  # int64 [L]
+    words: Callable[[], Tensor]  # bool [B, L] no visual tokens, no padding, nothing that is to be learnt
     columns: Tensor  # int64 [I, n] of each image's tokens, -1 after the last
     samples: Tensor  # int64 [I] each image's
     last: Tensor  # int64 [B] column of the prompt's last token

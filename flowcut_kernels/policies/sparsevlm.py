@@ -100,7 +100,8 @@ class SparseVLM(Policy):
         return None if kept is None or kept >= left else kept + clusters(left - kept)
 
     def decoder_raters(self, prompt: PromptView) -> Tensor:
-        words = (prompt.text[prompt.samples] & (prompt.column > prompt.columns.amax(1, keepdim=True))).long()
+        column = torch.arange(prompt.embeds.shape[1], device=prompt.columns.device)
+        words = (prompt.words()[prompt.samples] & (column > prompt.columns.amax(1, keepdim=True))).long()
         order = words.argsort(dim=1, descending=True, stable=True)[:, : prompt.most]
         absent = words.gather(1, order) == 0
         dtype, samples = accumulate_dtype(prompt.embeds.dtype), prompt.samples[:, None]
