@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -23,6 +24,15 @@ EVERYTHING = (fk.FlowCut(10**6), fk.FlowCut(retain_ratio=1.0), fk.VFlowOpt(10**6
 STEPS = 3
 WRITTEN = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, return_dict_in_generate=True, output_logits=True)
 GREEDY = WRITTEN | dict(do_sample=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Nothing here is large enough for two, which would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=families(), ids=str)
