@@ -631,7 +631,7 @@ class _Rows:
             row_of = torch.zeros((len(self.hidden), state.length + 1), dtype=torch.long, device=row.device)
             place = torch.arange(self.hidden.shape[1], device=row.device).expand(len(self.hidden), -1)
             row_of.scatter_(1, torch.where(self.before.columns < 0, state.length, self.before.columns), place)
-            row = row_of[samples[:, None], row]
+            row = row_of.cummax(1).values[samples[:, None], row]  # of a dropped one: the row before it
         total = torch.zeros(found.at.shape, dtype=accumulate_dtype(key.dtype), device=row.device)
         for some, named in zip(row.split(_RATERS, 1), raters.split(_RATERS, 1), strict=True):
             query = _heads(parts, parts.q_proj(self.normed[samples[:, None], some]), parts.q_norm)

@@ -34,7 +34,7 @@ PROMPTS = {
     "four": [[1, IMG, 5, 6, 7], [1, 9, IMG, 8], [IMG, 3], [1, 4, 5, 6, IMG, 7, 8]],
     "several images": [[1, IMG, 4, 5, IMG, 6], [1, IMG, 7, IMG, 8, 9, 10]],
     "one, two or none": [[1, IMG, 5], [1, 11, 12, 13], [1, 9, IMG, IMG, 8, 7]],
-    "image last": [[1, 5, IMG], [1, IMG]],
+    "image last": [[1, 5, IMG], [1, IMG], [1, 7, 8, IMG], [9, IMG, IMG], [4, 5, 6, 7, IMG]],
     "many words": [[1, IMG, *range(3, 80)], [1, 5, IMG, *range(9, 14)]],
 }
 
