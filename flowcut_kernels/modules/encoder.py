@@ -169,6 +169,7 @@ class EncoderState:
         """
         with torch.no_grad():  # inside, as torch.compile does not trace the decorator of a method
             choice = self.policy.encoder_select(step, view)
+        self._freeze(choice)
         on_host = view.key.device.type == "cpu" and not torch.compiler.is_compiling()
         if step.static and not on_host:
             if choice.index is not None:
@@ -187,6 +188,14 @@ class EncoderState:
             self._record(layer, view, choice)
         self.history = choice.score
         return choice
+
+    def _freeze(self, choice: Selection) -> None:
+        """A tile that was cut to its budget keeps its score, however long the others of the batch take."""
+        if self.left is None or self.history is None or choice.score is None:
+            return
+        done = [n <= budget and n < full for n, budget, full in zip(self.left, self.budgets, self.tokens, strict=True)]
+        if any(done):
+            choice.score = torch.where(constant(tuple(done), choice.score.device)[:, None], self.history, choice.score)
 
     def gather(self, index: Tensor, hidden: Tensor, normed: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass."""

@@ -582,3 +582,20 @@ def test_hybrid(tower, setting):
             [at[i] for i in item.kept] for item, at in zip(items, places.tolist(), strict=True)
         ]
         assert stage.recycled.any()
+
+
+def test_an_image_that_is_soon_down_to_its_budget_keeps_its_score():
+    """Attention so sharp that one of 64 tokens goes at layer 3 of some images and at layer 5 of others."""
+    model, pixels = tiny.llava(), tiny.images(8)
+    with torch.no_grad():
+        for layer in model.model.vision_tower.encoder.layers:
+            layer.self_attn.q_proj.weight.mul_(1.5)
+    policy = fk.FlowCut(target_tokens=30, encoder_surplus=2.1, recycle_cell=2)
+    last = set()
+    with fk.patched(model, policy, record=True), torch.no_grad():
+        together = model.model.get_image_features(pixels).pooler_output
+        for image, features in zip(pixels, together, strict=True):
+            alone = model.model.get_image_features(image[None]).pooler_output[0]
+            last.add(fk.trace(model).stages[-2].layer)
+            assert_close(features, alone, rtol=1e-4, atol=1e-4)
+    assert last == {3, 5}
