@@ -49,8 +49,8 @@ def retained_count(
 
     Raises:
         TypeError: a configuration of another model.
-        ValueError: a modality that the model does not have, sizes that are missing, or a policy that knows its counts
-            only afterwards (``VFlowOpt.release``) or does not fit the model.
+        ValueError: a modality that the model does not have, sizes that are missing or of another kind, or a policy that
+            knows its counts only afterwards (``VFlowOpt.release``) or does not fit the model.
     """
     kind: Any = type(config)  # mypy takes a dataclass for something without a hash
     found = _features(kind, json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
@@ -60,16 +60,25 @@ def retained_count(
         raise ValueError(f"modality={modality!r} but this model has: {known}")
     if image_sizes is None and pixel_shape is None:
         raise ValueError("retained_count: give image_sizes, or pixel_shape where the count follows from it")
-    kind, shape = features.kind, tuple(pixel_shape or (len(image_sizes), 3, 1, 1))  # type: ignore[arg-type]
+    unknown = (0,) * (4 if modality == "video" else 3)
+    visuals, shape = features.kind, tuple(pixel_shape or (len(image_sizes), *unknown))  # type: ignore[arg-type]
     pixels, sizes = torch.ones(()).expand(shape), None if image_sizes is None else torch.as_tensor(image_sizes)
-    arguments = dict.fromkeys(("image_sizes", f"{modality}_grid_thw"), sizes)
+    columns = () if sizes is None else (("image_sizes", 2), (f"{modality}_grid_thw", 3))
+    arguments = {name: sizes for name, count in columns if sizes.shape[-1] in (0, count)}  # type: ignore[union-attr]
     with heeding():
+        if pixel_shape is None:  # then there are no pixels to count by
+            areas = [layout.area for layout in visuals.layouts(pixels, arguments)]
+            if len(areas) < len(pixels) or 0 in areas:
+                raise ValueError(
+                    f"image_sizes alone does not say how many tokens the {modality}s of {kind.__name__} have: give "
+                    "pixel_shape"
+                )
         if sizes is None and modality == "image":  # one run of placeholders
-            kind.heed(pixels, torch.ones(1, sum(layout.full for layout in kind.layouts(pixels, arguments))))
+            visuals.heed(pixels, torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments))))
         counts = features.counts(pixels, arguments)
     if None in counts:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")
-    return [n + kind.leading for n in counts if n is not None]
+    return [n + visuals.leading for n in counts if n is not None]
 
 
 def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, backend: str | None = None) -> Tensor:

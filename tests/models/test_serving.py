@@ -46,6 +46,22 @@ def test_all_tokens_of_a_fixed_size_and_its_class_token():
     assert retained_count(model.config, fk.FlowCut(target_tokens=9), [(56, 56)]) == [10]
 
 
+def test_sizes_that_do_not_say_how_many():
+    """A count that follows from the pixels' shape, or from sizes of another kind, is asked for: never guessed."""
+    found, policy = {family.name: family.model().config for family in families()}, fk.FlowCut(target_tokens=9)
+    for name in ("internvl", "idefics3", "smolvlm"):
+        with pytest.raises(ValueError, match="give pixel_shape"):
+            retained_count(found[name], policy, [(56, 56), (30, 90)])
+    for name in ("llava_next_video", "llava_onevision", "video_llava"):
+        with pytest.raises(ValueError, match=r"the videos of \w+Config have: give pixel_shape"):
+            retained_count(found[name], policy, [(56, 56)], modality="video")
+    with pytest.raises(ValueError, match="image_grid_thw is missing"):
+        retained_count(found["qwen2_vl"], policy, [(56, 56)])
+    with pytest.raises(ValueError, match="image_sizes is missing"):
+        retained_count(found["llava_next"], policy, [(1, 14, 14)])
+    assert all(retained_count(config, policy, []) == [] for config in found.values())
+
+
 def test_what_cannot_be_counted():
     config, policy = llava().config, fk.FlowCut(target_tokens=9)
     with pytest.raises(ValueError, match="modality='video' but this model has: image"):
