@@ -312,7 +312,7 @@ class PrunedEncoderLayer:
                 pixels=pruning.pixels,
                 backend=pruning.backend,
                 block=pruning.block,
-                budgets=None if budgets is None else constant(tuple(budgets), key.device).int(),
+                budgets=None if budgets is None else constant(tuple(budgets), key.device, torch.int32),
                 places=pruning.places,
             )
             choice = pruning.select(self.number, step, budgets, view)
@@ -495,7 +495,7 @@ class PrunedEncoder:
         assert patches is not None
         asked.position = position = state.tokens_of(_or_absent(patches, state.mask, -state.block))
         if asked.budgets is not None and min(asked.budgets) < 1:
-            none = constant(tuple(n < 1 for n in asked.budgets), position.device)
+            none = constant(tuple(n < 1 for n in asked.budgets), position.device, torch.bool)
             asked.position = position.masked_fill(none[:, None], -1)
         for index in asked.align:
             before, mask = entered[index] if index < len(entered) else (patches, state.mask)

@@ -85,7 +85,7 @@ class Segments:
     @property
     def tensor(self) -> Tensor:
         """int32 [F]."""
-        return constant(self.lengths, self.device).int()
+        return constant(self.lengths, self.device, torch.int32)
 
     @property
     def starts(self) -> Tensor:
@@ -213,7 +213,7 @@ class PackedState:
             pixels=None if self.pixels is None else self.pixels._replace(arrange=self._arranged),
             backend=self.encoder.backend,
             block=self.block,
-            budgets=constant(tuple(budgets), device).int() if len(set(budgets)) > 1 else None,
+            budgets=constant(tuple(budgets), device, torch.int32) if len(set(budgets)) > 1 else None,
             places=self._places(before.tokens) if self.order is not None or before.tokens is not None else None,
             grids=grids if len(set(grids)) > 1 else None,
         )
@@ -368,7 +368,7 @@ class PackedBlock:
                 position_embeddings = rows.rotary
                 if made is None:
                     lengths = [n for n in self._pieces(rows) if n]
-                    cu_seqlens = constant(tuple(accumulate(lengths, initial=0)), hidden_states.device).int()
+                    cu_seqlens = constant(tuple(accumulate(lengths, initial=0)), hidden_states.device, torch.int32)
                     max_seqlen = max(lengths)
         if packing is None or made is None:
             return type(self.block).forward(
@@ -434,7 +434,7 @@ def _attend(
     pairs = [(n, m) for n, m in zip(rows, keys, strict=True) if m]
     if is_flash_attention_requested(module.config):
         for name, lengths in zip("qk", zip(*pairs, strict=True), strict=True):
-            ends = constant(tuple(accumulate(lengths, initial=0)), query.device).int()
+            ends = constant(tuple(accumulate(lengths, initial=0)), query.device, torch.int32)
             options |= {f"cu_seq_lens_{name}": ends, f"max_length_{name}": max(lengths)}
         packed = (x.transpose(0, 1)[None] for x in (query, key, value))
         return attend(module, *packed, None, **options)[0][0]

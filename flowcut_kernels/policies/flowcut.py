@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
+
 from .._ops import Relevance, Select, ValueNorm
 from ..ops import anchor_stats_select
 from .base import (
@@ -311,7 +313,7 @@ class FlowCut(Policy):
         if min(view.lengths) < key.shape[2]:
             lengths = constant(tuple(view.lengths), key.device)
         if min(view.budgets) < budget:
-            budgets = constant(tuple(view.budgets), key.device).int()
+            budgets = constant(tuple(view.budgets), key.device, torch.int32)
         score, index, kept, entropy = anchor_stats_select(
             query,
             key,

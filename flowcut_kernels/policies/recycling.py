@@ -129,8 +129,8 @@ def _images(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
         return image.to(device), constant(tuple(accumulate([0, *lengths[:-1]])), device)
 
 
-@lru_cache(maxsize=16)
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+@lru_cache(maxsize=1024)  # a packed encoder asks for several at every layer, for every size of image
+def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """On the device once: a copy would wait. Not to be written to."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -147,7 +147,7 @@ class SparseVLM(Policy):
         absent = ~left.gather(1, row)
         target = (left.cumsum(1) - 1).gather(1, order.gather(1, nearest))
         into = order.new_full(scores.shape, -1).scatter(1, order, torch.where(live, target, -1))
-        count = constant(tuple(view.budgets), device).int()
+        count = constant(tuple(view.budgets), device, torch.int32)
         return Selection(
             row.masked_fill(absent, -1),
             torch.where(finite < 0, -1, count),

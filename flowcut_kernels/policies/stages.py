@@ -110,7 +110,7 @@ def keep_most_important(view: DecoderView) -> Selection:
         importance = importance.masked_fill(place >= constant(tuple(view.lengths), device)[:, None], float("-inf"))
     width = max(view.budgets)
     index = importance.argsort(dim=1, descending=True, stable=True)[:, :width]
-    lengths = constant(tuple(view.budgets), device).int()
+    lengths = constant(tuple(view.budgets), device, torch.int32)
     if min(view.budgets) < width:
         index = index.masked_fill(place[:width] >= lengths[:, None], most)
     index = index.sort(dim=1).values
@@ -126,7 +126,7 @@ def keep_most_attended(view: DecoderView) -> Selection:
         lengths=constant(tuple(view.lengths), attention.device) if ragged else None,
         mode=Select.FIXED,
         budget=budget,
-        budgets=constant(tuple(view.budgets), attention.device).int() if uneven else None,
+        budgets=constant(tuple(view.budgets), attention.device, torch.int32) if uneven else None,
         backend=view.backend,
     )
     return Selection(index, lengths, score)

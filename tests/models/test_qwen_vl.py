@@ -26,6 +26,7 @@ import flowcut_kernels as fk
 from flowcut_kernels.models.qwen_vl import _parts
 from flowcut_kernels.modules.packed_encoder import PackedBlock, PackedEncoder
 from flowcut_kernels.ops import patch_entropy
+from flowcut_kernels.policies.recycling import constant
 
 ONE, OTHER, THIRD = Image(56, 56, 0), Image(40, 70, 1), Image(100, 60, 2)
 FILM = Video(3, 56, 40, seed=2)
@@ -74,6 +75,17 @@ def test_scores_of_the_released_code(name):
         if f"layer{layer:02}.entropy_ratio" in tensors:
             assert_close(entropy, tensors[f"layer{layer:02}.entropy_ratio"], rtol=1e-5, atol=1e-6)
     assert_close(output.pooler_output, tensors["merger_output"], rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_static_passes_copy_nothing_to_the_device(family):
+    """Shapes that were there before find all their constants: a copy would wait for the device."""
+    model, inputs = family.model(), family.prompt([[3, ONE, 4, OTHER, 5, FILM, 6]])
+    with fk.patched(model, fk.FlowCut(7, adaptive=False)):
+        model(**inputs)
+        before = constant.cache_info().misses
+        model(**inputs)
+    assert constant.cache_info().misses == before
 
 
 @torch.no_grad()

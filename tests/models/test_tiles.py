@@ -20,6 +20,7 @@ from zoo import Image, Video, llava, llava_next, llava_onevision
 
 import flowcut_kernels as fk
 from flowcut_kernels.models._features import spread
+from flowcut_kernels.policies.recycling import constant
 
 SIZES = [(56, 56), (40, 110), (110, 40), (100, 60), (112, 112), (30, 31), (57, 200), (300, 250)]
 MAKERS = {"next": llava_next, "onevision": llava_onevision}
@@ -86,6 +87,17 @@ def test_counts(aspect):
                 assert (stage.name, stage.kept, len(features)) == ("features", [count], count), (size, policy)
                 assert not newline[stage.indices[0]].any()
                 assert features.isfinite().all()
+
+
+@torch.no_grad()
+def test_tiles_without_a_share():
+    """Which tiles get nothing is no constant that numbers like them could have left behind."""
+    inputs = llava_next.FAMILY.prompt([[3, Image(40, 110), 5]])
+    constant.cache_clear()
+    constant((0, 0, 1), torch.device("cpu"))
+    with fk.patched(llava_next.model(), fk.FlowCut(2)) as model:
+        (features,) = features_of(model, inputs)
+    assert len(features) == 2
 
 
 @pytest.mark.parametrize("name", MAKERS)
