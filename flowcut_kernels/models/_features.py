@@ -424,7 +424,7 @@ class PrunedFeatures(Bound):
         rows, positions, weights, recycled = map(list, zip(*map(_surrounded, items, pieces), strict=True))
         if not self.kind.shrinks:
             rows = [
-                x.new_zeros(item.full, x.shape[1]).index_copy(0, at, x)
+                x.new_zeros(item.full, x.shape[1]).index_copy_(0, at, x)
                 for item, x, at in zip(items, rows, positions, strict=True)
             ]
         if isinstance(output.pooler_output, Tensor):  # where they differ in length, feature by feature
@@ -491,9 +491,11 @@ def pruned_pass() -> EncoderPass | None:
 
 def _spread_out(x: Tensor, position: Tensor, tokens: int) -> Tensor:
     """x [B, n, C] at `position` [B, n] of `tokens` places, zeros elsewhere; -1: nowhere."""
-    out = x.new_zeros(len(x), tokens + 1, x.shape[2])
-    place = torch.where(position < 0, tokens, position)[..., None].expand(-1, -1, x.shape[2])
-    return out.scatter(1, place, x)[:, :tokens]
+    tiles, rows = len(x), len(x) * tokens
+    first = tokens * torch.arange(tiles, device=x.device)[:, None]
+    place = torch.where(position < 0, rows, position + first).flatten()  # one more row, for those that go nowhere
+    out = x.new_zeros(rows + 1, x.shape[2]).index_copy_(0, place, x.flatten(0, 1))
+    return out[:-1].unflatten(0, (tiles, tokens))
 
 
 def spread(total: int, limits: Sequence[int]) -> list[int]:

@@ -27,6 +27,7 @@ from .._ops import Relevance, ValueNorm, accumulate_dtype
 from ..ops import anchor_stats, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import DecoderView, Policy, PromptView, Selection, VisualHeads
+from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from .encoder import LayerParts
@@ -298,7 +299,7 @@ class DecoderState:
             return
         assert known.position is not None
         place = torch.arange(max(known.kept), device=known.position.device)
-        absent = place >= torch.tensor(known.kept, device=place.device)[:, None]
+        absent = place >= constant(tuple(known.kept), place.device)[:, None]
         self._drop(-0.5, known.kept, known.position[:, : len(place)].masked_fill(absent, -1), None)
 
     def make_cut(self, layer: float, budgets: list[int], choose: Callable[[VisualRows], Selection]) -> Cut:
@@ -324,7 +325,7 @@ class DecoderState:
         place = torch.arange(choice.index.shape[1], device=choice.index.device)
         chosen = torch.where(choice.index < 0, place, choice.index)
         if min(budgets) < max(budgets):
-            chosen = chosen.masked_fill(place >= torch.tensor(budgets, device=place.device)[:, None], -1)
+            chosen = chosen.masked_fill(place >= constant(tuple(budgets), place.device)[:, None], -1)
         cut = self._drop(layer, budgets, chosen, chosen if tokens is None else _taken(tokens, chosen))
         cut.merge = choice.merge
         cut.scores = None if choice.score is None else choice.score.gather(1, chosen.clamp_min(0))

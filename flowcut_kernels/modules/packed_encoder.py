@@ -221,7 +221,7 @@ class PackedState:
             choice = self.encoder.policy.encoder_select(step, view)
         score = choice.score
         if score is not None and before.history is not None and not all(active):
-            stays = torch.tensor(active, device=device)[:, None]
+            stays = constant(tuple(active), device, torch.bool)[:, None]
             score = torch.where(stays, score, before.history)
         self.rows = replace(before, history=score)
         index = choice.index
@@ -246,10 +246,11 @@ class PackedState:
         """Rows of each frame and of each window after a step, and the tokens left of each frame; checks the scores."""
         rows, index, tokens, window = self.rows, choice.index, None, None
         if index is not None:
-            tokens, live = index[:, :: self.block] // self.block, index[:, :: self.block] >= 0
+            tokens = index[:, :: self.block] // self.block
             if rows.tokens is not None:
                 tokens = rows.tokens.gather(1, tokens.clamp_min(0))
             if self.window is not None:
+                live = index[:, :: self.block] >= 0
                 place = (self.frame_starts + tokens).clamp(0, len(self.window) - 1)
                 window = torch.zeros(len(rows.windows), dtype=torch.int32, device=index.device).index_add(
                     0, self.window[place].flatten(), live.flatten().int() * self.block
@@ -267,7 +268,7 @@ class PackedState:
             return merged
         total = sum(frame.tokens for frame in self.frames)
         places = self._tokens.unpad(self.frame_starts + self.rows.tokens)
-        return merged.new_zeros(total, merged.shape[1]).index_copy(0, places, merged)
+        return merged.new_zeros(total, merged.shape[1]).index_copy_(0, places, merged)
 
     def by_visual(self, x: Tensor) -> list[Tensor]:
         """x [F, n] of the tokens that are left: for each image or video, row by row of its frames."""
