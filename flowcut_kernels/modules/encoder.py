@@ -147,13 +147,14 @@ class EncoderState:
         return hidden
 
     @property
-    def places(self) -> Tensor | None:
-        """int64 [B, n] which token of its tile each one is; None: all are there."""
-        if self.patches is None:
+    def places(self) -> Callable[[], Tensor] | None:
+        """What makes int64 [B, n] which token of its tile each one is; None: all are there."""
+        patches = self.patches
+        if patches is None:
             return None
-        if self.lengths is None and self.patches.shape[1] == self.protect + self.block * math.prod(self.grid):
+        if self.lengths is None and patches.shape[1] == self.protect + self.block * math.prod(self.grid):
             return None
-        return self.tokens_of(self.patches)
+        return lambda: self.tokens_of(patches)
 
     def tokens_of(self, patches: Tensor) -> Tensor:
         """[B, n] tokens of rows that hold `patches`."""

@@ -214,7 +214,7 @@ class PackedState:
             backend=self.encoder.backend,
             block=self.block,
             budgets=constant(tuple(budgets), device, torch.int32) if len(set(budgets)) > 1 else None,
-            places=self._places(before.tokens) if self.order is not None or before.tokens is not None else None,
+            places=None if self.order is None and before.tokens is None else lambda: self._places(before.tokens),
             grids=grids if len(set(grids)) > 1 else None,
         )
         with torch.no_grad():

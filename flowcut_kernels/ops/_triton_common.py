@@ -434,7 +434,7 @@ def select_image(
             s = tl.zeros([GROUPS], tl.float32)
             for i in tl.static_range(GROUP):
                 s += tl.load(score + row + column + i, mask=candidate, other=0.0)
-            s *= 1.0 / GROUP
+            s = tl.div_rn(s, tl.full([GROUPS], GROUP, tl.float32))
             broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
             for i in tl.static_range(GROUP):
                 tl.store(score + row + column + i, s, mask=candidate)

@@ -307,7 +307,8 @@ class EncoderView:
     backend: str | None
     block: int = 1  # patches of a token, consecutive rows behind `protect` that stay or go together
     budgets: Tensor | None = None  # int32 [B] each one's part of the step's budget, the largest; None: all the same
-    places: Tensor | None = None  # int64 [B, n] of each token in its grid, row by row; None: in this order, all there
+    # int64 [B, n] of each token in its grid, row by row, made when asked for; None: in this order, all there
+    places: Callable[[], Tensor] | None = None
     grids: list[tuple[int, int]] | None = None  # each one's; None: all the same
 
 

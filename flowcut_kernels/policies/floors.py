@@ -33,14 +33,13 @@ class _BlindPolicy(Policy):
             index, length = _chosen(self, view.grid, step.budget, view.protect, view.block, device)
             return Selection(index.expand(batch, -1), length.expand(batch))
         budgets = [step.budget] * batch if view.budgets is None else view.budgets.tolist()
-        tokens = [prod(grid) for grid in view.grids or [view.grid] * batch]
+        grids = view.grids or [view.grid] * batch
+        places = [None] * batch if view.places is None else view.places().cpu().unbind()
+        tokens = [prod(grid) if place is None else len(place) for grid, place in zip(grids, places, strict=True)]
         if view.lengths is not None:
             tokens = [(length - view.protect) // view.block for length in view.lengths.tolist()]
-        elif view.places is not None:
-            tokens = [view.places.shape[1]] * batch
-        places = [None] * batch if view.places is None else view.places.cpu()
         rows = []
-        for grid, n, place, budget in zip(view.grids or [view.grid] * batch, tokens, places, budgets, strict=True):
+        for grid, n, place, budget in zip(grids, tokens, places, budgets, strict=True):
             if place is None:
                 chosen = self._tokens(grid, min(budget, n))
             else:

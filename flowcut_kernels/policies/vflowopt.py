@@ -245,5 +245,5 @@ def _in_view(bits: Tensor, view: EncoderView) -> Tensor:
         bits = bits.unflatten(1, (rows, side, columns, side)).transpose(2, 3).flatten(1)
     if view.places is not None:
         tokens = bits.unflatten(1, (-1, view.block))
-        bits = tokens.gather(1, view.places[..., None].expand(-1, -1, view.block)).flatten(1)
+        bits = tokens.gather(1, view.places()[..., None].expand(-1, -1, view.block)).flatten(1)
     return bits

@@ -140,6 +140,14 @@ def test_scores_of_groups_are_means(backend, device):
     assert score_select(None, None, norm, **options)[2].tolist() == [-1]
 
 
+def test_means_of_any_block_are_the_same_to_the_bit(backend, device):
+    """A sum divided, not multiplied by what a ninth is rounded to: else groups tie in one form alone."""
+    norm = torch.randint(0, 1000, (2, 60 * 9), device=device).float()
+    score, *_ = score_select(None, None, norm, mode=Select.SCORE_ONLY, block=9, backend=backend)
+    want = torch.tensor([[n / 9 for n in row] for row in norm.view(2, 60, 9).sum(2).tolist()], device=device)
+    assert torch.equal(score[:, ::9], want)
+
+
 @pytest.mark.parametrize("exponent", [2, 0.5, 1, 3, 7.3])
 def test_count_follows_the_paper(backend, device, exponent):
     """c = round_half_even((n - T) / sqrt(rem) * (1 - h^e)), each image its own; the paper has e = 2."""

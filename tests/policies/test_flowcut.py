@@ -413,7 +413,7 @@ def test_floors_choose_tokens_of_every_tile(policy):
     key = torch.empty(2, 1, protect + 24 * block, 1)
     view = EncoderView(
         key, key, None, lambda kind: (key, key), protect, torch.tensor([97, 33]), None, grid, None, None,
-        block=block, budgets=torch.tensor([7, 3], dtype=torch.int32), places=places,
+        block=block, budgets=torch.tensor([7, 3], dtype=torch.int32), places=lambda: places,
     )  # fmt: skip
     choice = policy.encoder_select(EncoderStep(Select.FIXED, 7, static=True), view)
     assert choice.lengths.tolist() == [1 + 28, 1 + 12] and choice.index.shape == (2, 29)

@@ -68,7 +68,7 @@ def score_select(
         score = history_weight * history + (1 - history_weight) * score
     if block > 1:
         groups = score[:, protect:].unflatten(1, ((tokens - protect) // block, block))
-        score = torch.cat([score[:, :protect], groups.mean(2, keepdim=True).expand_as(groups).flatten(1)], 1)
+        score = torch.cat([score[:, :protect], (groups.sum(2, keepdim=True) / block).expand_as(groups).flatten(1)], 1)
     # Adding 0 turns -0.0 into +0.0, so that the two tie.
     score = (score + 0.0).masked_fill(~candidate, 0.0)
     finite = score.isfinite().all(-1)
