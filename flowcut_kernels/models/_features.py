@@ -158,9 +158,9 @@ class Kind:
             newline: [C] the values of tokens that it adds.
 
         Returns:
-            [n, C] of each visual; what is behind its grids may be missing.
+            [n, C] of each visual; what is behind its grids may be missing. Here tile after tile.
         """
-        raise NotImplementedError
+        return [x.flatten(0, 1) for x in tiles]
 
     def heed(self, pixels: Tensor, placeholders: Tensor) -> None:
         """What a prompt tells about its visuals, by their `placeholders` (bool [B, L]), until its call is over."""

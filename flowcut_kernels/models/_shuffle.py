@@ -36,9 +36,6 @@ class ShuffledTiles(Kind):
         n = self.tokens(pixels)
         return Layout((PrunedEncoder.grid(n),) * tiles, n, (n,) * tiles, n * tiles)
 
-    def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
-        return [x.flatten(0, 1) for x in tiles]
-
     def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
         whole = features if isinstance(features, Tensor) else torch.cat(list(features))
         return whole.reshape(-1, whole.shape[-1]).split([layout.full for layout in layouts])

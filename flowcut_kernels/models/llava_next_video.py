@@ -63,8 +63,5 @@ class NextVideos(Kind):
         layout = Layout(((edge, edge),) * frames, edge**2, (edge**2,) * frames, frames * edge**2, even=True)
         return [layout] * videos
 
-    def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
-        return [x.flatten(0, 1) for x in tiles]
-
     def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
         return [x.reshape(-1, x.shape[-1]) for x in features]  # frame by frame in transformers 5.17

@@ -68,9 +68,6 @@ class _Frames(Kind):
         layout = Layout(grids, self.patches, live, self.patches * frames, even=True, leads=self.leads)
         return [layout] * len(pixels)
 
-    def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
-        return [x.flatten(0, 1) for x in tiles]
-
     def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
         return features.flatten(0, 1).unflatten(0, (len(layouts), -1))
 

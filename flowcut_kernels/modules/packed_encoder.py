@@ -189,10 +189,9 @@ class PackedState:
         step = step._replace(budget=max(budgets), static=all(x.static for x in given))
         return step, budgets, [x is not None for x in steps]
 
-    def select(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], made: Any
-    ) -> Tensor | None:
-        """Ask the policy, given heads [R, H, d]: int64 [R'] rows that go on, None for all. `rows` is then what is left.
+    def select(self, layer: int, query: Tensor, key: Tensor, value: Tensor, made: Any) -> Tensor | None:
+        """Ask the policy, given heads [R, H, d]: int64 [R'] rows that go on, None for all. `rows` is then what is left,
+        but for its rotary.
 
         Costs one read-back where an adaptive step prunes, and where the encoder has windows.
         """
@@ -233,9 +232,8 @@ class PackedState:
             width, after = max(known), Segments(known, device)
             index = index[:, :width]
             kept = after.unpad(segments.starts[:, None] + index)
-            cos, sin = (x[kept] for x in rotary)
             history = None if score is None else score.gather(1, index.clamp_min(0))
-            self.rows = Rows(after, windows, tokens[:, : width // self.block], (cos, sin), history)
+            self.rows = Rows(after, windows, tokens[:, : width // self.block], history=history)
         if self.trace is not None:
             self._record(self.trace, layer, choice.entropy, scored)
         return kept
@@ -398,12 +396,12 @@ class PackedBlock:
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *rotary)
         keys = self._pieces(state.rows)
-        kept = state.select(self.number, query, key, value, rotary, made)
+        kept = state.select(self.number, query, key, value, made)
         if kept is not None:
-            rows = gather_tokens(
-                [hidden_states[None], query.flatten(1)[None]], kept[None], backend=state.encoder.backend
-            )
-            hidden_states, query = rows[0][0], rows[1][0].unflatten(-1, query.shape[1:])
+            given = [x[None] for x in (hidden_states, query.flatten(1), *rotary)]
+            rows = [x[0] for x in gather_tokens(given, kept[None], backend=state.encoder.backend)]
+            hidden_states, query, cos, sin = rows[0], rows[1].unflatten(-1, query.shape[1:]), *rows[2:]
+            state.rows = replace(state.rows, rotary=(cos, sin))
         stock = state.rows.tokens is None  # nothing is pruned: the very sums of the stock block
         mixed = _attend(
             parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.encoder.backend,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import DecoderView, EncoderStep, Policy, Selection, check_preset, is_whole
-from .stages import keep_most_attended
+from .base import DecoderView, Selection, check_preset, is_whole
+from .stages import DecoderPolicy, keep_most_attended
 
 # Tokens to keep of 576 in LLaVA-1.5, with K = 2 of 32 layers.
 PRESETS = {192: 166, 128: 98, 64: 30}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Policy):
+class FastV(DecoderPolicy):
     """Keep the visual tokens that the prompt's last token attends to in a layer of the language model.
 
     Layers 0..K - 1 see all tokens. Those of an image with the highest attention in layer K - 1 go on to layer K, of
@@ -41,12 +41,6 @@ class FastV(Policy):
         """
         check_preset(cls, average, tuple(PRESETS))
         return cls(**dict(target_tokens=PRESETS[average]) | changes)
-
-    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
-        return tokens
-
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
-        return None
 
     def check_decoder(self, layers: int) -> None:
         if self.layer >= layers:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .base import DecoderView, EncoderStep, Policy, Selection, check_preset, is_whole
-from .stages import keep_most_attended
+from .base import DecoderView, Selection, check_preset, is_whole
+from .stages import DecoderPolicy, keep_most_attended
 
 # Of LLaVA-1.5's 576 tokens and 32 layers by average: tokens of the last stage, and the layers.
 PRESETS = {270: (72, (8, 16, 24)), 192: (9, (8, 16, 24)), 128: (25, (4, 8, 16)), 64: (15, (2, 4, 8))}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Policy):
+class PyramidDrop(DecoderPolicy):
     """Drop visual tokens before some layers of the language model, the same share before each.
 
     Before the i-th of m `layers`, round(N * (T / N)^(i / m)) of an image's N tokens stay: those with the highest
@@ -54,12 +54,6 @@ class PyramidDrop(Policy):
         tokens, layers = PRESETS[average]
         settings: dict[str, Any] = dict(target_tokens=tokens, layers=layers)
         return cls(**settings | changes)
-
-    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
-        return tokens
-
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
-        return None
 
     def check_decoder(self, layers: int) -> None:
         if self.layers[-1] >= layers:

@@ -80,6 +80,16 @@ def merge(
     return _gathered(view, kept, budgets, merged, stands_for)
 
 
+def means_into(rows: Tensor, into: Tensor, width: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Means [B, width, D] of the rows [B, N, D] that go `into` [B, N] a place, -1 for none; bool [B, width]: of any."""
+    batch = len(rows)
+    offset = width * torch.arange(batch, device=into.device)[:, None]
+    cell = torch.where(into < 0, -1, into + offset).flatten()
+    weight = rows.new_ones(cell.shape, dtype=accumulate_dtype(rows.dtype))
+    means, member = recycle_tokens(rows.flatten(0, 1), weight, cell, cells=batch * width, backend=backend)
+    return means.unflatten(0, (batch, width)), (member >= 0).view(batch, width)
+
+
 def _gathered(
     view: FeatureView, kept: Tensor, budgets: list[int] | None, merged: Tensor | None = None, by: Tensor | None = None
 ) -> FeatureSelection:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from .._ops import Select, accumulate_dtype
-from ..ops import gather_tokens, recycle_tokens, score_select
-from .base import DecoderView, EncoderStep, Policy, PromptView, Selection, check_preset, is_number, is_whole
-from .recycling import constant
-from .stages import keep_most_attended
+from ..ops import gather_tokens, score_select
+from .base import DecoderView, PromptView, Selection, check_preset, is_number, is_whole
+from .recycling import constant, means_into
+from .stages import DecoderPolicy, keep_most_attended
 
 # Tokens that LLaVA-1.5 keeps of 576 after layers 2, 6 and 15 of 32.
 PRESETS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Policy):
+class SparseVLM(DecoderPolicy):
     """Keep the visual tokens that the relevant words attend to, and merge the best of the others, layer after layer.
 
     Raters of an image are words behind it: with V its features and w_t the embeddings as they enter the language model,
@@ -72,12 +72,6 @@ class SparseVLM(Policy):
         *earlier, last = PRESETS[average]
         settings: dict[str, Any] = dict(target_tokens=last, surplus=tuple(x / last for x in earlier))
         return cls(**settings | changes)
-
-    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
-        return tokens
-
-    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
-        return None
 
     def check_decoder(self, layers: int) -> None:
         if self.layers[-1] + 1 >= layers:
@@ -194,10 +188,6 @@ def density_peaks(points: Tensor, live: Tensor, clusters: list[int]) -> tuple[Te
 
 def _means(rows: Tensor, *, row: Tensor, into: Tensor, backend: str | None) -> Tensor:
     """Rows `row` [I, K] of [I, n, D], -1 for none, those that others go `into` [I, n] replaced by their mean."""
-    images, width = row.shape
     (kept,) = gather_tokens([rows], row, backend=backend)
-    offset = width * torch.arange(images, device=row.device)[:, None]
-    cell = torch.where(into < 0, -1, into + offset).flatten()
-    weight = rows.new_ones(cell.shape, dtype=accumulate_dtype(rows.dtype))
-    means, member = recycle_tokens(rows.flatten(0, 1), weight, cell, cells=images * width, backend=backend)
-    return torch.where((member < 0).view(images, width, 1), kept, means.view_as(kept))
+    means, several = means_into(rows, into, row.shape[1], backend)
+    return torch.where(several[..., None], means, kept)

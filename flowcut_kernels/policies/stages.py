@@ -1,4 +1,4 @@
-"""Stages in the language model on an importance that is known beforehand (VFlowOpt, arXiv 2508.05211)."""
+"""Stages in the language model: on an importance known beforehand (VFlowOpt, arXiv 2508.05211), or by attention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import torch
 
 from .._ops import Select
 from ..ops import score_select
-from .base import DecoderView, Range, Selection, is_number, is_whole
+from .base import DecoderView, EncoderStep, Policy, Range, Selection, is_number, is_whole
 from .recycling import constant
+
+
+class DecoderPolicy(Policy):
+    """Base of the policies that leave the vision encoder alone: what it puts out enters the language model."""
+
+    def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
+        return tokens
+
+    def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
+        return None
 
 
 def check_stages(policy: Any, layers: int | None = None) -> None:

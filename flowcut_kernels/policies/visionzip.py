@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .._ops import Relevance, Select, ValueNorm, accumulate_dtype
-from ..ops import anchor_stats_select, gather_tokens, recycle_tokens
+from ..ops import anchor_stats_select, gather_tokens
 from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, check_preset, is_number
+from .recycling import means_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +159,5 @@ class VisionZip(Policy):
 
 def _merged(hidden: Tensor, *, source: Tensor, into: Tensor, backend: str | None) -> Tensor:
     """Rows `source` [B, M] of hidden [B, N, D], -1 for none, plus the mean of those that go `into` [B, N] them."""
-    batch, width = source.shape
     (rows,) = gather_tokens([hidden], source, backend=backend)
-    offset = width * torch.arange(batch, device=source.device)[:, None]
-    cell = torch.where(into < 0, -1, into + offset).flatten()
-    weight = hidden.new_ones(cell.shape, dtype=accumulate_dtype(hidden.dtype))
-    means, _ = recycle_tokens(hidden.flatten(0, 1), weight, cell, cells=batch * width, backend=backend)
-    return rows + means.view_as(rows)
+    return rows + means_into(hidden, into, source.shape[1], backend)[0]
