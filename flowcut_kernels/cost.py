@@ -383,7 +383,7 @@ def _walk_decoder(policy: Policy, prompt: _Prompt) -> tuple[Schedule, int]:
     tokens = [0] * prompt.samples
     for sample, count in zip(visual.samples.tolist(), left, strict=True):
         tokens[sample] += count
-    words = rows - min(count for count in tokens if count)
+    words = max(rows - min(count for count in tokens if count), 1)
     entries: dict[int, int] = {}
     cuts: dict[int, int] = {}
     looks = 0

@@ -162,7 +162,7 @@ class DecoderState:
             return visual.live & ~seen[:, :-1] & (column <= visual.last[:, None])
 
         tokens = torch.tensor(visual.lengths).split(visual.counts)
-        most = self.length - min(int(of.sum()) for of in tokens if len(of))
+        most = max(self.length - min(int(of.sum()) for of in tokens if len(of)), 1)
         with torch.no_grad():
             return self.decoder.policy.decoder_raters(
                 PromptView(self.embeds, words, visual.columns, visual.samples, visual.last, most)

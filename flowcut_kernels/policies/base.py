@@ -373,7 +373,7 @@ class PromptView(NamedTuple):
     columns: Tensor  # int64 [I, n] of each image's tokens, -1 after the last
     samples: Tensor  # int64 [I] each image's
     last: Tensor  # int64 [B] column of the prompt's last token
-    most: int  # at least as many as any sample with images has words
+    most: int  # at least 1, and as many as any sample with images has words
 
 
 class VisualHeads(NamedTuple):

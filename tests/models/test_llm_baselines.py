@@ -228,6 +228,17 @@ def test_generate_with(cache, policy, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
 @torch.no_grad()
+def test_an_image_without_words(policy):
+    model, policy = model_of(), POLICIES[policy]
+    oracle = Oracle(model, policy)
+    with Inside(model) as inside, fk.patched(model, policy):
+        logits = model(**given([[IMG]])).logits
+    wanted = oracle(inside.embeds[0][0], [Image(list(range(PATCHES)), PATCHES - 1)])
+    assert_close(logits[0], wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["FastV", "PyramidDrop", "SparseVLM"])
+@torch.no_grad()
 def test_compacted_cache(policy):
     """The prompt's logits are the same, and all layers end with the rows that reached the last one."""
     model, policy, inputs = model_of(), POLICIES[policy], given(PROMPTS["several images"])
