@@ -196,7 +196,8 @@ class EncoderState:
             return
         done = [n <= budget and n < full for n, budget, full in zip(self.left, self.budgets, self.tokens, strict=True)]
         if any(done):
-            choice.score = torch.where(constant(tuple(done), choice.score.device)[:, None], self.history, choice.score)
+            stays = constant(tuple(done), choice.score.device, torch.bool)[:, None]
+            choice.score = torch.where(stays, self.history, choice.score)
 
     def gather(self, index: Tensor, hidden: Tensor, normed: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass."""
