@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import patched
+from .models._prompt import one_mask, seen_by_last
 from .policies import Policy, VFlowOpt
 from .policies.base import Range, is_number, is_whole
 from .policies.stages import feasible_ratios
@@ -361,13 +362,16 @@ class Objective:
         return states
 
 
-def _last(hidden: Tensor, mask: Tensor | None, visual: Any) -> Tensor:
+def _last(hidden: Tensor, mask: Any, visual: Any) -> Tensor:
     """Rows of the last live columns of hidden [B, M, D].
 
     Args:
-        mask: [B, L] of the columns that went in; None: all are live.
+        mask: of the L columns that went in, [B, L] or as models prepare it, [B, 1, L, L]; None: all are live.
         visual: `VisualTokens` of a language model that pruned, whose `kept` names the M columns that came out.
     """
+    mask = one_mask(mask)
+    if mask is not None and mask.dim() == 4:
+        mask = seen_by_last(mask)
     kept = None if visual is None else visual.kept
     if kept is not None:
         live = kept >= 0

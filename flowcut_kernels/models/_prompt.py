@@ -215,7 +215,8 @@ class _PromptMethod(Bound):
             The prompt, and the whole conversation it ends (with what is in the cache before it); None where nothing
             has to go.
         """
-        given, cache, mask = self.shrinker.comes(arguments), arguments.get("past_key_values"), _mask(arguments)
+        given, cache = self.shrinker.comes(arguments), arguments.get("past_key_values")
+        mask = one_mask(arguments.get("attention_mask"))
         if not given and getattr(cache, _PROMPT, None) is None:
             return None
         if not given and mask is None and self._is_one_token(arguments):
@@ -279,10 +280,15 @@ class _PromptMethod(Bound):
         return prompt, talk
 
 
-def _mask(arguments: dict[str, Any]) -> Tensor | None:
-    """The attention mask, 2-D or prepared; for static caches generate prepares one by kind of layer."""
-    mask = arguments.get("attention_mask")
+def one_mask(mask: Any) -> Tensor | None:
+    """An attention mask, 2-D or 4-D; models, and `generate` for static caches, prepare one by kind of layer."""
     return mask["full_attention"] if isinstance(mask, dict) else mask
+
+
+def seen_by_last(mask: Tensor) -> Tensor:
+    """bool [B, K]: what the last column sees by a mask [B, 1, L, K] of flags, or of what is added to a logit."""
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last == 0
 
 
 def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> Shrunk | None:
@@ -357,7 +363,8 @@ class PrunedForward(_PromptMethod):
                     f"{_said(visuals.kept)} in one row"
                 )
             found.append((visuals, is_kind, counts))
-        mask, labels, cache = _mask(arguments), arguments.get("labels"), arguments.get("past_key_values")
+        mask, labels = one_mask(arguments.get("attention_mask")), arguments.get("labels")
+        cache = arguments.get("past_key_values")
         check_cache(cache)
         seen = 0 if cache is None else int(cache.get_seq_length())
         live = torch.ones_like(is_image)
@@ -365,9 +372,8 @@ class PrunedForward(_PromptMethod):
             if mask.shape[1] != seen + length:
                 raise ValueError(f"attention_mask must be [{len(live)}, {seen + length}], got {tuple(mask.shape)}")
             live = mask[:, -length:].bool()
-        elif mask is not None:  # 4-D: what the last column sees; a flag, or what is added to a logit
-            last = mask[:, 0, -1, seen : seen + length].expand(len(live), -1)
-            live = last if last.dtype == torch.bool else last == 0
+        elif mask is not None:
+            live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1)
         column = torch.arange(length, device=live.device)
         before = live
         known, end = _PROMPT_END.get() or (None, 0)

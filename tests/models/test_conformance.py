@@ -19,6 +19,7 @@ from transformers import pipeline
 from zoo import Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
+from flowcut_kernels.tune import Objective
 
 EVERYTHING = (fk.FlowCut(10**6), fk.FlowCut(retain_ratio=1.0), fk.VFlowOpt(10**6), fk.UniformTokens(10**6))
 STEPS = 3
@@ -293,6 +294,23 @@ def test_training(family):
     assert gradients[0].keys() == gradients[1].keys() and loss.isfinite()
     for name, gradient in gradients[0].items():
         assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@torch.no_grad()
+def test_objective_of_a_search(family):
+    """`tune` looks at the last token of each row, wherever its padding is and however masks are prepared."""
+    policy, model, rows = first_policy(family), family.model(dtype=torch.float64), prompts(family)["image or none"]
+
+    def last(row: list) -> torch.Tensor:
+        inputs = given(family, [row], dtype=torch.float64)
+        return model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+
+    whole = torch.stack([last(row) for row in rows])
+    with fk.patched(model, policy):
+        left = torch.stack([last(row) for row in rows])
+    for side in ("left", "right"):
+        objective = Objective(model, given(family, rows, side, torch.float64))
+        assert_close(objective.similarities(policy), torch.cosine_similarity(left, whole).double(), **CLOSE)
 
 
 # Copies
