@@ -90,6 +90,9 @@ def _what_to_do(model: nn.Module) -> str:
             f"{names}. Its code came with its checkpoint, so nobody knows how it works: load a checkpoint for "
             "transformers' own class, without trust_remote_code=True (their names often end in -hf)"
         )
+    family = [c for c in classes if c.__module__ == type(model).__module__ and hasattr(c, "generate")]
+    if family:
+        return f"{names}. Its family is supported: patch the whole {family[0].__name__}"
     return f"{names}. CONTRIBUTING.md says how to add one (Adding a model family)"
 
 

@@ -73,7 +73,10 @@ class Tower:
         if getattr(policy, "anchor", None) == "cls" and not self.protect:
             raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
         if policy.needs_class_token and not self.protect:
-            raise ValueError(f"{policy} asks for a class token, which {type(model).__name__} has none of")
+            raise ValueError(
+                f"{type(policy).__name__} asks for a class token, which {type(model).__name__} lacks: use another "
+                "policy, such as FlowCut"
+            )
         if len(several) > 1 and policy.merges_features:
             raise ValueError(
                 f"{type(policy).__name__} merges tokens of one layer's output, but of {type(model).__name__} the "

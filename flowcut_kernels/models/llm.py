@@ -74,14 +74,15 @@ def decoder_replacements(
     if module != f"transformers.models.{file}.modeling_{file}":
         raise ValueError(
             f"{policy} drops tokens inside the language model, which must be one of {', '.join(FAMILIES)}; got "
-            f"{module}.{name}: prune before the language model alone, with llm_layer=None and llm_stages=()"
+            f"{module}.{name}: use FlowCut or VFlowOpt without llm_layer and llm_stages, which prune before it alone"
         )
     parts = partial(_parts, module=module, norm=norm)
     window = getattr(model.config, "sliding_window", None)
     if window is not None and set(getattr(model.config, "layer_types", None) or ["?"]) != {"full_attention"}:
         raise ValueError(
             f"text_config.sliding_window={window}: visual tokens cannot be dropped from layers that keep only recent "
-            "rows; set it to None, or prune before the language model alone (llm_layer=None, llm_stages=())"
+            "rows; set it to None, or use FlowCut or VFlowOpt without llm_layer and llm_stages, which prune before the "
+            "language model alone"
         )
     if model.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")

@@ -67,7 +67,10 @@ class QwenVL:
         if getattr(policy, "anchor", None) == "cls":
             raise ValueError(f"anchor='cls' but {name} has no class token: use anchor='auto' or 'mean'")
         if policy.needs_class_token:
-            raise ValueError(f"{policy} asks for a class token, which {name} has none of")
+            raise ValueError(
+                f"{type(policy).__name__} asks for a class token, which {name} lacks: use another policy, such as "
+                "FlowCut"
+            )
         if depth < 2:
             raise ValueError(f"{name} of {depth} layer has none to prune before its last")
         encoder = PackedEncoder(

@@ -59,6 +59,11 @@ class Policy:
                     f"{name}: retain_ratio={self.retain_ratio} must lie in (0, 1]; for a count use target_tokens"
                 )
 
+    def __str__(self) -> str:
+        """For messages: the fields that were set. ``repr`` has all."""
+        set_ = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in set_)})"
+
     def to_json(self, path: str | os.PathLike | None = None) -> str:
         """The policy as JSON text, written to the file `path` if one is named; :meth:`from_json` reads either."""
         from .. import __version__

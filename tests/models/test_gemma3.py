@@ -78,7 +78,8 @@ def test_schedules_count_squares():
 def test_refused():
     gemma = model()
     for policy, why in (
-        (fk.FlowCut(KEEP, llm_layer=1), "Gemma3TextModel.*llm_layer=None"),
+        (fk.FlowCut(KEEP, llm_layer=1), "Gemma3TextModel: use FlowCut or VFlowOpt without llm_layer"),
+        (fk.FastV(KEEP, layer=1), r"^FastV\(target_tokens=\d+, layer=1\) drops .*: use FlowCut or VFlowOpt without"),
         (fk.VFlowOpt(KEEP, llm_stages=((1, 0.5),)), "Gemma3TextModel"),
         (fk.FlowCut(KEEP, feature_layer=-2), "feature_layer=-2"),
     ):

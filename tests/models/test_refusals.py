@@ -35,7 +35,8 @@ class Wrapper(nn.Module):
     [
         (Odd, "CONTRIBUTING.md says how to add one (Adding a model family)"),
         (Wrapper, "It holds one of them: patch that, .base.module"),
-        (lambda: tiny.llava().model, "CONTRIBUTING.md says how to add one"),
+        (lambda: tiny.llava().model, "Its family is supported: patch the whole LlavaForConditionalGeneration"),
+        (lambda: tiny.qwen("qwen2_vl").model.visual, "patch the whole Qwen2VLForConditionalGeneration"),
     ],
 )
 def test_unknown_classes(build, words):

@@ -193,7 +193,7 @@ def test_several_feature_layers():
 
 
 def test_towers_without_a_class_token():
-    with pytest.raises(ValueError, match="asks for a class token, which SiglipVisionModel has none of"):
+    with pytest.raises(ValueError, match="VisionZip asks for a class token, which SiglipVisionModel lacks: use"):
         fk.patch(tiny.siglip_tower(), POLICIES["published"])
 
 
