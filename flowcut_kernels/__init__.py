@@ -7,6 +7,7 @@ out = model.generate(**processor(images=image, text=prompt, return_tensors="pt")
 fk.unpatch(model)
 """
 
+from .analyze import Flow, analyze
 from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .cost import Cost, cost
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "FastV",
+    "Flow",
     "FlowCut",
     "PyramidDrop",
     "RandomTokens",
@@ -29,6 +31,7 @@ __all__ = [
     "UniformTokens",
     "VFlowOpt",
     "VisionZip",
+    "analyze",
     "calibrate",
     "compact_kv_cache",
     "cost",

@@ -37,18 +37,11 @@ def calibrate(
     if not isinstance(policy, FlowCut):
         raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
     batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
-    accepted = inspect.signature(getattr(model, "get_image_features", model.forward)).parameters
     patches = 0
     kept: list[dict[int, int]] = []  # per image, layer -> patches it kept there
     with torch.no_grad(), patched(model, replace(policy, schedule=None), record=True):
-        run: Any = getattr(model, "get_image_features", model)
         for number, batch in enumerate(batches):
-            arguments = {"pixel_values": batch} if isinstance(batch, Tensor) else batch
-            if not isinstance(arguments, Mapping):
-                raise TypeError(f"calibrate: inputs[{number}] is {type(batch).__name__}; give processor output")
-            if arguments.get("pixel_values") is None:
-                raise ValueError(f"calibrate: inputs[{number}] holds no pixel_values; give images")
-            run(**{name: value for name, value in arguments.items() if name in accepted})
+            encode_images(model, batch, f"calibrate: inputs[{number}]")
             stages = [stage for stage in trace(model).stages if stage.name == "encoder"]
             images = len(stages[0].kept) if stages else 0
             if stages and stages[0].scores is not None:
@@ -72,3 +65,18 @@ def calibrate(
             schedule.append((layer, mean))
             last = mean
     return replace(policy, schedule=tuple(schedule) or None)
+
+
+def encode_images(model: nn.Module, inputs: Mapping[str, Any] | Tensor, name: str) -> None:
+    """Make the image features of processor output or pixel values; errors call these `name`."""
+    run: Any = getattr(model, "get_image_features", model)
+    accepted = inspect.signature(getattr(model, "get_image_features", model.forward)).parameters
+    pixels = next(iter(accepted))
+    if not isinstance(inputs, Mapping | Tensor):
+        raise TypeError(f"{name} is {type(inputs).__name__}; give processor output")
+    arguments: dict = {pixels: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    if pixels not in arguments:  # Video-LLaVA has two names for them, of its processor and of its method
+        arguments[pixels] = arguments.get("pixel_values_images", arguments.get("pixel_values"))
+    if arguments.get(pixels) is None:
+        raise ValueError(f"{name} holds no pixel_values; give images")
+    run(**{key: value for key, value in arguments.items() if key in accepted})

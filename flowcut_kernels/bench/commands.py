@@ -308,11 +308,7 @@ def look(
         raise typer.BadParameter(f"--policy {policy!r} is unknown: use {', '.join(pictures.POLICIES)}")
     prepare(None)
     with progress("look") as tick:
-        tick("loading the model")
-        try:
-            loaded, processor = pictures.load_model(model)
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"--model {model!r}: {error}") from error
+        loaded, processor = loaded_model(model, tick)
         tick("encoding")
         seen, stages = pictures.look(loaded, processor, Image.open(image), pictures.POLICIES[policy](tokens))
         config = getattr(loaded.config, "vision_config", loaded.config)
@@ -322,6 +318,40 @@ def look(
     for stage in stages.stages:
         print(f"layer {stage.layer:2}: {stage.kept[0]} kept")
     print(f"wrote {path}")
+
+
+@app.command()
+def flow(
+    image: Annotated[Path, typer.Argument(help="A picture.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table (JSON) and the picture.")] = Path(
+        "flowcut-report"
+    ),
+    model: Annotated[str, typer.Option(help="mini, or a folder or hub name of a supported model.")] = "mini",
+    hub_threshold: Annotated[float, typer.Option(min=0, help="Attention of a hub, times the mean.")] = 3.0,
+) -> None:
+    """What the class token and all tokens look at, layer by layer: whether FlowCut's premise holds for a model."""
+    from PIL import Image
+
+    from . import flow as flows
+    from .look import file_name
+
+    prepare(None)
+    with progress("flow") as tick:
+        loaded, processor = loaded_model(model, tick)
+        tick("encoding")
+        start = time.perf_counter()
+        try:
+            section, found, picture = flows.measure(
+                loaded, processor, Image.open(image), hub_threshold=hub_threshold, command=typed()
+            )
+        except ValueError as error:
+            raise typer.BadParameter(f"--model {model!r}: {error}") from error
+        section.seconds = time.perf_counter() - start
+        path = flows.draw(picture, found, section, out / file_name(image, "flow"))
+    report = Report(machine.facts(), typed(), [section], section.seconds)
+    show_report(report, terminal())
+    report.save(path.with_suffix(".json"))
+    print(f"wrote {path} and {path.with_suffix('.json')}")
 
 
 @app.command()
@@ -405,6 +435,17 @@ def section(
         plots.draw(report, out)
     if report.failed:
         raise typer.Exit(1)
+
+
+def loaded_model(name: str, tick: Tick) -> tuple:
+    """`look.load_model`, errors as those of the option."""
+    from .look import load_model
+
+    tick("loading the model")
+    try:
+        return load_model(name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--model {name!r}: {error}") from error
 
 
 def width(image_size: int, hidden: int) -> dict:

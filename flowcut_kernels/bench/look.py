@@ -53,9 +53,14 @@ def look(model, image_processor, image: Image.Image, policy: Policy) -> tuple[np
         else:
             model(pixels)
         seen = trace(model)
+    return as_picture(pixels, image_processor), seen
+
+
+def as_picture(pixels: torch.Tensor, image_processor) -> np.ndarray:
+    """The first tile of what `image_processor` made, [.., 3, H, W], as uint8 [H, W, 3]."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (image_processor.image_mean, image_processor.image_std))
-    picture = (pixels[0].float() * std + mean).clamp(0, 1).permute(1, 2, 0)
-    return (picture * 255).round().byte().numpy(), seen
+    picture = (pixels.flatten(0, -4)[0].float() * std + mean).clamp(0, 1).permute(1, 2, 0)
+    return (picture * 255).round().byte().numpy()
 
 
 def overlay(picture: np.ndarray, kept: np.ndarray, patches: int) -> np.ndarray:
@@ -88,6 +93,6 @@ def draw(picture: np.ndarray, seen: Trace, patches: int, path: Path, title: str)
     save(figure, path)
 
 
-def file_name(image: Path, policy: str, tokens: int) -> str:
+def file_name(image: Path, *words: object) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", image.stem) or "image"
-    return f"{stem}-{policy}-{tokens}.png"
+    return "-".join(map(str, (stem, *words))) + ".png"

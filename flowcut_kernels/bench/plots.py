@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from .report import Report, Section
 
@@ -113,6 +113,36 @@ def entropy(section: Section, path: Path) -> Path:
         axes, "How spread out the class token's attention is, by layer (1: uniform)", "encoder layer", "entropy / ln N"
     )
     return save(figure, path)
+
+
+def flow_lines(section: Section, figure: SubFigure) -> None:
+    """The flow of information over the layers."""
+    shares, correlations = figure.subplots(1, 2)
+    concentration = (
+        ("entropy", "entropy / ln N", BLUE, "o"),
+        ("hub_share", "outflow of hubs", ORANGE, "^"),
+        ("class_token", "outflow of the class token", MUTED, "s"),
+    )
+    agreement = (
+        ("relay", "all tokens", BLUE, "o"),
+        ("criteria", "value norm", ORANGE, "^"),
+        ("previous", "the layer before", MUTED, "s"),
+    )
+    for axes, title, looks, low in (
+        (shares, "How concentrated", concentration, 0),
+        (correlations, "What the anchor's attention agrees with (rank correlation)", agreement, -1.02),
+    ):
+        _plain(axes)
+        for key, label, colour, marker in looks:
+            known = [(row["layer"], row[key]) for row in section.rows if row[key] is not None]
+            if known:
+                axes.plot(
+                    *zip(*known, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=2, label=label
+                )
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(low, 1.02)
+        _head(axes, title, "encoder layer", "")
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def encoder(section: Section, path: Path) -> Path | None:

@@ -247,6 +247,16 @@ TABLES: dict[str, list[Column]] = {
         Column("against untuned", _points("gain")),
         Column("search", _time("seconds")),
     ],
+    "flow": [
+        Column("layer", _cell("layer")),
+        Column("entropy", _cell("entropy", "{:.3f}".format)),
+        Column("to the class token", _cell("class_token", "{:.1%}".format)),
+        Column("hubs", _cell("hubs", "{:.1f}".format)),
+        Column("to the hubs", _cell("hub_share", "{:.1%}".format)),
+        Column("relay", _cell("relay", "{:+.2f}".format)),
+        Column("criteria", _cell("criteria", "{:+.2f}".format)),
+        Column("previous", _cell("previous", "{:+.2f}".format)),
+    ],
     "gpu": [
         Column("what", _cell("what"), False, True),
         Column("target", _cell("target")),

@@ -72,6 +72,11 @@ def adapter_of(model: nn.Module, policy: Policy) -> Any:
     """What knows the family of `model`; TypeError for an unsupported class, or where `policy` is none."""
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
+    return family_of(model)
+
+
+def family_of(model: nn.Module) -> Any:
+    """The adapter of a model's class; TypeError where it has none."""
     adapter = next((a for a in ADAPTERS if type(model) is a.model_class), None)
     if adapter is None:
         raise TypeError(f"{type(model).__name__} is not supported; {_what_to_do(model)}")
@@ -226,6 +231,11 @@ def trace(model: nn.Module) -> Trace:
     if handle.encoder.trace is None:
         raise ValueError("nothing to trace: the model has not encoded an image since it was patched")
     return handle.encoder.trace
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `model` or a part of it is patched."""
+    return any(_HANDLE in vars(module) for module in model.modules())
 
 
 def _handle(model: nn.Module) -> _Patch:

@@ -231,6 +231,23 @@ def test_look(untrained, tmp_path):
     assert Image.open(tmp_path / "some-picture-flowcut-36.png").width > 600
 
 
+def test_flow(untrained, tmp_path):
+    """The table of `analyze`, in the file too, and a picture; figures do not depend on the folder."""
+    picture = tmp_path / "some picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (150, 200, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    done = run("flow", picture, "--out", tmp_path / "out", "--hub-threshold", "1.5")
+    assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "out" / "some-picture-flow.png").width > 600
+    (section,) = report.load(tmp_path / "out" / "some-picture-flow.json").sections
+    model, processor = mini_vlm.load(torch.float32)
+    inputs = processor.image_processor([Image.fromarray(pixels)], return_tensors="pt")
+    found = fk.analyze(model, inputs, hub_threshold=1.5)
+    assert section.rows == [row | dict(ok=True) for row in found.rows()]
+    assert section.facts["tiles"] == 1 and section.facts["grid"] == list(found.grid)
+    assert all(f"{row['entropy']:.3f}" in done.output for row in section.rows)
+
+
 def test_look_at_a_saved_tower(tmp_path):
     """A folder of a supported class, with its image processor."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -269,6 +286,7 @@ def test_look_at_a_saved_tower(tmp_path):
         ("ops --device nowhere", "nowhere"),
         (f"look {shlex.quote(__file__)} --policy none", "flowcut-release"),
         (f"look {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
+        (f"flow {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
     ],
 )
 def test_bad_options_are_named(command, message):
