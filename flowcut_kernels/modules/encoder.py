@@ -267,11 +267,6 @@ class PrunedEncoderLayer:
     def __init__(self, layer: nn.Module, parts_of: Callable[[nn.Module], LayerParts], number: int) -> None:
         self.layer, self.parts_of, self.number = layer, parts_of, number
 
-    @property
-    def parts(self) -> LayerParts:
-        """Looked up on each call: a module that was swapped after patching (an adapter, a quantised one) counts."""
-        return self.parts_of(self.layer)
-
     def __call__(self, hidden_states: Tensor, *mask: Tensor | None, pruning: EncoderState, **kwargs: Any) -> Tensor:
         pruning.enter(self.number)
         step, budgets = pruning.step(self.number)
@@ -279,12 +274,15 @@ class PrunedEncoderLayer:
             hidden_states = pruning.drop_void(hidden_states)
         if step is None and pruning.mask is None:
             return type(self.layer).forward(self.layer, hidden_states, *mask, **kwargs)
-        hidden_states, choice = self._attention_half(hidden_states, step, budgets, pruning, **kwargs)
-        hidden_states = hidden_states + self.parts.mlp(self.parts.norm2(hidden_states))
+        # Looked up on each call: a module that was swapped after patching (an adapter, a quantised one) counts.
+        parts = self.parts_of(self.layer)
+        hidden_states, choice = self._attention_half(parts, hidden_states, step, budgets, pruning, **kwargs)
+        hidden_states = hidden_states + parts.mlp(parts.norm2(hidden_states))
         return hidden_states if choice is None else pruning.merge(choice, hidden_states)
 
     def _attention_half(
         self,
+        parts: LayerParts,
         hidden_states: Tensor,
         step: EncoderStep | None,
         budgets: list[int] | None,
@@ -295,18 +293,17 @@ class PrunedEncoderLayer:
 
         With a choice that is still to be made true, where tokens are merged after the layer.
         """
-        parts = self.parts
         residual, normed = hidden_states, parts.norm1(hidden_states)
-        key, value = self._heads(parts.k_proj(normed)), self._heads(parts.v_proj(normed))
+        key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
         key_mask, key_lengths, query, merged = pruning.mask, pruning.lengths, None, None
         if step is not None:
             if not step.prunes or step.merges:  # all queries are needed anyway; the anchor's is among them
-                query = self._heads(parts.q_proj(normed))
+                query = _heads(parts, parts.q_proj(normed))
             view = EncoderView(
                 key=key,
                 value=value,
                 query=query,
-                anchor=lambda kind: self._anchor(kind, normed, query, value, key_mask),
+                anchor=lambda kind: _anchor(parts, kind, normed, query, value, key_mask),
                 protect=pruning.protect,
                 lengths=pruning.lengths,
                 history=pruning.history,
@@ -323,45 +320,48 @@ class PrunedEncoderLayer:
             elif choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):
                 residual, normed = pruning.gather(choice.index, residual, normed, parts.norm1)
         if query is None:
-            query = self._heads(parts.q_proj(normed))
+            query = _heads(parts, parts.q_proj(normed))
         # Where everything stays, what comes out is the stock model's, bit for bit.
         if step is not None and pruning.prunes and has_native_attention(parts.attention, query, pruning.backend):
             span = None if key_lengths is None else torch.stack((torch.zeros_like(key_lengths), key_lengths), 1)
             scale: Any = parts.attention.scale
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
         else:
-            mixed = self._attend(query, key, value, key_mask, **kwargs)
+            mixed = _attend(parts, query, key, value, key_mask, **kwargs)
         return residual + parts.out_proj(mixed.flatten(2)), merged
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.parts.attention.head_dim)).transpose(1, 2)
 
-    def _anchor(
-        self, kind: str, normed: Tensor, query: Tensor | None, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if kind == "cls":
-            # A 2-D row is one launch; a strided [B, 1, D] would be a product and a bias.
-            query = self._heads(self.parts.q_proj(normed[:, 0])[:, None]) if query is None else query[:, :, :1]
-            return query, value[:, :, :1]
-        # Projections are linear, so the mean token's query and value cost one row each.
-        token, parts = _mean_token(normed, mask), self.parts
-        mean = parts.q_proj(token) if parts.linear else _mean_token(parts.q_proj(normed), mask)
-        return self._heads(mean), self._heads(parts.v_proj(token))
+def _heads(parts: LayerParts, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, parts.attention.head_dim)).transpose(1, 2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        module: Any = self.parts.attention
-        name = module.config._attn_implementation
-        if mask is not None:
-            if name == "eager":
-                lowest = torch.finfo(query.dtype).min
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-            else:  # kernels without a padding mask of this form leave ragged batches to SDPA
-                name = "sdpa"
-            mask = mask[:, None, None]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.parts.eager)
-        dropout = self.parts.dropout if module.training else 0.0
-        options = kwargs | dict(scaling=module.scale, dropout=dropout, is_causal=False)
-        return attend(module, query, key, value, mask, **options)[0]
+
+def _anchor(
+    parts: LayerParts, kind: str, normed: Tensor, query: Tensor | None, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if kind == "cls":
+        # A 2-D row is one launch; a strided [B, 1, D] would be a product and a bias.
+        query = _heads(parts, parts.q_proj(normed[:, 0])[:, None]) if query is None else query[:, :, :1]
+        return query, value[:, :, :1]
+    # Projections are linear, so the mean token's query and value cost one row each.
+    token = _mean_token(normed, mask)
+    mean = parts.q_proj(token) if parts.linear else _mean_token(parts.q_proj(normed), mask)
+    return _heads(parts, mean), _heads(parts, parts.v_proj(token))
+
+
+def _attend(parts: LayerParts, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    module: Any = parts.attention
+    name = module.config._attn_implementation
+    if mask is not None:
+        if name == "eager":
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+        else:  # kernels without a padding mask of this form leave ragged batches to SDPA
+            name = "sdpa"
+        mask = mask[:, None, None]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, parts.eager)
+    dropout = parts.dropout if module.training else 0.0
+    options = kwargs | dict(scaling=module.scale, dropout=dropout, is_causal=False)
+    return attend(module, query, key, value, mask, **options)[0]
 
 
 def has_native_attention(module: Any, query: Tensor, backend: str | None) -> bool:

@@ -378,8 +378,8 @@ class PackedBlock:
                 max_seqlen=max_seqlen,
                 **kwargs,
             )
-        hidden_states = self._attention_half(hidden_states, position_embeddings, packing, made, **kwargs)
         parts = self.parts_of(self.block)
+        hidden_states = self._attention_half(parts, hidden_states, position_embeddings, packing, made, **kwargs)
         return hidden_states + parts.mlp(parts.norm2(hidden_states))
 
     def _pieces(self, rows: Rows) -> Sequence[int]:
@@ -387,10 +387,15 @@ class PackedBlock:
         return rows.windows if self.windowed else rows.segments.lengths
 
     def _attention_half(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], state: PackedState, made: Any, **kwargs: Any
+        self,
+        parts: PackedParts,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        state: PackedState,
+        made: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
-        parts = self.parts_of(self.block)
         module: Any = parts.attention
         heads = module.qkv(parts.norm1(hidden_states)).unflatten(-1, (3, module.num_heads, -1))
         query, key, value = heads.unbind(1)
