@@ -2,6 +2,7 @@
 
 from .._library import load_native as _load_native
 from .._library import load_planner as _load_planner
+from .._ops import Relevance, Select, ValueNorm
 from .anchor_stats import anchor_stats
 from .anchor_stats_select import anchor_stats_select
 from .attention import attention
@@ -20,6 +21,9 @@ _load_planner()
 
 __all__ = [
     "PagedPlan",
+    "Relevance",
+    "Select",
+    "ValueNorm",
     "anchor_stats",
     "anchor_stats_select",
     "attention",

@@ -7,6 +7,7 @@ from zoo import Family, Image, Video, families
 
 import flowcut_kernels as fk
 from flowcut_kernels.integrations.serving import retained_count, retention_mask
+from flowcut_kernels.ops import Select, anchor_stats_select
 
 POLICIES = (
     fk.FlowCut(retain_ratio=0.4),
@@ -88,6 +89,22 @@ def test_mask(backend, dtype):
         assert chosen.nonzero().flatten().tolist() == sorted(best.tolist())
     equal = retention_mask(torch.zeros(6, dtype=dtype), [4, 2], [2, 1], backend=backend)
     assert equal.tolist() == [True, True, False, False, True, False]
+
+
+def test_scores_of_a_plugin():
+    """As docs/serving.md outlines it: rows of a merged token share one score, and the mask keeps whole tokens."""
+    blocks, side, generator = 9, 2, torch.Generator().manual_seed(2)
+    score = None
+    for _ in range(2):
+        k, v = torch.randn(2, 1, 4, blocks * side**2, 8, generator=generator)
+        means = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
+        score, *_ = anchor_stats_select(
+            means[0], k, v, means[1], history=score, block=side**2, mode=Select.SCORE_ONLY, backend="reference"
+        )
+    rows = score.unflatten(1, (blocks, side**2))
+    assert torch.equal(rows, rows[..., :1].expand_as(rows))
+    mask = retention_mask(rows[..., 0].flatten(), [blocks], [4])
+    assert rows[0, mask, 0].min() > rows[0, ~mask, 0].max() and int(mask.sum()) == 4
 
 
 def test_bad_masks():
