@@ -60,7 +60,7 @@ class AnyresImages(Kind):
                 packed = self.pack([tokens], [size], tokens.new_zeros(1), options)[0]
                 counts = torch.autograd.grad(packed.sum(), tokens)[0][..., 0] > 0
             grids, is_place = [(side, side)], packed[:, 0] > 0
-            if views > 1:
+            if views > 1 and len(packed) > side**2:  # of a line of an image no row of the tiles is left
                 columns = int((~is_place[side**2 :]).int().argmax()) + 1
                 grids.append(((len(packed) - side**2) // columns, columns))
             self.remembered[key] = Layout(

@@ -55,7 +55,7 @@ class _BlindPolicy(Policy):
 
 def _rectangle(places: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the part of a grid that ascending `places` [n] fill; one row where it is no rectangle."""
-    if len(places) == prod(grid):
+    if len(places) in (0, prod(grid)):
         return grid
     row, column = places // grid[1], places % grid[1]
     sides = int(row[-1] - row[0]) + 1, int(column.max() - column.min()) + 1

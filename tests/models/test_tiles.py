@@ -22,7 +22,7 @@ import flowcut_kernels as fk
 from flowcut_kernels.models._features import spread
 from flowcut_kernels.policies.recycling import constant
 
-SIZES = [(56, 56), (40, 110), (110, 40), (100, 60), (112, 112), (30, 31), (57, 200), (300, 250)]
+SIZES = [(56, 56), (40, 110), (110, 40), (100, 60), (112, 112), (30, 31), (57, 200), (300, 250), (4, 900), (500, 4)]
 MAKERS = {"next": llava_next, "onevision": llava_onevision}
 
 
@@ -78,6 +78,7 @@ def test_counts(aspect):
                 fk.FlowCut(2),
                 fk.FlowCut(retain_ratio=0.4),
                 fk.UniformTokens(50),
+                fk.RandomTokens(6),
                 fk.FlowCut(len(whole) - 1),
             ):
                 with fk.patched(model, policy, record=True):
