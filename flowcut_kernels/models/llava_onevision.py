@@ -21,9 +21,10 @@ from ._vlm import tiled_replacements
 class LlavaOnevision:
     """Adapter of ``LlavaOnevisionForConditionalGeneration``.
 
-    Budgets count per image and per video, the newline behind a video included, and are spread evenly over views or
-    frames. Where the model resamples, each of its tokens is a mean of four at most. Then the encoder leaves four times
-    as many tokens, so that enough places have one, and of these the highest scores stay: as many as the budget says.
+    Budgets count per image and per video, the newline behind a video included (which never stays alone), and are spread
+    evenly over views or frames. Where the model resamples, each of its tokens is a mean of four at most. Then the
+    encoder leaves four times as many tokens, so that enough places have one, and of these the highest scores stay: as
+    many as the budget says.
     """
 
     model_class = LlavaOnevisionForConditionalGeneration

@@ -79,10 +79,10 @@ def decoder_replacements(
     parts = partial(_parts, module=module, norm=norm)
     window = getattr(model.config, "sliding_window", None)
     if window is not None and set(getattr(model.config, "layer_types", None) or ["?"]) != {"full_attention"}:
+        instead = "" if entrance else ", or use FlowCut or VFlowOpt without llm_layer and llm_stages"
         raise ValueError(
             f"text_config.sliding_window={window}: visual tokens cannot be dropped from layers that keep only recent "
-            "rows; set it to None, or use FlowCut or VFlowOpt without llm_layer and llm_stages, which prune before the "
-            "language model alone"
+            f"rows; load the model with None there{instead}"
         )
     if model.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")

@@ -21,7 +21,8 @@ class VideoLlava:
     """Adapter of ``VideoLlavaForConditionalGeneration``.
 
     Budgets count per image and per video, and are spread evenly over a video's frames: 256 of the 2,048 patches of 8
-    frames are 32 of each. The frames' class tokens, which the model keeps, stay and do not count.
+    frames are 32 of each. The frames' class tokens, which the model keeps, stay and do not count; cuts inside the
+    language model treat them as tokens like others.
     """
 
     model_class = VideoLlavaForConditionalGeneration

@@ -368,6 +368,13 @@ def test_bad_input(family):
         fk.cost(model, POLICY, inputs)
 
 
+def test_sliding_windows(family):
+    """All policies drop tokens at the entrance of the language model: none is named that would not."""
+    model = family.model()
+    model.config.text_config.sliding_window, model.config.text_config.layer_types = 16, ["sliding_attention"] * 4
+    refused(model, POLICY, "sliding_window=16.*load the model with None there$")
+
+
 @torch.no_grad()
 def test_calibrated(family):
     """Images of one size: the schedule is what each one keeps, without a look at its entropy."""
