@@ -634,11 +634,12 @@ class _Rows:
             row_of.scatter_(1, torch.where(self.before.columns < 0, state.length, self.before.columns), place)
             row = row_of.cummax(1).values[samples[:, None], row]  # of a dropped one: the row before it
         total = torch.zeros(found.at.shape, dtype=accumulate_dtype(key.dtype), device=row.device)
+        keys = key.to(total.dtype).transpose(-1, -2)[:, :, None]
         for some, named in zip(row.split(_RATERS, 1), raters.split(_RATERS, 1), strict=True):
             query = _heads(parts, parts.q_proj(self.normed[samples[:, None], some]), parts.q_norm)
             query = _rotated(parts, query, [x[samples[:, None], some] for x in rotary])
             query = query.unflatten(1, (key.shape[1], -1)).to(total.dtype)
-            logits = parts.attention.scaling * query @ key.to(total.dtype).transpose(-1, -2)[:, :, None]
+            logits = parts.attention.scaling * query @ keys
             seen = state.seen_by(mask, named, columns)[:, None, None] | (named < 0)[:, None, None, :, None]
             weight = logits.masked_fill(~seen, float("-inf")).softmax(-1).mean((1, 2))
             weight = weight.gather(2, at[:, None].expand(-1, some.shape[1], -1))
