@@ -355,6 +355,46 @@ def flow(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="Figures to compare with.", exists=True, dir_okay=False)],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="New figures.", exists=True, dir_okay=False)],
+    everything: Annotated[bool, typer.Option("--all", help="Also show figures that did not change.")] = False,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="Exit status 1 where B is worse beyond the spread, or failed.")
+    ] = False,
+) -> None:
+    """Two result files: what is better or worse in B than in A, beyond the spread."""
+    from . import compare as comparing
+    from .report import load
+    from .tables import show
+
+    reports = []
+    for path in (a, b):
+        try:
+            reports.append(load(path))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise typer.BadParameter(f"{path.name} is no file of flowcut-bench: {error}") from error
+    console = terminal()
+    for name, report in zip("AB", reports, strict=True):
+        console.print(f"{name}: {machine.line(report.machine)}", style="dim", highlight=False)
+    for what in comparing.differences(reports[0].machine, reports[1].machine, comparing.MACHINE):
+        console.print(f"not the same machine or versions: {what}", style="bold", highlight=False)
+    console.print()
+    sections = comparing.compare(*reports)
+    worse = any(row["verdict"] in comparing.REGRESSIONS for section in sections for row in section.rows)
+    for section in sections:
+        if not everything:
+            section.rows = [row for row in section.rows if row["verdict"] != comparing.WITHIN]
+        show(section, console)
+    for what in (*comparing.missing(*reports), comparing.CAUTION):
+        console.print(what, style="dim", highlight=False)
+    if not sections:
+        raise typer.BadParameter("the two files have no section in common")
+    if worse and fail_on_regression:
+        raise typer.Exit(1)
+
+
+@app.command()
 def gpu(
     out: Annotated[Path, typer.Option("--out", help="Folder for a file per step, their logs and gpu.json.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same steps on the CPU at toy size.")] = False,

@@ -257,6 +257,15 @@ TABLES: dict[str, list[Column]] = {
         Column("criteria", _cell("criteria", "{:+.2f}".format)),
         Column("previous", _cell("previous", "{:+.2f}".format)),
     ],
+    "compare": [
+        Column("of", _cell("row"), False, True),
+        Column("figure", _cell("figure", lambda name: name.replace("_", " ")), False, True),
+        Column("A", _cell("a")),
+        Column("B", _cell("b")),
+        Column("change", _cell("change", "{:+.1%}".format)),
+        Column("ratio", _cell("ratio")),
+        Column("verdict", _cell("verdict"), False, True),
+    ],
     "gpu": [
         Column("what", _cell("what"), False, True),
         Column("target", _cell("target")),
@@ -279,7 +288,14 @@ TABLES: dict[str, list[Column]] = {
 
 def views(section: Section) -> list[View]:
     """The tables of a section: the main one, then details."""
-    groups = {"ops": "op", "quality": "tokens", "conversation": "tokens", "compile": "kernel", "tune": "budget"}
+    groups = {
+        "ops": "op",
+        "quality": "tokens",
+        "conversation": "tokens",
+        "compile": "kernel",
+        "tune": "budget",
+        "compare": "row",
+    }
     found = [View(TABLES[section.name], groups.get(section.name))]
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
@@ -318,7 +334,7 @@ def cells(view: View, row: dict[str, Any]) -> list[str]:
 
 def alarming(text: str) -> bool:
     """A missed target or a failed check."""
-    return text == "NO" or text.startswith("FAILED")
+    return text in ("NO", "worse") or text.startswith("FAILED")
 
 
 def starts(view: View, rows: list[dict[str, Any]]) -> list[bool]:
