@@ -32,7 +32,7 @@ def calibrate(
 
     Raises:
         TypeError: a policy that adapts to nothing, or inputs of another type.
-        ValueError: no images, or a model that is patched.
+        ValueError: no images, images of several tiles with shares of their own, or a model that is patched.
     """
     if not isinstance(policy, FlowCut):
         raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
@@ -64,6 +64,12 @@ def calibrate(
         if mean < last:  # a cut that drops nothing is none
             schedule.append((layer, mean))
             last = mean
+    budget = policy.encoder_budget(patches)
+    if schedule and last != budget:
+        raise ValueError(
+            f"calibrate: the tiles of these images keep {last} of {patches} tokens each, but a schedule ends with "
+            f"{budget}, the budget of an image of that many: it serves images of one tile; leave schedule=None"
+        )
     return replace(policy, schedule=tuple(schedule) or None)
 
 

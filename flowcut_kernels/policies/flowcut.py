@@ -237,7 +237,7 @@ class FlowCut(Policy):
         if self.schedule[-1][1] != budget:
             raise ValueError(
                 f"FlowCut: schedule={self.schedule} does not end with the {budget} to keep of the {tokens} tokens of "
-                "an image or a tile: calibrate for images like these"
+                "an image or a tile: calibrate for images like these, or where they have several tiles leave it None"
             )
         kept = dict(self.schedule).get(layer)
         if kept is not None:

@@ -227,3 +227,13 @@ def test_bad_input():
         tiles = inputs["pixel_values"][0, :2]
         with pytest.raises(ValueError, match="2 tiles came to the vision encoder"):
             model.get_image_features(tiles, inputs["image_sizes"])
+
+
+@pytest.mark.parametrize("policy", [fk.FlowCut(10), fk.FlowCut(retain_ratio=0.3)], ids=str)
+def test_no_schedule_for_several_tiles(policy):
+    """Its last count is an image's budget, of which tiles get shares."""
+    model = llava_next.model()
+    inputs = llava_next.prompt([[3, Image(112, 112), 5]])
+    with pytest.raises(ValueError, match=r"calibrate: the tiles of these images keep \d+ of 64 tokens.*schedule=None"):
+        fk.calibrate(model, policy, inputs)
+    assert "_flowcut_patch" not in vars(model)
