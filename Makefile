@@ -3,6 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOOR := transformers==5.17.0
+# A process for every core, each with one thread: most tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: bench test test-newest test-floor lint sanitize build clean
@@ -13,11 +15,11 @@ bench: .venv/built
 test: lint sanitize test-newest test-floor
 
 test-newest: .venv/built
-	$(PY) -m pytest tests
+	$(PYTEST) tests
 
 # The oldest supported transformers, in front of the environment's own.
 test-floor: .venv/built .venv/floor/ready
-	PYTHONPATH=.venv/floor $(PY) -m pytest tests/models tests/modules tests/policies tests/test_cache.py tests/test_cost.py
+	PYTHONPATH=.venv/floor $(PYTEST) tests/models tests/modules tests/policies tests/test_cache.py tests/test_cost.py
 
 lint: .venv/built
 	$(PY) -m ruff check .
@@ -39,7 +41,7 @@ build: .venv/built
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
-	$(PIP) --constraint constraints.txt transformers safetensors triton pytest hypothesis scikit-image ruff mypy \
+	$(PIP) --constraint constraints.txt transformers safetensors triton pytest pytest-xdist hypothesis scikit-image ruff mypy \
 		accelerate rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet \
 		datasets evaluate sacrebleu loguru tenacity pytz pytablewriter
 	$(PIP) --constraint constraints.txt --no-deps lmms-eval  # the line above has what its evaluator imports
