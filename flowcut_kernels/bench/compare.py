@@ -34,7 +34,7 @@ KINDS = {
     ),
     "families": Kind(
         ("family", "size", "dtype", "stock_tokens", "tokens"),
-        ("first_seconds", "python_seconds"),
+        ("first_seconds", "python_seconds", "adapter_seconds"),
         ("first_seconds", "speedup"),
     ),
     "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), ("decode_seconds", "speedup")),

@@ -194,8 +194,9 @@ TABLES: dict[str, list[Column]] = {
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}" if r["ok"] else r["refcheck"], False, True),
         Column("1st token", lambda r: _pair(r, "first")),
         Column("faster", _cell("speedup", times)),
-        Column("Python", _time("python_seconds")),
-        Column("of stock", _cell("python_share", percent)),
+        Column("host: all", _time("python_seconds")),
+        Column("adapter", _time("adapter_seconds")),
+        Column("of stock", _cell("adapter_share", "{:.1%}".format)),
     ],
     "prefill limits": [
         Column("type", _type, False),
