@@ -318,7 +318,7 @@ def measure(
             f"one picture or video and {TEXT} words; random weights; FlowCut(retain_ratio={SHARE})",
             "1st token: encoder, projector, prefill",
             "host: CPU time of a patched forward pass of a thin model (all layers, width 64) beyond the stock one's. "
-            "adapter: one cut without scoring (UniformTokens), so what prompts, features and caches take; all: FlowCut, "
+            "adapter: one cut without scoring (UniformTokens), what prompts, features and caches take; all: FlowCut, "
             "its operators on the CPU included. Of stock: the adapter's share of the stock first token at this size",
         ],
         failed=failed,
