@@ -298,7 +298,7 @@ def _batches(samples: Any) -> list[Mapping[str, Any]]:
             raise TypeError(
                 f"tune: samples[{number}] is {type(batch).__name__} without input_ids; give processor output"
             )
-        if batch.get("pixel_values") is None and batch.get("pixel_values_videos") is None:
+        if not any(name.startswith("pixel_values") and x is not None for name, x in batch.items()):  # of several names
             raise ValueError(f"tune: samples[{number}] holds no pixel_values; without an image nothing is pruned")
     return batches
 
