@@ -147,8 +147,8 @@ def test_wrong_selection_fails(monkeypatch):
 def test_wrong_encoder_fails(monkeypatch):
     from flowcut_kernels.modules import encoder as blocks
 
-    right, native = blocks.PrunedEncoderLayer._attend, blocks.attention
-    monkeypatch.setattr(blocks.PrunedEncoderLayer, "_attend", lambda *a, **k: 1.1 * right(*a, **k))
+    right, native = blocks._attend, blocks.attention
+    monkeypatch.setattr(blocks, "_attend", lambda *a, **k: 1.1 * right(*a, **k))
     monkeypatch.setattr(blocks, "attention", lambda *a, **k: 1.1 * native(*a, **k))
     done = run(COMMANDS["encoder"], "--dtype", "fp32")
     assert done.exit_code == 1 and "check failed" in done.output
