@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from ..models import patch, unpatch
 from ..policies import FlowCut
-from .quality import ALL, Exam, Tick, interval
+from .quality import ALL, Exam, Tick, interval, loaded
 from .report import Section
 from .shapes import patches_of
 
@@ -181,15 +181,8 @@ def measure(
         questions: conversations; scenes without `per_scene` different questions are left out.
         stand_in: ``load()`` and ``questions(split, n, seed, per_scene)``; None: the shipped one's.
     """
-    if stand_in is None:
-        from .mini_vlm import load
-        from .mini_vlm.quiz import questions as draw
-
-        stand_in = load, draw
-    load, draw = stand_in
     tick("loading")
-    model, processor = load(dtype=torch.float32)
-    model = model.to(device)
+    model, processor, draw = loaded(stand_in, torch.float32, device)
     drawn = 3 * per_scene  # enough that nearly all scenes have per_scene different ones
     asked = distinct(draw("dev", -(-questions // per_scene) * drawn, seed, drawn), per_scene)
     exam = Exam.of(asked, processor)

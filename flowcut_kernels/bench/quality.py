@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,6 +153,19 @@ def interval(per_scene: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[f
     return float(low), float(high)
 
 
+def loaded(
+    stand_in: tuple[Callable, Callable] | None, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Any, Any, Callable]:
+    """Model, processor and ``questions`` of a stand-in; of the shipped one for None."""
+    if stand_in is None:
+        from .mini_vlm import load
+        from .mini_vlm.quiz import questions
+
+        stand_in = load, questions
+    model, processor = stand_in[0](dtype=dtype)
+    return model.to(device), processor, stand_in[1]
+
+
 def measure(
     *,
     device: torch.device | str = "cpu",
@@ -174,15 +188,8 @@ def measure(
         per_scene: questions about one scene; more of them are cheaper and tell less.
         stand_in: ``load(dtype=...)`` and ``questions(split, n, seed, per_scene)``; None: the shipped one's.
     """
-    if stand_in is None:
-        from .mini_vlm import load
-        from .mini_vlm.quiz import questions as draw
-
-        stand_in = load, draw
-    load, draw = stand_in
     tick("loading")
-    model, processor = load(dtype=dtype)
-    model = model.to(device)
+    model, processor, draw = loaded(stand_in, dtype, device)
     asked = draw(split, -(-questions // per_scene) * per_scene, seed, per_scene)  # whole scenes
     vision = model.config.vision_config
     tokens, layers = patches_of(vision), vision.num_hidden_layers

@@ -17,7 +17,7 @@ from optuna.storages import InMemoryStorage
 from ..policies import FlowCut, Policy
 from ..policies.stages import average_retention
 from ..tune import Objective, open_storage, published_policy, published_stages, tune
-from .quality import ALL, Exam, Tick, interval, refcheck, take
+from .quality import ALL, Exam, Tick, interval, loaded, refcheck, take
 from .report import Section
 from .shapes import patches_of
 
@@ -75,15 +75,8 @@ def measure(
         folder: where the policies found are written as JSON; None: nowhere.
         stand_in: ``load()`` and ``questions(split, n, seed, per_scene)``; None: the shipped one's.
     """
-    if stand_in is None:
-        from .mini_vlm import load
-        from .mini_vlm.quiz import questions as draw
-
-        stand_in = load, draw
-    load, draw = stand_in
     tick("loading")
-    model, processor = load(dtype=torch.float32)
-    model = model.to(device)
+    model, processor, draw = loaded(stand_in, torch.float32, device)
     seen = prompts(draw("dev", samples, seed + 1, 1), processor)
     asked = draw(split, -(-questions // per_scene) * per_scene, seed, per_scene)
     tokens, layers = patches_of(model.config.vision_config), model.config.get_text_config().num_hidden_layers

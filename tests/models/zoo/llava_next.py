@@ -17,9 +17,9 @@ EDGE = SIDE * PATCH
 POINTS = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE], [2 * EDGE, 2 * EDGE]]
 
 
-def processor() -> LlavaNextProcessor:
+def processor(points: list[list[int]] = POINTS) -> LlavaNextProcessor:
     size = dict(height=EDGE, width=EDGE)
-    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=EDGE), crop_size=size, image_grid_pinpoints=POINTS)
+    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=EDGE), crop_size=size, image_grid_pinpoints=points)
     return LlavaNextProcessor(
         images, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
@@ -40,7 +40,8 @@ def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
 
 
 def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
-    counts = [image_size_to_num_patches(size, POINTS, EDGE) for size in inputs["image_sizes"].tolist()]
+    points = model.config.image_grid_pinpoints
+    counts = [image_size_to_num_patches(size, points, EDGE) for size in inputs["image_sizes"].tolist()]
     every = iter(batched_tiles(sum(counts), (SIDE, SIDE), protect=1))
     return [[next(every) for _ in range(count)] for count in counts]
 
@@ -48,7 +49,7 @@ def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
 def grids(model: Any, inputs: dict[str, Any], kind: str) -> list[list[tuple[int, int]]]:
     made, counts = processor(), []
     for size in inputs["image_sizes"].tolist():
-        lines = [side // EDGE for side in select_best_resolution(size, POINTS)]
+        lines = [side // EDGE for side in select_best_resolution(size, model.config.image_grid_pinpoints)]
         patches, rows = made._get_unpadded_features(*size, SIDE, SIDE, *lines)
         counts.append([(SIDE, SIDE), (rows, patches // rows + 1)])
     return counts

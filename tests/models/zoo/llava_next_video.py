@@ -11,23 +11,16 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
 )
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next_video.modeling_llava_next_video import image_size_to_num_patches
 
-from zoo import Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
+from zoo import Family, Image, Part, Tile, Video, batched_tiles, llava_next, parts_of, spell, write
 
 EDGE, POOL = SIDE * PATCH, 2
 SIZE = dict(height=EDGE, width=EDGE)
 POINTS = [[EDGE * h, EDGE * w] for h, w in ((1, 2), (2, 1), (2, 2), (1, 3))]
-IMAGES = LlavaNextImageProcessorPil(size=dict(shortest_edge=EDGE), crop_size=SIZE, image_grid_pinpoints=POINTS)
-# The processor wants a video processor, which needs torchvision; its count of an image's tokens does not.
-COUNTS = object.__new__(LlavaNextProcessor)
-COUNTS.image_processor, COUNTS.patch_size, COUNTS.num_additional_image_tokens = IMAGES, PATCH, 0
+IMAGES = llava_next.processor(POINTS)  # its own processor wants a video processor, which needs torchvision
 
 
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -53,12 +46,12 @@ def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
     def spelled(part: Any, row: list[Part]) -> list[int]:
         if isinstance(part, Video):
             return [VIDEO] * (part.frames * (SIDE // POOL) ** 2)
-        return [IMAGE] * COUNTS._get_number_of_features(part.height, part.width, EDGE, EDGE)
+        return [IMAGE] * (IMAGES._get_number_of_features(part.height, part.width, EDGE, EDGE) - 1)
 
     given = spell(write(rows, spelled), padding)
     images, videos = parts_of(rows, Image), parts_of(rows, Video)
     if images:
-        given |= IMAGES([x.pixels for x in images], return_tensors="pt")
+        given |= IMAGES.image_processor([x.pixels for x in images], return_tensors="pt")
     if videos:
         process = CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)
         frames = process([frame for x in videos for frame in x.pixels], return_tensors="pt")["pixel_values"]
@@ -67,26 +60,17 @@ def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
 
 
 def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
-    if kind == "video":
-        videos, frames = inputs["pixel_values_videos"].shape[:2]
-        every = iter(batched_tiles(videos * frames, (SIDE // POOL, SIDE // POOL), protect=1, block=POOL**2))
-        counts = [frames] * videos
-    else:
-        sizes, points = inputs["image_sizes"].tolist(), model.config.image_grid_pinpoints
-        counts = [image_size_to_num_patches(size, points, EDGE) for size in sizes]
-        every = iter(batched_tiles(sum(counts), (SIDE, SIDE), protect=1))
-    return [[next(every) for _ in range(count)] for count in counts]
+    if kind == "image":
+        return llava_next.tiles(model, inputs, kind)
+    videos, frames = inputs["pixel_values_videos"].shape[:2]
+    every = iter(batched_tiles(videos * frames, (SIDE // POOL, SIDE // POOL), protect=1, block=POOL**2))
+    return [[next(every) for _ in range(frames)] for _ in range(videos)]
 
 
 def grids(model: Any, inputs: dict[str, Any], kind: str) -> list[list[tuple[int, int]]]:
     if kind == "video":
         return [[tile.grid for tile in group] for group in tiles(model, inputs, kind)]
-    made = []
-    for size in inputs["image_sizes"].tolist():
-        lines = [side // EDGE for side in select_best_resolution(size, POINTS)]
-        patches, rows = COUNTS._get_unpadded_features(*size, SIDE, SIDE, *lines)
-        made.append([(SIDE, SIDE), (rows, patches // rows + 1)])
-    return made
+    return llava_next.grids(model, inputs, kind)
 
 
 FAMILY = Family(
