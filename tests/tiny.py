@@ -36,6 +36,10 @@ GAINS = dict(qk=(1.5, 2.6), v=0.7, out=0.5, mlp=0.6, pos=0.6, cls=0.7, patch=1.0
 # The mean of all queries is short, so an encoder without a class token needs more for the same entropy.
 GAINS_MEAN = GAINS | dict(qk=(4.0, 6.0))
 VISION = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=LAYERS, patch_size=PATCH)
+TEXT = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -88,17 +92,7 @@ def llava(
 ) -> LlavaForConditionalGeneration:
     """LLaVA with a GQA Llama. CLIP is read at layer -2 without its class token, SigLIP at -1 in full."""
     vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**VISION, image_size=SIDE * PATCH)
-    settings = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    settings = TEXT | dict(num_hidden_layers=2)
     facts = (
         dict(vision_feature_layer=-2)
         if tower == "clip"
@@ -122,10 +116,7 @@ def llava_next(attention: str = "sdpa", seed: int = 5, **changes) -> LlavaNextFo
     size = SIDE * PATCH
     settings = dict(
         vision_config=CLIPVisionConfig(**VISION, image_size=size),
-        text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        ),
+        text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         image_seq_length=PATCHES,
         image_grid_pinpoints=[[size, 2 * size], [2 * size, size], [2 * size, 2 * size]],
@@ -140,10 +131,7 @@ def vipllava(attention: str = "sdpa", seed: int = 6, **changes) -> VipLlavaForCo
     """VipLLaVA with CLIP, read at four layers, and a GQA Llama of four layers."""
     settings = dict(
         vision_config=CLIPVisionConfig(**VISION, image_size=SIDE * PATCH),
-        text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        ),
+        text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layers=[-2, -4, -6, 2],
     )  # fmt: skip
@@ -158,10 +146,7 @@ def onevision(attention: str = "sdpa", seed: int = 4, **changes) -> LlavaOnevisi
     size = SIDE * PATCH
     settings = dict(
         vision_config=SiglipVisionConfig(**VISION, image_size=size),
-        text_config=Qwen2Config(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        ),
+        text_config=Qwen2Config(**TEXT),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=[[size * h, size * w] for h in (1, 2) for w in (1, 2, 3) if h * w > 1],

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 import torch
-from tiny import IMAGE, PAD, PATCH, SIDE, VOCAB
+from tiny import IMAGE, PAD, PATCH, SIDE
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -31,10 +31,7 @@ def build(
 ) -> Any:
     settings = dict(
         vision_config=vision(**tiny.VISION, image_size=EDGE),
-        text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        ),
+        text_config=LlamaConfig(**tiny.TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=PAD,

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 import torch
-from tiny import IMAGE, PAD, PATCH, SIDE, VOCAB
+from tiny import IMAGE, PAD, PATCH, SIDE
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -28,10 +28,7 @@ VISION = tiny.VISION | dict(image_size=EDGE, use_mean_pooling=False)
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, vision: dict | None = None, **changes) -> Any:
     settings = dict(
         vision_config=InternVLVisionConfig(**VISION | (vision or {})),
-        text_config=Qwen2Config(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        ),
+        text_config=Qwen2Config(**tiny.TEXT),
         image_token_id=IMAGE,
         image_seq_length=TOKENS,
         tie_word_embeddings=False,

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 import torch
-from tiny import IMAGE, PAD, PATCH, SIDE, VIDEO, VISION, VOCAB
+from tiny import IMAGE, PATCH, SIDE, VIDEO, VISION
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -26,10 +26,7 @@ PIXELS = "pixel_values" if "pixel_values" in NAMES else "pixel_values_images"
 
 
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    text = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    text = LlamaConfig(**tiny.TEXT)
     config = VideoLlavaConfig(
         vision_config=CLIPVisionConfig(**VISION, image_size=EDGE),
         text_config=text,
