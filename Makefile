@@ -3,8 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOOR := transformers==5.17.0
-# A process for every core, each with one thread: most tests are too small for more.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
+# A process for every core, each with one thread: most tests are too small for more. What is skipped is named.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal -rs
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: bench test test-newest test-floor lint sanitize build clean
@@ -42,7 +42,7 @@ build: .venv/built
 	$(PIP) --constraint constraints.txt torch numpy
 	$(PIP) --constraint constraints.txt setuptools wheel cmake ninja pybind11
 	$(PIP) --constraint constraints.txt transformers safetensors triton pytest pytest-xdist hypothesis scikit-image ruff mypy \
-		accelerate rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet \
+		accelerate playwright rich typer matplotlib scikit-learn pillow jinja2 optuna scipy greenlet \
 		datasets evaluate sacrebleu loguru tenacity pytz pytablewriter
 	$(PIP) --constraint constraints.txt --no-deps lmms-eval  # the line above has what its evaluator imports
 	touch $@
