@@ -1,0 +1,110 @@
+"""Who is compared: every policy, set so that the language model's layers see the same average number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import groupby
+
+from ..policies import (
+    FastV,
+    FlowCut,
+    Policy,
+    PyramidDrop,
+    RandomTokens,
+    SparseVLM,
+    UniformTokens,
+    VFlowOpt,
+    VisionZip,
+)
+
+PUBLISHED = 32  # decoder layers of LLaVA-1.5-7B, for which papers name theirs
+ONE_CUT = 1000  # an interval of which no encoder has two
+
+# Policies that prune before the language model: name -> policy of a budget, and of a seed where tokens are drawn.
+BEFORE: dict[str, Callable[[int, int], Policy]] = {
+    "FlowCut": lambda budget, seed: FlowCut(target_tokens=budget),
+    "FlowCut release": lambda budget, seed: FlowCut.release(target_tokens=budget),
+    "VFlowOpt": lambda budget, seed: VFlowOpt(target_tokens=budget),
+    "hybrid": lambda budget, seed: FlowCut(target_tokens=budget, recycle_cell=4),
+    "VisionZip": lambda budget, seed: VisionZip(target_tokens=budget),
+    "CLS attention": lambda budget, seed: FlowCut(budget, criteria=("attention",), cumulative=False, interval=ONE_CUT),
+    "CLS staged": lambda budget, seed: FlowCut(budget, criteria=("attention",)),
+    "random": lambda budget, seed: RandomTokens(target_tokens=budget, seed=seed),
+    "uniform grid": lambda budget, seed: UniformTokens(target_tokens=budget),
+}
+
+
+def _sparsevlm(layers: int) -> list[Callable[..., Policy]]:
+    # What comes after layer 2 has had three layers. Of stages that fall together the last is left.
+    published = zip((2, 6, 15), (*SparseVLM.surplus, 1.0), strict=True)
+    stages = {_scaled(layer + 1, layers) - 1: surplus for layer, surplus in published}
+    return [partial(SparseVLM, layers=tuple(stages), surplus=tuple(stages.values())[:-1])]
+
+
+def _pyramiddrop(layers: int) -> list[Callable[..., Policy]]:
+    stages = ((8, 16, 24), (4, 8, 16), (2, 4, 8))  # as published, and those of the presets for fewer tokens
+    return [partial(PyramidDrop, layers=tuple(sorted({_scaled(x, layers) for x in some}))) for some in stages]
+
+
+def _fastv(layers: int) -> list[Callable[..., Policy]]:
+    return [partial(FastV, layer=_scaled(2, layers))]
+
+
+# Policies that prune inside it: name -> what can be tried in a model of so many layers, the next where one cannot reach
+# the average; each lacks its target_tokens.
+INSIDE: dict[str, Callable[[int], list[Callable[..., Policy]]]] = {
+    "SparseVLM": _sparsevlm,
+    "PyramidDrop": _pyramiddrop,
+    "FastV": _fastv,
+}
+NAMES = (*list(BEFORE)[:5], *INSIDE, *list(BEFORE)[5:])  # methods, then what they have to beat
+
+
+def _scaled(layer: int, layers: int) -> int:
+    """A layer of the published 32 at the same depth of a model of `layers`, at least 1."""
+    return max(round(layer * layers / PUBLISHED), 1)
+
+
+@lru_cache(maxsize=512)
+def contender(name: str, average: int, layers: int, tokens: int, seed: int = 0) -> Policy:
+    """The policy that keeps `average` of an image's `tokens` on average over the `layers` of a language model.
+
+    What enters the language model stays there unless a policy prunes inside it, so that the average is its budget. The
+    layers of those that do are at the published depth; PyramidDrop's are earlier where these cannot reach the average.
+    What they keep in the end is the count whose :meth:`~flowcut_kernels.policies.Policy.average_tokens` is nearest to
+    the average, and at most half a token or 1 % above it.
+
+    Args:
+        name: one of ``NAMES``.
+        seed: of the tokens that "random" draws.
+
+    Raises:
+        ValueError: an unknown name, or an average below what the layers that see all tokens cost alone.
+    """
+    if name in BEFORE:
+        return BEFORE[name](average, seed)
+    if name not in INSIDE:
+        raise ValueError(f"contender: name={name!r} is unknown: use one of {', '.join(NAMES)}")
+    most = average + max(0.5, 0.01 * average)
+    for form in INSIDE[name](layers):
+        least = form(target_tokens=1)
+        least.check_decoder(layers)
+        found = [
+            (abs(reached - average), kept)
+            for kept in range(1, tokens + 1)
+            if (reached := form(target_tokens=kept).average_tokens(layers, tokens)) <= most
+        ]
+        if found:
+            return form(target_tokens=min(found)[1])
+    raise ValueError(
+        f"{name} cannot keep {average} of {tokens} tokens on average: with one in the end it has "
+        f"{arithmetic(least, layers, tokens)}"
+    )
+
+
+def arithmetic(policy: Policy, layers: int, tokens: int) -> str:
+    """How :meth:`~flowcut_kernels.policies.Policy.average_tokens` comes about, layers of equal counts together."""
+    runs = [(len(list(some)), count) for count, some in groupby(policy.tokens_by_layer(layers, tokens))]
+    terms = " + ".join(f"{n} * {count}" if n > 1 else str(count) for n, count in runs)
+    return f"({terms}) / {layers} = {policy.average_tokens(layers, tokens):.1f}"
