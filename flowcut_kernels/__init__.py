@@ -12,13 +12,24 @@ from .cache import compact_kv_cache
 from .calibrate import calibrate
 from .cost import Cost, cost
 from .models import patch, patched, supported_models, trace, unpatch
-from .policies import FastV, FlowCut, PyramidDrop, RandomTokens, SparseVLM, UniformTokens, VFlowOpt, VisionZip
+from .policies import (
+    AttentionTokens,
+    FastV,
+    FlowCut,
+    PyramidDrop,
+    RandomTokens,
+    SparseVLM,
+    UniformTokens,
+    VFlowOpt,
+    VisionZip,
+)
 from .trace import Stage, Trace
 from .tune import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionTokens",
     "Cost",
     "FastV",
     "Flow",

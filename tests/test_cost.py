@@ -42,6 +42,7 @@ POLICIES = dict(
     weights=fk.FlowCut(8, adaptive=False, criteria_weights=(1.0, 0.0, 0.5)),
     recycling=fk.FlowCut(8, adaptive=False, recycle_cell=2.5, llm_stages=((1, 0.5),)),
     features=fk.FlowCut(8, recycle_cell=2.5, encoder_surplus=8),
+    one_cut=fk.AttentionTokens(8),
     random=fk.RandomTokens(8),
     fastv=fk.FastV(8),
     pyramid=fk.PyramidDrop(8, layers=(1, 2)),

@@ -2,7 +2,7 @@
 
 from .base import Policy
 from .fastv import FastV
-from .floors import RandomTokens, UniformTokens
+from .floors import AttentionTokens, RandomTokens, UniformTokens
 from .flowcut import FlowCut
 from .pyramiddrop import PyramidDrop
 from .sparsevlm import SparseVLM
@@ -10,6 +10,7 @@ from .vflowopt import VFlowOpt
 from .visionzip import VisionZip
 
 __all__ = [
+    "AttentionTokens",
     "FastV",
     "FlowCut",
     "Policy",

@@ -1,4 +1,4 @@
-"""Sanity floors: choose tokens without looking at them, at the same point as FlowCut's last cut."""
+"""Sanity floors: one cut where FlowCut makes its last, without looking at the tokens or by the attention alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .._ops import Select
 from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
+from .flowcut import FlowCut
+
+_ATTENTION = FlowCut(1, criteria=("attention",), cumulative=False)  # the budget is the step's
 
 
 @dataclass(frozen=True, kw_only=True)
-class _BlindPolicy(Policy):
+class _OneCut(Policy):
     feature_layer: int | None = None
 
     def __post_init__(self) -> None:
@@ -27,6 +30,8 @@ class _BlindPolicy(Policy):
             EncoderStep(Select.FIXED, budget, static=True) if layer == feature_layer - 1 and budget < tokens else None
         )
 
+
+class _BlindPolicy(_OneCut):
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         batch, device = view.key.shape[0], view.key.device
         if view.budgets is None and view.places is None and view.grids is None:
@@ -118,3 +123,22 @@ class UniformTokens(_BlindPolicy):
             count = (i + 1) * budget // lines - i * budget // lines
             chosen += [row * columns + (2 * j + 1) * columns // (2 * count) for j in range(count)]
         return torch.tensor(chosen, dtype=torch.long)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTokens(_OneCut):
+    """Keep the tokens that the anchor attends to most, in one cut: FlowCut without all that it adds to attention.
+
+    That is the class token's attention in the last layer before the feature layer, softmax over all keys, mean over
+    heads, of equals the first. Where an encoder has no class token, the mean token's (see :class:`FlowCut`).
+
+    Args:
+        target_tokens, retain_ratio: the budget per image, exactly one of them (see :class:`Policy`).
+        feature_layer: hidden_states index that is read; None: what the model's configuration says.
+    """
+
+    def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
+        return _ATTENTION.encoder_select(step, view)
+
+    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
+        return _ATTENTION.encoder_scoring_flops(step, tokens, protect, width, heads)

@@ -124,10 +124,17 @@ class Tower:
             elif isinstance(self.policy, fk.FlowCut):
                 self._flow(i, tile, query, key, value, layer)
             elif layer == self.layers - 2 and self.budgets[i] < self.alive[i].sum():
-                alive = self.alive[i].view(tile.grid)  # a rectangle
-                sides = int(alive.any(1).sum()), int(alive.any(0).sum())
-                kept = self.alive[i].nonzero().flatten()[self.policy._tokens(sides, self.budgets[i])]
-                self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, kept, True)
+                tokens = self.alive[i].nonzero().flatten()
+                if isinstance(self.policy, fk.AttentionTokens):
+                    rows, first = torch.cat([tile.protected, tile.rows[tokens].flatten()]), len(tile.protected)
+                    anchor = query[rows[:1] if first else rows].mean(0)
+                    score = attention_of(anchor, key[rows], self.scaling)[first:].view(len(tokens), -1).mean(1)
+                    chosen = score.argsort(descending=True, stable=True)[: self.budgets[i]].sort().values
+                    self.history[i] = score[chosen]
+                else:
+                    alive = self.alive[i].view(tile.grid)  # a rectangle
+                    chosen = self.policy._tokens((int(alive.any(1).sum()), int(alive.any(0).sum())), self.budgets[i])
+                self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, tokens[chosen], True)
             self.live[tile.rows[~self.alive[i]].flatten()] = False
 
     def _flow(self, i: int, tile: Tile, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:

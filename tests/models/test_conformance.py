@@ -99,6 +99,7 @@ PRUNING = {
     "flowcut": fk.FlowCut(12),
     "flowcut llm": fk.FlowCut(9, llm_layer=1),
     "vflowopt": fk.VFlowOpt(retain_ratio=0.3, hub_threshold=1.6, recycle_cell=2.5, llm_stages=((2, 0.5),)),
+    "attention": fk.AttentionTokens(13),
     "uniform": fk.UniformTokens(13),
     "one token": fk.FlowCut(1),
     "fastv": fk.FastV(7, layer=1),

@@ -355,7 +355,11 @@ def test_presets():
     assert fk.PyramidDrop(retain_ratio=1 / 8).tokens_by_layer(32, 576)[::8] == [576, 288, 144, 72]
 
 
-@pytest.mark.parametrize("policy", [*POLICIES.values(), fk.SparseVLM.preset(64), fk.VisionZip.preset(64)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [*POLICIES.values(), fk.SparseVLM.preset(64), fk.VisionZip.preset(64), fk.AttentionTokens(retain_ratio=0.1)],
+    ids=str,
+)
 def test_json(policy):
     assert type(policy).from_json(policy.to_json()) == policy
 

@@ -18,7 +18,7 @@ import flowcut_kernels as fk
 from flowcut_kernels._ops import Select
 from flowcut_kernels.policies.base import DecoderView, EncoderStep, EncoderView, VisualHeads
 
-POLICIES = [fk.FlowCut, fk.RandomTokens, fk.UniformTokens]
+POLICIES = [fk.FlowCut, fk.AttentionTokens, fk.RandomTokens, fk.UniformTokens]
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, fk.FlowCut.release])
@@ -401,6 +401,19 @@ def test_floors_cut_where_flowcut_makes_its_last(policy, kind):
     assert [s.layer for s in stages] == [stages_of(model, fk.FlowCut(8))[-1].layer]
     assert stages[0].kept == [8, 8, 8] and stages[0].scores is None and stages[0].entropy is None
     assert torch.equal(stages[0].indices, blind(policy, tiny.SIDE, tiny.SIDE, batch=3).expand(3, -1))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_attention_alone(kind):
+    """FlowCut with that criterion, without history, in one cut at its last layer; counts are known beforehand."""
+    model = tiny.TOWERS[kind]()
+    (stage,) = stages_of(model, fk.AttentionTokens(8))
+    (same,) = stages_of(model, fk.FlowCut(8, criteria=("attention",), cumulative=False, interval=tiny.LAYERS))
+    assert stage.layer == same.layer and torch.equal(stage.indices, same.indices)
+    assert torch.equal(stage.scores, same.scores)
+    assert not torch.equal(stage.indices, stages_of(model, fk.FlowCut(8))[-1].indices)
+    assert fk.AttentionTokens(8).encoder_step(3, 5, 64, 8) is None
+    assert fk.AttentionTokens(8).encoder_step(4, 5, 64, 8) == EncoderStep(Select.FIXED, 8, static=True)
 
 
 @pytest.mark.parametrize("policy", [fk.RandomTokens(1, seed=2), fk.UniformTokens(1)], ids=["random", "uniform"])

@@ -82,7 +82,7 @@ class Family:
     grids: Callable[[Any, dict[str, Any], str], list[list[tuple[int, int]]]] | None = None  # None: the tiles'
     kinds: tuple[str, ...] = ("image",)
     policies: tuple[type[fk.policies.base.Policy], ...] = (
-        fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens, fk.FastV, fk.PyramidDrop
+        fk.FlowCut, fk.VFlowOpt, fk.AttentionTokens, fk.RandomTokens, fk.UniformTokens, fk.FastV, fk.PyramidDrop
     )  # fmt: skip
     prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages
     video_layers: Callable[[Any], Sequence[nn.Module]] | None = None  # the same where frames have their own tower

@@ -64,6 +64,6 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), GRID, block=4)],
-    policies=(fk.FlowCut, fk.VFlowOpt, fk.RandomTokens, fk.UniformTokens),
+    policies=(fk.FlowCut, fk.VFlowOpt, fk.AttentionTokens, fk.RandomTokens, fk.UniformTokens),
     prunes_llm=False,
 )
