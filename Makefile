@@ -7,7 +7,7 @@ FLOOR := transformers==5.17.0
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal -rs
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: bench test test-newest test-floor lint sanitize build clean
+.PHONY: bench test test-newest test-floor lint sanitize docs build clean
 
 bench: .venv/built
 	$(PY) -m flowcut_kernels.bench.cli
@@ -29,6 +29,10 @@ lint: .venv/built
 # C++ forms that go by index, and the page planner, under the address and undefined-behaviour sanitizers.
 sanitize:
 	tests/sanitize/run.sh $(CXX)
+
+# The API reference, from docstrings; a test fails where the committed one differs.
+docs: .venv/built
+	$(PY) docs/generate_api.py
 
 build: .venv/built
 

@@ -39,6 +39,7 @@ class Schedule:
 
     @staticmethod
     def stock(layers: int, rows: int) -> Schedule:
+        """All `rows` at each of `layers`."""
         return Schedule((rows,) * layers, (rows,) * layers)
 
     @staticmethod
@@ -81,6 +82,7 @@ class Side:
 
     @property
     def flops(self) -> int:
+        """Of encoder, projector and prefill together."""
         return self.encoder_flops + self.projector_flops + self.prefill_flops
 
 

@@ -55,11 +55,7 @@ class _FusedAttention(nn.Module):
 
 
 class _FusedEncoderAttention(_FusedAttention):
-    """CLIP's and SigLIP's attention [B, N, C] -> ([B, N, C], None), N tokens of head dimension up to 128.
-
-    The stock forward runs where the kernel does not serve: a mask, causal attention (CLIP's text tower),
-    ``output_attentions`` or the "eager" implementation (both return the attention map), dropout in training, autograd.
-    """
+    """What CLIP's and SigLIP's attention have in common."""
 
     protect = 0
     dropout: Any
@@ -102,7 +98,18 @@ class _FusedEncoderAttention(_FusedAttention):
 
 
 class FusedClipAttention(_FusedEncoderAttention, CLIPAttention):
-    """Drop-in for ``CLIPAttention``; see the base class."""
+    """Drop-in for ``CLIPAttention``, [B, N, C] -> ([B, N, C], None); the anchor is the class token.
+
+    The stock forward runs where the kernel does not serve: a mask, causal attention (CLIP's text tower),
+    ``output_attentions`` or the "eager" implementation (both return the attention map), dropout in training, autograd.
+
+    Args:
+        attention: the module to replace, whose weights, hooks and state dict this one has. Heads of up to 128.
+
+    Raises:
+        TypeError: another class than ``CLIPAttention``.
+        ValueError: a module with a forward of its own, which would be lost.
+    """
 
     serves = ("transformers.models.clip.modeling_clip.CLIPAttention",)
     protect = 1
@@ -112,7 +119,7 @@ class FusedClipAttention(_FusedEncoderAttention, CLIPAttention):
 
 
 class FusedSiglipAttention(_FusedEncoderAttention, SiglipAttention):
-    """Drop-in for ``SiglipAttention``; see the base class."""
+    """Drop-in for ``SiglipAttention``; as :class:`FusedClipAttention`, but the anchor is the mean token."""
 
     serves = ("transformers.models.siglip.modeling_siglip.SiglipAttention",)
 
@@ -123,7 +130,8 @@ class FusedQwen2VLVisionAttention(_FusedAttention):
     Segments (images, frames or windows) attend within themselves by ``cu_seqlens`` [S + 1], in one launch where stock
     SDPA loops over them. Where ``max_seqlen`` is not given, more than one segment costs one read-back from the device
     (stock SDPA: the same); give it for CUDA graphs and fullgraph compilation. The stock forward runs where the kernel
-    does not serve: a mask, ``output_attentions``, dropout in training, autograd.
+    does not serve: a mask, ``output_attentions``, dropout in training, autograd. Arguments and errors:
+    :class:`FusedClipAttention`.
     """
 
     serves = (

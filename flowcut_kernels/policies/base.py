@@ -293,6 +293,7 @@ class EncoderStep(NamedTuple):
 
     @property
     def prunes(self) -> bool:
+        """Whether tokens are dropped, and not only scored."""
         return self.mode != Select.SCORE_ONLY
 
 
