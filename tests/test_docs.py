@@ -50,7 +50,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.name != "CHANGELOG.md" and "docs/api" not in path.as_posix()  # history; signatures, made from the code
+    if path.name != "CHANGELOG.md" and path.parent.name not in ("api", "ops")  # history; signatures, made from the code
 )
 
 # Checkpoints that pages load -> a family of `flowcut-bench prefill`; with all its layers, but thin.
