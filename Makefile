@@ -30,9 +30,10 @@ lint: .venv/built
 sanitize:
 	tests/sanitize/run.sh $(CXX)
 
-# The API reference, from docstrings; a test fails where the committed one differs.
+# The API reference from docstrings, and figures from benchmarks/results: tests fail where the committed ones differ.
 docs: .venv/built
 	$(PY) docs/generate_api.py
+	$(PY) docs/fill_tables.py
 
 build: .venv/built
 

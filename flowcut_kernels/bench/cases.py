@@ -272,7 +272,7 @@ class Layer:
     With a `block`, patches that are merged later, as Qwen2-VL's: 16 heads of 80, and the mean token looks at them.
 
     stats+select: bytes = 2 B N H d size (K and V once) + 20 B N (history in; score, index out), FLOPs as `anchor_stats`
-    gather+norm: bytes = 3 B M D size (rows in; rows and normed rows out) + 24 B M (index, history and position)
+    gather+norm: bytes = 3 B M D size (rows in; rows and normed rows out) + 32 B M (index, history and position)
     """
 
     def __init__(

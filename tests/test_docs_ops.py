@@ -1,0 +1,70 @@
+"""The pages of docs/ops: their examples run, their signatures, tables and files are those of the package."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from flowcut_kernels import ops
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path for path in (ROOT / "docs" / "ops").glob("*.md")}
+INDEX = PAGES.pop("README")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_operator_has_a_page_and_a_line_with_its_forms():
+    folder = ROOT / "flowcut_kernels" / "ops"
+    assert PAGES.keys() == {path.parent.name for path in folder.glob("*/reference.py")}
+    rows = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)(.*)$", INDEX.read_text(), flags=re.MULTILINE)
+    assert {op: link for op, link, _ in rows} == {op: op for op in PAGES}
+    for op, _, rest in rows:
+        composed = (folder / op / "_compose.py").exists()  # of two operators' C++ forms
+        there = [
+            composed or (ROOT / "csrc" / "cpu" / f"{op}.cpp").exists(),
+            (folder / op / "triton.py").exists(),
+            (ROOT / "csrc" / "cuda" / f"{op}.cu").exists(),
+        ]
+        assert ["yes" in form for form in rest.split("|")[2:5]] == there, op
+
+
+@pytest.mark.parametrize("op", sorted(PAGES))
+def test_the_example_runs(op):
+    (example,) = blocks(PAGES[op], "python")
+    exec(compile(example, str(PAGES[op]), "exec"), {})
+
+
+@pytest.mark.parametrize("op", sorted(PAGES))
+def test_signatures_are_the_functions(op):
+    def parameters(code: str) -> str:
+        tree = ast.parse(code).body[0]
+        for argument in ast.walk(tree):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        return ast.dump(tree.args)
+
+    found = re.findall(r"^(\w+)(\((?:.|\n)*?\))(?: -> .*)?$", blocks(PAGES[op], "py")[0], flags=re.MULTILINE)
+    assert op in dict(found)
+    for name, arguments in found:
+        source = textwrap.dedent(inspect.getsource(getattr(ops, name)))
+        assert parameters(f"def f{arguments}: ...") == parameters(source), name
+
+
+@pytest.mark.parametrize("page", [INDEX, *PAGES.values()], ids=lambda page: page.stem)
+def test_figures_and_files_are_there(page):
+    spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "docs" / "fill_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = page.read_text()
+    assert tables.filled(text) == text, f"{page.name} has other figures than benchmarks/results: run `make docs`"
+    for name in re.findall(r"`((?:flowcut_kernels|csrc|tests)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (page.parent / name).exists(), name
