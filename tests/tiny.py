@@ -86,12 +86,13 @@ def llava(
     attention: str = "sdpa",
     seed: int = 3,
     *,
+    side: int = SIDE,
     text_config: type = LlamaConfig,
     text: dict | None = None,
     **changes,
 ) -> LlavaForConditionalGeneration:
     """LLaVA with a GQA Llama. CLIP is read at layer -2 without its class token, SigLIP at -1 in full."""
-    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**VISION, image_size=SIDE * PATCH)
+    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**VISION, image_size=side * PATCH)
     settings = TEXT | dict(num_hidden_layers=2)
     facts = (
         dict(vision_feature_layer=-2)
@@ -102,7 +103,7 @@ def llava(
         vision_config=vision,
         text_config=text_config(**(settings | (text or {}))),
         image_token_index=IMAGE,
-        image_seq_length=PATCHES,
+        image_seq_length=side * side,
         **(facts | changes),
     )
     model = LlavaForConditionalGeneration(config)

@@ -355,6 +355,21 @@ def flow(
 
 
 @app.command()
+def presets() -> None:
+    """What every policy's presets keep of LLaVA-1.5's 576 visual tokens in its 32 layers, and the true average."""
+    from rich.table import Table
+
+    from .. import policies
+
+    table = Table("preset", "(layers * tokens + ...) / layers = average", box=None, pad_edge=False)
+    for name in sorted(set(policies.__all__) - {"Policy"}):
+        policy = getattr(policies, name)
+        for average in policy.presets:
+            table.add_row(f"{name}.preset({average})", policy.preset(average).arithmetic(32, 576))
+    terminal().print(table, highlight=False)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="Figures to compare with.", exists=True, dir_okay=False)],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="New figures.", exists=True, dir_okay=False)],

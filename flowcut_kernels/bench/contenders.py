@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from itertools import groupby
 
 from ..policies import (
     FastV,
@@ -99,12 +98,5 @@ def contender(name: str, average: int, layers: int, tokens: int, seed: int = 0) 
             return form(target_tokens=min(found)[1])
     raise ValueError(
         f"{name} cannot keep {average} of {tokens} tokens on average: with one in the end it has "
-        f"{arithmetic(least, layers, tokens)}"
+        f"{least.arithmetic(layers, tokens)}"
     )
-
-
-def arithmetic(policy: Policy, layers: int, tokens: int) -> str:
-    """How :meth:`~flowcut_kernels.policies.Policy.average_tokens` comes about, layers of equal counts together."""
-    runs = [(len(list(some)), count) for count, some in groupby(policy.tokens_by_layer(layers, tokens))]
-    terms = " + ".join(f"{n} * {count}" if n > 1 else str(count) for n, count in runs)
-    return f"({terms}) / {layers} = {policy.average_tokens(layers, tokens):.1f}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +39,9 @@ class Policy:
 
     target_tokens: int | None = None
     retain_ratio: float | None = None
+
+    # average -> fields of a `preset`. What leaves the encoder stays: the budget is the average.
+    presets: ClassVar[Mapping[int, Mapping[str, Any]]] = {n: dict(target_tokens=n) for n in (192, 128, 64)}
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -101,6 +105,26 @@ class Policy:
                 f"version {content.get('version')}, which wrote this"
             )
         return cls(**{name: _as_tuple(value) for name, value in given.items()})
+
+    @classmethod
+    def preset(cls: type[P], average: int, **changes: Any) -> P:
+        """The settings for 192, 128 or 64 of LLaVA-1.5's 576 tokens on average over its language model's 32 layers.
+
+        Those that papers publish for such an average; the true one may be another: :meth:`arithmetic` says.
+
+        Args:
+            average: one of the class's ``presets``.
+            changes: fields to set otherwise.
+
+        Raises:
+            ValueError: there is no preset for this average.
+        """
+        if average not in cls.presets:
+            known = ", ".join(map(str, cls.presets)) or "none"
+            raise ValueError(
+                f"{cls.__name__}.preset: average={average!r} must be one of {known}; for others set the fields"
+            )
+        return cls(**{**cls.presets[average], **changes})
 
     def search_space(self, budget: float) -> dict[str, Range]:
         """Fields that :func:`~flowcut_kernels.tune` searches by default for an average retention of `budget`."""
@@ -193,6 +217,12 @@ class Policy:
         """Mean of :meth:`tokens_by_layer`: what papers call the average retention of `tokens`."""
         return sum(self.tokens_by_layer(layers, tokens)) / layers
 
+    def arithmetic(self, layers: int, tokens: int) -> str:
+        """How :meth:`average_tokens` comes about, by runs of layers * tokens: "(2 * 576 + 30 * 30) / 32 = 64.1"."""
+        runs = [(len(list(same)), kept) for kept, same in groupby(self.tokens_by_layer(layers, tokens))]
+        terms = " + ".join(f"{n} * {kept}" if n > 1 else str(kept) for n, kept in runs)
+        return f"({terms}) / {layers} = {self.average_tokens(layers, tokens):.1f}"
+
     def feature_select(self, view: FeatureView) -> FeatureSelection:
         """Choose which projected features go on, `feature_budget` of every image."""
         raise NotImplementedError
@@ -253,15 +283,6 @@ class Policy:
 def _as_tuple(value: Any) -> Any:
     """Sequences of a field are tuples, which JSON does not know."""
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
-
-
-def check_preset(policy: type[Policy], average: int, known: Sequence[int]) -> None:
-    """ValueError unless there is a preset for that many tokens."""
-    if average not in known:
-        raise ValueError(
-            f"{policy.__name__}.preset: average={average!r} must be one of {', '.join(map(str, known))}; for others "
-            "set the fields"
-        )
 
 
 def is_whole(value: object) -> bool:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from .base import DecoderView, Selection, check_preset, is_whole
+from .base import DecoderView, Selection, is_whole
 from .stages import DecoderPolicy, keep_most_attended
-
-# Tokens to keep of 576 in LLaVA-1.5, with K = 2 of 32 layers.
-PRESETS = {192: 166, 128: 98, 64: 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +17,8 @@ class FastV(DecoderPolicy):
     equals the first: the softmax of the last token's logits over all keys that it sees, mean over heads. They keep
     their positions. The choice is made inside layer K - 1, before its queries and its MLP are computed for what goes.
 
+    The presets keep 166, 98 and 30 of LLaVA-1.5's 576 tokens: (2 * 576 + 30 * T) / 32 is 191.6, 127.9 and 64.1.
+
     Args:
         target_tokens, retain_ratio: what is kept of an image from layer K on, exactly one of them (see
             :class:`Policy`). :meth:`average_tokens` says what that is on average over the layers.
@@ -28,19 +27,12 @@ class FastV(DecoderPolicy):
 
     layer: int = 2
 
+    presets: ClassVar = {192: dict(target_tokens=166), 128: dict(target_tokens=98), 64: dict(target_tokens=30)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.layer) or self.layer < 1:
             raise ValueError(f"FastV: layer={self.layer!r} must be a decoder layer, at least 1")
-
-    @classmethod
-    def preset(cls, average: int, **changes: Any) -> FastV:
-        """What keeps 192, 128 or 64 of LLaVA-1.5's 576 tokens on average over 32 layers, with K = 2.
-
-        (2 * 576 + 30 * T) / 32 with T = 166, 98 and 30 is 191.6, 127.9 and 64.1.
-        """
-        check_preset(cls, average, tuple(PRESETS))
-        return cls(**dict(target_tokens=PRESETS[average]) | changes)
 
     def check_decoder(self, layers: int) -> None:
         if self.layer >= layers:

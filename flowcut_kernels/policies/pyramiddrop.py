@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
-from .base import DecoderView, Selection, check_preset, is_whole
+from .base import DecoderView, Selection, is_whole
 from .stages import DecoderPolicy, keep_most_attended
-
-# Of LLaVA-1.5's 576 tokens and 32 layers by average: tokens of the last stage, and the layers.
-PRESETS = {270: (72, (8, 16, 24)), 192: (9, (8, 16, 24)), 128: (25, (4, 8, 16)), 64: (15, (2, 4, 8))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +19,14 @@ class PyramidDrop(DecoderPolicy):
     sees, mean over heads, with the projections of the layer to come. Dropped tokens are not among that layer's keys
     either. The rest keep their positions.
 
+    The published setting is about 270 of LLaVA-1.5's 576 tokens on average: 8 * (576 + 288 + 144 + 72) / 32. For the
+    other presets, at which PyramidDrop is compared elsewhere, nobody has published settings. Eight layers of all tokens
+    are 144 already, so that 128 and 64 begin earlier:
+
+    - 192: 8 * (576 + 144 + 36 + 9) / 32 = 191.2
+    - 128: (4 * 576 + 4 * 202 + 8 * 71 + 16 * 25) / 32 = 127.5, before layers 4, 8 and 16
+    - 64: (2 * 576 + 2 * 171 + 4 * 51 + 24 * 15) / 32 = 64.3, before layers 2, 4 and 8
+
     Args:
         target_tokens, retain_ratio: what is left of an image in the end, T, exactly one of them (see :class:`Policy`).
             The published setting is a retain_ratio of 1/8 in three stages, each of which halves.
@@ -31,6 +36,13 @@ class PyramidDrop(DecoderPolicy):
 
     layers: tuple[int, ...] = (8, 16, 24)
 
+    presets: ClassVar = {
+        270: dict(target_tokens=72),
+        192: dict(target_tokens=9),
+        128: dict(target_tokens=25, layers=(4, 8, 16)),
+        64: dict(target_tokens=15, layers=(2, 4, 8)),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else ()
@@ -38,22 +50,6 @@ class PyramidDrop(DecoderPolicy):
         if not layers or not rising:
             raise ValueError(f"PyramidDrop: layers={self.layers!r} must be rising decoder layers, at least 1")
         object.__setattr__(self, "layers", layers)
-
-    @classmethod
-    def preset(cls, average: int, **changes: Any) -> PyramidDrop:
-        """About 270 (the published setting), 192, 128 or 64 of LLaVA-1.5's 576 tokens on average over 32 layers.
-
-        270: 8 * (576 + 288 + 144 + 72) / 32. For the others, at which PyramidDrop is compared elsewhere, nobody has
-        published settings. Eight layers of all tokens are 144 already, so that 128 and 64 begin earlier:
-
-        - 192: 8 * (576 + 144 + 36 + 9) / 32 = 191.2
-        - 128: (4 * 576 + 4 * 202 + 8 * 71 + 16 * 25) / 32 = 127.5, before layers 4, 8 and 16
-        - 64: (2 * 576 + 2 * 171 + 4 * 51 + 24 * 15) / 32 = 64.3, before layers 2, 4 and 8
-        """
-        check_preset(cls, average, tuple(PRESETS))
-        tokens, layers = PRESETS[average]
-        settings: dict[str, Any] = dict(target_tokens=tokens, layers=layers)
-        return cls(**settings | changes)
 
     def check_decoder(self, layers: int) -> None:
         if self.layers[-1] >= layers:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._ops import Select, accumulate_dtype
 from ..ops import gather_tokens, score_select
-from .base import DecoderView, PromptView, Selection, check_preset, is_number, is_whole
+from .base import DecoderView, PromptView, Selection, is_number, is_whole
 from .recycling import constant, means_into
 from .stages import DecoderPolicy, keep_most_attended
-
-# Tokens that LLaVA-1.5 keeps of 576 after layers 2, 6 and 15 of 32.
-PRESETS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,13 @@ class SparseVLM(DecoderPolicy):
     A cluster stands in its centre's place and has its position; the published code puts clusters behind the other
     tokens, numbers positions anew and adds noise to rho.
 
+    The presets are the published settings for LLaVA-1.5. Their true averages are higher than what they are called:
+    layers 0 to 2 have all tokens, and clusters add to what is kept.
+
+    - 192: (3 * 576 + 4 * (300 + 9) + 9 * (200 + 4) + 16 * (110 + 3)) / 32 = 206.5
+    - 128: (3 * 576 + 4 * (303 + 9) + 9 * (110 + 7) + 16 * (36 + 3)) / 32 = 145.4
+    - 64: (3 * 576 + 4 * (66 + 16) + 9 * (30 + 2) + 16 * (17 + 1)) / 32 = 82.2
+
     Args:
         target_tokens, retain_ratio: k at the last of `layers`, exactly one of them (see :class:`Policy`). Clusters come
             on top: :meth:`average_tokens` counts them.
@@ -44,6 +48,12 @@ class SparseVLM(DecoderPolicy):
 
     layers: tuple[int, ...] = (2, 6, 15)
     surplus: tuple[float, ...] = (300 / 110, 200 / 110)
+
+    presets: ClassVar = {
+        192: dict(target_tokens=110),
+        128: dict(target_tokens=36, surplus=(303 / 36, 110 / 36)),
+        64: dict(target_tokens=17, surplus=(66 / 17, 30 / 17)),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,21 +67,6 @@ class SparseVLM(DecoderPolicy):
             raise ValueError(f"SparseVLM: surplus={surplus} must be a number for each of layers={layers} but the last")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "surplus", surplus)
-
-    @classmethod
-    def preset(cls, average: int, **changes: Any) -> SparseVLM:
-        """The published settings for 192, 128 or 64 of LLaVA-1.5's 576 tokens. Their true averages are higher.
-
-        Layers 0 to 2 have all tokens, and clusters add to what is kept:
-
-        - 192: (3 * 576 + 4 * (300 + 9) + 9 * (200 + 4) + 16 * (110 + 3)) / 32 = 206.5
-        - 128: (3 * 576 + 4 * (303 + 9) + 9 * (110 + 7) + 16 * (36 + 3)) / 32 = 145.4
-        - 64: (3 * 576 + 4 * (66 + 16) + 9 * (30 + 2) + 16 * (17 + 1)) / 32 = 82.2
-        """
-        check_preset(cls, average, tuple(PRESETS))
-        *earlier, last = PRESETS[average]
-        settings: dict[str, Any] = dict(target_tokens=last, surplus=tuple(x / last for x in earlier))
-        return cls(**settings | changes)
 
     def check_decoder(self, layers: int) -> None:
         if self.layers[-1] + 1 >= layers:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ from .recycling import constant
 
 class DecoderPolicy(Policy):
     """Base of the policies that leave the vision encoder alone: what it puts out enters the language model."""
+
+    presets: ClassVar[Mapping[int, Mapping[str, Any]]] = {}  # the budget is no average
 
     def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         return tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn.functional import normalize
 
 from .._ops import Relevance, Select, ValueNorm, accumulate_dtype
 from ..ops import anchor_stats_select, gather_tokens
-from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, check_preset, is_number
+from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_number
 from .recycling import means_into
 
 
@@ -29,6 +28,8 @@ class VisionZip(Policy):
 
     Tokens go on in raster order, a contextual one in its target's place and the class token in that of the first patch
     that is merged; the published code has the contextual ones last.
+
+    The presets are the published settings: 162 + 30, 108 + 20 and 54 + 10 dominant and contextual tokens.
 
     Args:
         target_tokens, retain_ratio: the budget T per image, exactly one of them (see :class:`Policy`).
@@ -48,15 +49,6 @@ class VisionZip(Policy):
         if not isinstance(self.class_token, bool):
             raise TypeError(f"VisionZip: class_token={self.class_token!r} must be True or False")
         check_feature_layer(self)
-
-    @classmethod
-    def preset(cls, average: int, **changes: Any) -> VisionZip:
-        """The published settings for 192, 128 or 64 tokens: 162 + 30, 108 + 20, 54 + 10 dominant and contextual.
-
-        What enters the language model stays there, so that these are the averages over its layers too.
-        """
-        check_preset(cls, average, (192, 128, 64))
-        return cls(**dict(target_tokens=average) | changes)
 
     @property
     def needs_class_token(self) -> bool:

@@ -313,3 +313,9 @@ def test_info_prints_backends_and_variables(capsys):
     text = capsys.readouterr().out
     assert "reference  available" in text and "FLOWCUT_BACKEND" in text and "torch" in text
     assert "planner    available" in text or "no flowcut_kernels._C" in text or "FLOWCUT_NO_NATIVE=1 is set" in text
+
+
+def test_presets():
+    done = run("presets")
+    assert done.exit_code == 0, done.output
+    assert "SparseVLM.preset(64)         (3 * 576 + 4 * 82 + 9 * 32 + 16 * 18) / 32 = 82.2" in done.output
