@@ -56,7 +56,7 @@ def filled(text: str) -> str:
         if not rows:
             raise ValueError(f"{file} has no rows of {operator}")
         lines = compiled(rows) if operator is None else measured(rows)
-        return f"{head}{chr(10).join(lines)}\n{end}"
+        return "\n".join([head, *lines, "", end])
 
     return TABLE.sub(table, text)
 

@@ -1,4 +1,4 @@
-"""The pages of docs/ops: their examples run, their signatures, tables and files are those of the package."""
+"""The pages of docs/ops: signatures, forms and figures are the package's. tests/test_docs.py runs their examples."""
 
 import ast
 import importlib.util
@@ -14,10 +14,6 @@ from flowcut_kernels import ops
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "docs" / "ops").glob("*.md")}
 INDEX = PAGES.pop("README")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_operator_has_a_page_and_a_line_with_its_forms():
@@ -36,12 +32,6 @@ def test_every_operator_has_a_page_and_a_line_with_its_forms():
 
 
 @pytest.mark.parametrize("op", sorted(PAGES))
-def test_the_example_runs(op):
-    (example,) = blocks(PAGES[op], "python")
-    exec(compile(example, str(PAGES[op]), "exec"), {})
-
-
-@pytest.mark.parametrize("op", sorted(PAGES))
 def test_signatures_are_the_functions(op):
     def parameters(code: str) -> str:
         tree = ast.parse(code).body[0]
@@ -50,7 +40,8 @@ def test_signatures_are_the_functions(op):
                 argument.annotation = None
         return ast.dump(tree.args)
 
-    found = re.findall(r"^(\w+)(\((?:.|\n)*?\))(?: -> .*)?$", blocks(PAGES[op], "py")[0], flags=re.MULTILINE)
+    block = re.search(r"^```py\n(.*?)^```", PAGES[op].read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^(\w+)(\((?:.|\n)*?\))(?: -> .*)?$", block[1], flags=re.MULTILINE)
     assert op in dict(found)
     for name, arguments in found:
         source = textwrap.dedent(inspect.getsource(getattr(ops, name)))
@@ -58,13 +49,9 @@ def test_signatures_are_the_functions(op):
 
 
 @pytest.mark.parametrize("page", [INDEX, *PAGES.values()], ids=lambda page: page.stem)
-def test_figures_and_files_are_there(page):
+def test_figures_are_those_of_the_files(page):
     spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "docs" / "fill_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     text = page.read_text()
     assert tables.filled(text) == text, f"{page.name} has other figures than benchmarks/results: run `make docs`"
-    for name in re.findall(r"`((?:flowcut_kernels|csrc|tests)/[\w./]+)`", text):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (page.parent / name).exists(), name

@@ -211,7 +211,10 @@ def _check_devices(model: nn.Module, replacements: list[Replacement]) -> None:
 def patched(
     model: Model, policy: Policy, *, record: bool = False, backend: str | None = None, compact_cache: bool = False
 ) -> Iterator[Model]:
-    """:func:`patch` for the body of a ``with`` statement; restored even when the body raises."""
+    """:func:`patch` for the body of a ``with`` statement; restored even when the body raises.
+
+    Arguments and errors: :func:`patch`.
+    """
     patch(model, policy, record=record, backend=backend, compact_cache=compact_cache)
     try:
         yield model

@@ -27,8 +27,11 @@ def anchor_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What R anchor tokens (CLS, mean token, last text token) think of N tokens; nothing N x N is formed.
 
+    The criteria of FlowCut, arXiv 2505.19536, section 3.
+
     Args:
-        query: anchor queries [B, H, R, D], RoPE already applied if the model has any.
+        query: anchor queries [B, H, R, D] of float32, bfloat16, float16 or (reference only) float64, as all inputs;
+            RoPE already applied if the model has any.
         key: [B, G, N, D] with H a multiple of G (GQA); any strides with a contiguous last dimension.
         value: [B, G, N, Dv], the same rules.
         value_anchor: anchor values [B, G, R, Dv]; needed unless ``relevance`` is NONE.

@@ -42,6 +42,8 @@ def anchor_stats_select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score N tokens by what one anchor thinks of them and pick those to keep; on a GPU a single launch.
 
+    A layer of FlowCut, arXiv 2505.19536, section 3.
+
     Args:
         query, key, value, value_anchor, scale, protect, relevance, value_norm: as in
             :func:`~flowcut_kernels.ops.anchor_stats`, with one anchor; NONE drops a criterion.

@@ -22,7 +22,8 @@ def attention(
     """softmax(scale * Q K^T) V, non-causal, without an M x N tensor.
 
     Args:
-        query: [B, H, M, D]; any strides with a contiguous last dimension, as for key and value.
+        query: [B, H, M, D] of float32, bfloat16, float16 or (reference only) float64; any strides with a contiguous
+            last dimension, as for key and value.
         key: [B, G, N, D] with H a multiple of G (GQA).
         value: [B, G, N, Dv].
         key_span: integer [B, 2], the half-open span [s, e) of live keys per sample; None: all N. Other keys may hold

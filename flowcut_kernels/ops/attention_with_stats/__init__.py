@@ -34,7 +34,8 @@ def attention_with_stats(
     """Full (not causal) attention of M queries over N keys, and `anchor_stats` of one anchor over the same keys.
 
     Args:
-        query: [B, H, M, D], RoPE already applied if the model has any. M need not be N (kept rows only).
+        query: [B, H, M, D] of float32, bfloat16, float16 or (reference only) float64, as all inputs; RoPE already
+            applied if the model has any. M need not be N (kept rows only).
         key: [B, G, N, D] with H a multiple of G (GQA); any strides with a contiguous last dimension, as for the rest.
         value: [B, G, N, Dv].
         query_anchor: the anchor's query [B, H, 1, D] (class token, mean token); None: plain attention, no statistics.

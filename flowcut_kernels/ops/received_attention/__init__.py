@@ -24,8 +24,11 @@ def received_attention(
 ) -> Tensor:
     """Mean over heads and live rows of softmax(scale * Q K^T), per column; memory linear in N.
 
+    The hubs of VFlowOpt, arXiv 2508.05211, are the tokens where it is large.
+
     Args:
-        query: [B, H, N, D], RoPE already applied if the model has any; any strides with a contiguous last dimension.
+        query: [B, H, N, D] of float32, bfloat16, float16 or (reference only) float64; RoPE already applied if the model
+            has any; any strides with a contiguous last dimension.
         key: [B, G, N, D] with H a multiple of G (GQA), the same rules.
         lse: float32 (float64 for float64 inputs) [B, H, N], the natural-log row log-sum-exp of the scaled logits over
             the live keys, as a flash attention that ran before leaves it: saves the first of two passes. None: it is
