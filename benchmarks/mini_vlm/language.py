@@ -10,7 +10,8 @@ from torch import nn
 from .model import EOS, PAD, VOCABULARY, pixels
 from .scenes import GRID
 
-LENGTH = 6  # tokens of a packed question: up to four words, the answer, end of sequence
+LENGTH = 8  # tokens of a packed question: its words, the answer's, end of sequence
+END = 0.1  # weight of the end of sequence beside a word of the answer
 TOKENS = GRID * GRID
 
 
@@ -21,9 +22,9 @@ def encode(asked: list[list[tuple[str, str, str]]]) -> tuple[torch.Tensor, torch
     last = torch.empty(ids.shape[:2], dtype=torch.long)
     for b, row in enumerate(asked):
         for q, (text, answer, _) in enumerate(row):
-            words = [index[word] for word in (*text.split(), answer)] + [EOS]
+            words = [index[word] for word in (*text.split(), *answer.split())] + [EOS]
             ids[b, q, : len(words)] = torch.tensor(words)
-            last[b, q] = len(words) - 3
+            last[b, q] = len(text.split()) - 1
     return ids, last
 
 
@@ -48,9 +49,9 @@ def thin(visual: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return visual
     count = int(visual.shape[1] * (0.4 + 0.6 * draw[1]))
     region = (
-        torch.rand(len(visual), GRID // 3, GRID // 3, generator=generator)
-        .repeat_interleave(3, 1)
-        .repeat_interleave(3, 2)
+        torch.rand(len(visual), GRID // 4, GRID // 4, generator=generator)
+        .repeat_interleave(4, 1)
+        .repeat_interleave(4, 2)
     )
     score = torch.rand(visual.shape[:2], generator=generator) + 0.5 * region.flatten(1)
     kept = score.topk(count).indices.sort().values
@@ -87,14 +88,16 @@ class LanguageTask(nn.Module):
     def forward(
         self, visual: torch.Tensor, ids: torch.Tensor, last: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross-entropy of the answer, and a little of the end of sequence after it."""
-        logits = self.logits(visual, ids).float()
-        step = torch.stack([last, last + 1], -1)  # [B, Q, 2]
-        predicted = logits.gather(2, step[..., None].expand(-1, -1, -1, logits.shape[-1]))
-        wanted = ids.gather(2, step + 1)
-        loss = F.cross_entropy(predicted.flatten(0, 2), wanted.flatten(), reduction="none").view(-1, 2).mean(0)
-        right = (predicted[:, :, 0].argmax(-1) == wanted[..., 0]).float().mean().item()
-        return loss[0] + 0.1 * loss[1], {"answers": right}
+        """Cross-entropy of the answer's words, and a little of the end of sequence after a single one."""
+        logits, wanted = self.logits(visual, ids)[:, :, :-1].float(), ids[:, :, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view(wanted.shape)
+        step = torch.arange(LENGTH - 1)
+        weight = ((step >= last[..., None]) & (wanted != PAD)).float()
+        single = (wanted == EOS) & (weight.sum(-1, keepdim=True) == 2)
+        weight[single] = END
+        first = step == last[..., None]
+        right = (logits.argmax(-1) == wanted)[first].float().mean().item()
+        return (weight * loss).sum() / weight.sum(), {"answers": right}
 
 
 def initialise(model: nn.Module, visual: torch.Tensor) -> None:

@@ -18,13 +18,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from .quiz import WORDS
 from .scenes import GRID, PATCH, SIZE
 
-WIDTH = 128
+WIDTH, TEXT_WIDTH = 128, 96
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 
 
 def config() -> LlavaConfig:
-    """Eight vision layers, of which LLaVA reads the seventh, and three language layers."""
+    """Eight vision layers, of which LLaVA reads the seventh, and twelve narrow language layers."""
     vision = CLIPVisionConfig(
         image_size=SIZE,
         patch_size=PATCH,
@@ -37,11 +37,11 @@ def config() -> LlavaConfig:
     )
     text = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        num_key_value_heads=3,
         max_position_embeddings=1024,
         bos_token_id=BOS,
         eos_token_id=EOS,

@@ -1,4 +1,4 @@
-"""Questions about scenes: one-token answers, the key word last, drawn type by type."""
+"""Questions about scenes: one-word answers, the key word last, drawn type by type; and lists of all digits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MIX = {
     "digit present": 0.15,
     "number of digits": 0.10,
 }
+LIST = "digit list"
 WORDS = [
     "which",
     "what",
@@ -33,6 +34,7 @@ WORDS = [
     "how",
     "many",
     "digits",
+    "list",
     "yes",
     "no",
     *(str(d) for d in range(10)),
@@ -48,8 +50,8 @@ class Question:
 
     image: Image.Image  # SIZE x SIZE pixels
     prompt: str  # starts with "<image>"
-    answer: str  # one word of the vocabulary
-    kind: str  # a key of MIX
+    answer: str  # words of the vocabulary: one for kinds of MIX
+    kind: str  # a key of MIX, or LIST
     scene: int  # index of the scene within its batch
 
 
@@ -85,14 +87,35 @@ def quiz(scenes: Scenes, per_scene: int, seed: int | tuple[int, ...]) -> list[li
     return [[ask(scenes, i, rng) for _ in range(per_scene)] for i in range(len(scenes.images))]
 
 
+def listing(scenes: Scenes, index: int) -> tuple[str, str, str]:
+    """The question for all digits of one scene, whose answer is them in rising order: (question, answer, kind)."""
+    digits = scenes.digits[index]
+    return "list digits", " ".join(map(str, np.sort(digits[digits >= 0]))), LIST
+
+
+def _drawn(split: str, count: int, seed: int) -> tuple[Scenes, list[Image.Image]]:
+    """Scenes of the questions of a seed, and their images."""
+    scenes = generate(split, count, (seed, 99))
+    return scenes, [Image.fromarray(image) for image in scenes.images]
+
+
 def questions(split: str, n: int, seed: int = 0, per_scene: int = 4) -> list[Question]:
     """n questions about scenes of one split ("train", "dev" or "test"), `per_scene` to a scene; deterministic."""
-    scenes = generate(split, -(-n // per_scene), (seed, 99))
+    scenes, images = _drawn(split, -(-n // per_scene), seed)
     asked = quiz(scenes, per_scene, seed)
-    images = [Image.fromarray(image) for image in scenes.images]
     flat = [
         Question(images[i], f"<image> {text}", answer, kind, i)
         for i, row in enumerate(asked)
         for text, answer, kind in row
     ]
     return flat[:n]
+
+
+def lists(split: str, n: int, seed: int = 0) -> list[Question]:
+    """For each of n scenes, which `questions` asks about too: list its digits, such as "2 5 9"; deterministic."""
+    scenes, images = _drawn(split, n, seed)
+    asked = [listing(scenes, i) for i in range(n)]
+    return [
+        Question(image, f"<image> {text}", answer, kind, i)
+        for i, (image, (text, answer, kind)) in enumerate(zip(images, asked, strict=True))
+    ]

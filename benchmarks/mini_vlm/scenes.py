@@ -1,7 +1,7 @@
 """Synthetic scenes of real handwritten digits among clutter of equal contrast.
 
 The only data are the 1,797 digits (8 x 8, 17 grey levels) that ship inside scikit-learn. A scene is a textured
-background with 1-4 coloured digits and 6-9 pieces of clutter, each rotated, sheared and scaled, at positions that
+background with 1-5 coloured digits and 10-15 pieces of clutter, each rotated, sheared and scaled, at positions that
 ignore the patch grid. Clutter has the format, palette, size and mean ink of the digits, so that local contrast does not
 tell the two apart.
 """
@@ -14,9 +14,9 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE, PATCH = 144, 8  # pixels
+SIZE, PATCH = 160, 8  # pixels
 GRID = SIZE // PATCH  # patches per side
-CELLS = 4  # objects sit in a jittered CELLS x CELLS layout
+CELLS = 5  # objects sit in a jittered CELLS x CELLS layout
 CELL = SIZE // CELLS  # pixels
 JITTER = 5  # pixels
 SPLITS = {"train": (0.0, 0.65), "dev": (0.65, 0.80), "test": (0.80, 1.0)}  # share of the images of every class
@@ -161,7 +161,7 @@ def _warp(glyphs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     def draw(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, (n, 1)).astype(np.float32)
 
-    angle, shear, height = draw(-0.25, 0.25), draw(-0.2, 0.2), draw(19, 27)
+    angle, shear, height = draw(-0.25, 0.25), draw(-0.2, 0.2), draw(14, 22)
     width = height * draw(0.85, 1.2)
     y, x = np.mgrid[:CELL, :CELL].astype(np.float32).reshape(2, 1, -1) - (CELL - 1) / 2
     x, y = x - draw(-0.5, 0.5), y - draw(-0.5, 0.5)
@@ -183,7 +183,7 @@ def _background(rng: np.random.Generator, count: int) -> np.ndarray:
     image = rng.uniform(25, 110, (count, 1, 1, 1)) + rng.normal(0, 8, (count, 1, 1, 3))
     image = np.broadcast_to(image, (count, SIZE, SIZE, 3)).astype(np.float32)
     for step, spread in ((24, 8), (9, 6), (2, 6)):
-        side = SIZE // step + 1
+        side = -(-SIZE // step) + 1
         noise = rng.standard_normal((count, side, side, 3), np.float32) * spread
         y, x = rng.integers(step, size=2)  # off the patch grid
         image += noise.repeat(step, 1).repeat(step, 2)[:, y : y + SIZE, x : x + SIZE]
@@ -194,8 +194,8 @@ def generate(
     split: str,
     count: int,
     seed: int | tuple[int, ...],
-    digits: tuple[int, int] = (1, 4),
-    clutter: tuple[int, int] = (6, 9),
+    digits: tuple[int, int] = (1, 5),
+    clutter: tuple[int, int] = (10, 15),
     distinct: bool = True,
 ) -> Scenes:
     """`count` scenes of one split; the same arguments give the same scenes.

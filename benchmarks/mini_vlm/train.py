@@ -23,11 +23,11 @@ from . import WEIGHTS, language, vision
 from .evaluate import report, rounded
 from .loop import fit, now
 from .model import build, processor
-from .quiz import MIX, quiz
+from .quiz import MIX, listing, quiz
 from .scenes import generate
 
 RECIPE = {
-    "vision": {"steps": 1800, "batch": 16, "rate": 2e-3, "crowded": 0.45},
+    "vision": {"steps": 3000, "batch": 16, "rate": 2e-3, "crowded": 0.45},
     "language": {"steps": 1500, "batch": 8, "rate": 2e-3, "scenes": 2500, "questions": 16},
 }
 
@@ -52,9 +52,9 @@ def train_language(model, seed: int, work: Path, progress: Progress) -> np.ndarr
     for part in progress.track(range(recipe["scenes"] // 250), description="features"):
         scenes = generate("train", 250, (seed, 2, part))
         visual.append(language.features(model.model.vision_tower, scenes.images))
-        for store, tensor in zip(
-            (ids, last), language.encode(quiz(scenes, recipe["questions"], (seed, part))), strict=True
-        ):
+        asked = quiz(scenes, recipe["questions"], (seed, part))
+        asked = [[*row, listing(scenes, i)] for i, row in enumerate(asked)]
+        for store, tensor in zip((ids, last), language.encode(asked), strict=True):
             store.append(tensor)
     visual, ids, last = torch.cat(visual), torch.cat(ids), torch.cat(last)
     language.initialise(model, visual[:100])

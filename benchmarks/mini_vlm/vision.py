@@ -16,9 +16,9 @@ INK, TRACE = (
 )  # a patch with more ink than INK shows the digit, with less than TRACE shows none, between is not scored
 NONE, IGNORE = 10, -100
 CROWDED = dict(
-    digits=(6, 11), clutter=(2, 5), distinct=False
+    digits=(10, 17), clutter=(3, 6), distinct=False
 )  # many lessons per image, for the first part of the stage
-NATURAL = dict(digits=(1, 5), clutter=(5, 9), distinct=False)
+NATURAL = dict(digits=(1, 6), clutter=(8, 14), distinct=False)
 NEIGHBOURS = [
     [(0, 1), (0, -1), (1, 0), (-1, 0)],
     [(1, 1), (1, -1), (-1, 1), (-1, -1)],

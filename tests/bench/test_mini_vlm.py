@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import mini_vlm
-from mini_vlm import scenes
+from mini_vlm import quiz, scenes
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,13 @@ def test_questions_are_deterministic():
     assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again, strict=True))
 
 
+def test_lists_are_of_the_scenes_that_questions_ask_about():
+    asked = quiz.lists("dev", 5, seed=3)
+    pairs = zip(asked, mini_vlm.questions("dev", 20, seed=3)[::4], strict=True)
+    assert all(np.array_equal(a.image, b.image) and a.scene == b.scene for a, b in pairs)
+    assert all(q.answer.split() == sorted(set(q.answer.split())) and q.kind == quiz.LIST for q in asked)
+
+
 def test_splits_share_no_digit_image():
     train, dev, test = (scenes.digit_ids(split) for split in ("train", "dev", "test"))
     assert not train & dev and not train & test and not dev & test
@@ -49,7 +56,7 @@ def test_truth_lies_on_the_digits():
 def test_contrast_does_not_find_digits():
     """Among the patches of highest contrast, digits are no more common than among all objects of the scene."""
     batch = scenes.generate("dev", 200, 0)
-    top = np.argsort(-scenes.contrast(batch.images), 1)[:, :19]
+    top = np.argsort(-scenes.contrast(batch.images), 1)[:, : round(0.06 * scenes.GRID**2)]
     assert np.take_along_axis(batch.patch_mask, top, 1).mean() < 0.35
 
 
@@ -80,6 +87,15 @@ def test_generate_stops_after_the_answer(loaded):
     )
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
     assert len(output) == 2 and output[-1] == model.config.text_config.eos_token_id
+
+
+def test_generate_lists_the_digits(loaded):
+    model, processor = loaded
+    asked = quiz.lists("dev", 40, seed=12)
+    inputs = processor(images=[q.image for q in asked], text=[q.prompt for q in asked], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    told = processor.batch_decode(output, skip_special_tokens=True)
+    assert sum(text == question.answer for text, question in zip(told, asked, strict=True)) >= 0.6 * len(asked)
 
 
 def test_last_vision_layer_is_not_read(loaded):
