@@ -203,13 +203,19 @@ def kv(
 
 @app.command()
 def quality(
+    ablation: Annotated[
+        str | None, typer.Option(help="flowcut or vflowopt: what its parts are worth, instead of all policies.")
+    ] = None,
     split: Split = "dev",
     questions: Annotated[int, typer.Option(min=8, help="Questions to answer.")] = 2000,
     per_scene: Annotated[int, typer.Option(min=1, help="Questions about one scene.")] = 4,
     policies: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
     shares: Annotated[
-        str, typer.Option(help="Shares of the visual tokens, separated by commas.")
-    ] = "0.33,0.22,0.11,0.06",
+        str | None,
+        typer.Option(
+            help="Shares of the visual tokens, separated by commas; 0.33,0.22,0.11,0.06, or 0.22,0.06 of parts."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which scenes are drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Threads = None,
@@ -218,20 +224,31 @@ def quality(
     json: Json = None,
     csv: Csv = None,
 ) -> None:
-    """Accuracy of the trained stand-in with all tokens, and with shares of them under each policy."""
-    from .quality import POLICIES, measure
+    """Accuracy of the trained stand-in with all tokens, and with equal average shares of them under each policy."""
+    from . import ablation as parts
+    from .contenders import NAMES
+    from .quality import measure
 
-    chosen = tuple(policies.split(",")) if policies else tuple(POLICIES)
-    unknown = [name for name in chosen if name not in POLICIES]
+    if ablation is not None and policies:
+        raise typer.BadParameter("--ablation has variants of its own: leave out --policies")
+    if ablation is not None and ablation not in parts.POLICIES:
+        raise typer.BadParameter(f"--ablation {ablation!r} is unknown: use {' or '.join(parts.POLICIES)}")
+    chosen = tuple(policies.split(",")) if policies else NAMES
+    unknown = [name for name in chosen if name not in NAMES]
     if unknown:
-        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(POLICIES)}")
+        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(NAMES)}")
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
-    options = dict(
-        split=split, questions=questions, per_scene=per_scene, policies=chosen, seed=seed, dtype=dtypes(dtype)[0],
-        shares=shares_of("--shares", shares),
-    )  # fmt: skip
-    section("quality", measure, options, threads, device, json, csv, out)
+    options: dict = dict(split=split, questions=questions, seed=seed, dtype=dtypes(dtype)[0])
+    if shares is not None:
+        options["shares"] = shares_of("--shares", shares)
+    if ablation is not None:
+        section(
+            "ablation", parts.measure, options | dict(of=ablation, per_scene=per_scene), threads, device, json, csv, out
+        )
+    else:
+        options |= dict(policies=chosen, per_scene=per_scene)
+        section("quality", measure, options, threads, device, json, csv, out)
 
 
 @app.command()

@@ -39,6 +39,7 @@ KINDS = {
     ),
     "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), ("decode_seconds", "speedup")),
     "quality": Kind(("policy", "tokens"), ("accuracy", "encoder_seconds")),
+    "ablation": Kind(("of", "variant", "tokens"), ("accuracy",)),
     "conversation": Kind(("policy", "where", "compact", "tokens"), ("first", "second", "continued", "kv_bytes")),
     "tune": Kind(("budget", "found"), ("objective", "held_out", "accuracy")),
     "compile": Kind(("kernel", "variant", "arch"), ("registers", "stack", "local", "shared")),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 from ..policies import (
+    AttentionTokens,
     FastV,
     FlowCut,
     Policy,
@@ -18,7 +19,6 @@ from ..policies import (
 )
 
 PUBLISHED = 32  # decoder layers of LLaVA-1.5-7B, for which papers name theirs
-ONE_CUT = 1000  # an interval of which no encoder has two
 
 # Policies that prune before the language model: name -> policy of a budget, and of a seed where tokens are drawn.
 BEFORE: dict[str, Callable[[int, int], Policy]] = {
@@ -27,7 +27,7 @@ BEFORE: dict[str, Callable[[int, int], Policy]] = {
     "VFlowOpt": lambda budget, seed: VFlowOpt(target_tokens=budget),
     "hybrid": lambda budget, seed: FlowCut(target_tokens=budget, recycle_cell=4),
     "VisionZip": lambda budget, seed: VisionZip(target_tokens=budget),
-    "CLS attention": lambda budget, seed: FlowCut(budget, criteria=("attention",), cumulative=False, interval=ONE_CUT),
+    "CLS attention": lambda budget, seed: AttentionTokens(target_tokens=budget),
     "CLS staged": lambda budget, seed: FlowCut(budget, criteria=("attention",)),
     "random": lambda budget, seed: RandomTokens(target_tokens=budget, seed=seed),
     "uniform grid": lambda budget, seed: UniformTokens(target_tokens=budget),
@@ -85,18 +85,18 @@ def contender(name: str, average: int, layers: int, tokens: int, seed: int = 0) 
         return BEFORE[name](average, seed)
     if name not in INSIDE:
         raise ValueError(f"contender: name={name!r} is unknown: use one of {', '.join(NAMES)}")
-    most = average + max(0.5, 0.01 * average)
     for form in INSIDE[name](layers):
-        least = form(target_tokens=1)
-        least.check_decoder(layers)
-        found = [
-            (abs(reached - average), kept)
-            for kept in range(1, tokens + 1)
-            if (reached := form(target_tokens=kept).average_tokens(layers, tokens)) <= most
-        ]
-        if found:
-            return form(target_tokens=min(found)[1])
-    raise ValueError(
-        f"{name} cannot keep {average} of {tokens} tokens on average: with one in the end it has "
-        f"{least.arithmetic(layers, tokens)}"
-    )
+        form(target_tokens=1).check_decoder(layers)
+        found = nearest(form, average, layers, tokens)
+        if found is not None:
+            return found
+    least = form(target_tokens=1).arithmetic(layers, tokens)
+    raise ValueError(f"{name} cannot keep {average} of {tokens} tokens on average: with one in the end it has {least}")
+
+
+def nearest(form: Callable[..., Policy], average: int, layers: int, tokens: int) -> Policy | None:
+    """The policy of a `form` that lacks its target_tokens, whose average is nearest; None where all lie above it."""
+    most = average + max(0.5, 0.01 * average)
+    reached = {kept: form(target_tokens=kept).average_tokens(layers, tokens) for kept in range(1, tokens + 1)}
+    fitting = [kept for kept, mean in reached.items() if mean <= most]
+    return form(target_tokens=min(fitting, key=lambda kept: abs(reached[kept] - average))) if fitting else None

@@ -24,10 +24,10 @@ def measure(command: str, *, device: str, backend: str | None, toy: bool, tick: 
     common = dict(device=device, backend=backend)
     sized = dict(shape=SMALL, layers=6, tokens=(16, 8)) if toy else dict(tokens=(64,))
     chain = prefill.cpu_shape(6, 1, (8,), SMALL, SMALL_TEXT) if toy else prefill.cpu_shape(tokens=(64,))
-    asked = dict(questions=64 if toy else 1600, per_scene=8, policies=POLICIES)
+    asked = dict(questions=64 if toy else 800, per_scene=8, policies=POLICIES)
     names = shlex.quote(",".join(POLICIES))
     jobs: tuple[tuple[Callable[..., Section], str, dict[str, Any]], ...] = (
-        (quality.measure, f"quality --questions 1600 --per-scene 8 --policies {names}", common | asked),
+        (quality.measure, f"quality --questions 800 --per-scene 8 --policies {names}", common | asked),
         (
             encoder.measure,
             "encoder --batch 1 --tokens 64 --repeats 3 --no-baselines",

@@ -14,10 +14,17 @@ from matplotlib.figure import Figure, SubFigure
 from .report import Report, Section
 
 INK, MUTED, GRID = "#1b1f24", "#667080", "#e3e7ec"
-# Okabe and Ito's palette; a policy has the same colour and marker everywhere.
+# Okabe and Ito's palette, darker where it runs out; a policy has the same colour and marker everywhere. Dotted: those
+# that prune inside the language model; dashed: those that do not look at the image.
 STYLE = {
     "FlowCut": ("#0072b2", "o", "-"),
     "FlowCut release": ("#56b4e9", "s", "-"),
+    "VFlowOpt": ("#cc79a7", "P", "-"),
+    "hybrid": ("#7a2d5b", "p", "-"),
+    "VisionZip": ("#b0a000", "<", "-"),
+    "SparseVLM": ("#00614a", "h", ":"),
+    "PyramidDrop": ("#7f3a00", ">", ":"),
+    "FastV": ("#1b1f24", "d", ":"),
     "CLS attention": ("#d55e00", "^", "-"),
     "CLS staged": ("#e69f00", "v", "-"),
     "uniform grid": ("#009e73", "D", "--"),
@@ -83,7 +90,7 @@ def accuracy(section: Section, path: Path) -> Path:
     names = [name for name in STYLE if any(row["policy"] == name for row in section.rows)]
     for i, name in enumerate(names):
         colour, marker, dash = STYLE[name]
-        rows = sorted((r for r in section.rows if r["policy"] == name), key=lambda r: r["tokens"])
+        rows = sorted((r for r in section.rows if r["policy"] == name and "accuracy" in r), key=lambda r: r["tokens"])
         shift = 1 + 0.012 * (i - len(names) / 2)  # side by side, so that intervals stay apart
         x = [row["tokens"] * shift for row in rows]
         y = [100 * row["accuracy"] for row in rows]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,29 +15,23 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..models import patch, unpatch
-from ..policies import FlowCut, Policy, RandomTokens, UniformTokens, VFlowOpt, VisionZip
+from ..policies import FastV, FlowCut, Policy, VFlowOpt
+from ..policies.stages import DecoderPolicy
+from .contenders import NAMES, contender
 from .entropy import cls_entropy
 from .report import Section
 from .shapes import patches_of
 from .timing import synchronise
 
 Tick = Callable[..., object]
+T = TypeVar("T")
+Run = tuple[str, int]  # a policy's name and its budget
+Chosen = Callable[[int], Policy] | None  # the policy for a batch's number; None: all tokens
 SHARES = (0.33, 0.22, 0.11, 0.06)
 ALL = "all tokens"
+ATTENTION = ("CLS attention", "CLS staged")  # policies of that criterion alone
 TIMED = 5  # batches whose encoder is timed by itself
-
-# name -> policy for a budget, the number of encoder layers and the number of the batch
-POLICIES: dict[str, Callable[[int, int, int], Policy]] = {
-    "FlowCut": lambda t, layers, i: FlowCut(target_tokens=t),
-    "FlowCut release": lambda t, layers, i: FlowCut.release(target_tokens=t),
-    "VFlowOpt": lambda t, layers, i: VFlowOpt(target_tokens=t),
-    "hybrid": lambda t, layers, i: FlowCut(target_tokens=t, recycle_cell=4),
-    "VisionZip": lambda t, layers, i: VisionZip(target_tokens=t),
-    "CLS attention": lambda t, layers, i: FlowCut(t, criteria=("attention",), cumulative=False, interval=layers),
-    "CLS staged": lambda t, layers, i: FlowCut(t, criteria=("attention",)),
-    "random": lambda t, layers, i: RandomTokens(target_tokens=t, seed=i),
-    "uniform grid": lambda t, layers, i: UniformTokens(target_tokens=t),
-}
+PROMPTS = 16  # that go through the language model together
 
 
 @dataclass
@@ -89,27 +85,96 @@ def answers(model, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
     return model.lm_head(hidden).unflatten(0, (scenes, per_scene))
 
 
+def answers_by_prompt(model, pixels: Tensor, ids: Tensor, last: Tensor, once: bool = False) -> Tensor:
+    """The same from a prompt for each question, for policies that know it when they choose.
+
+    Args:
+        once: the vision encoder still reads a scene once; for policies that leave it alone.
+    """
+    scenes, per_scene, longest = ids.shape
+    config = model.config
+    tokens, pad = patches_of(config.vision_config), config.get_text_config().pad_token_id
+    image = ids.new_full((scenes, per_scene, tokens), config.image_token_id)
+    # Padded on the left, as the processor does, so that every answer follows the last column.
+    column = torch.arange(tokens + longest, device=ids.device) - (longest - 1 - last)[..., None]
+    mask = column >= 0
+    prompts = torch.cat([image, ids], 2).gather(2, column.clamp_min(0)).masked_fill(~mask, pad)
+    found = []
+    with encoded_once(model, per_scene if once else 1):
+        for part in torch.arange(scenes).split(max(PROMPTS // per_scene, 1)):
+            output = model(
+                input_ids=prompts[part].flatten(0, 1),
+                attention_mask=mask[part].flatten(0, 1).long(),
+                pixel_values=pixels[part].repeat_interleave(per_scene, 0),
+                logits_to_keep=1,
+            )
+            found.append(output.logits[:, -1].unflatten(0, (-1, per_scene)))
+    return torch.cat(found)
+
+
+@contextmanager
+def encoded_once(model, copies: int) -> Iterator[None]:
+    """While images come `copies` at a time: the vision tower is given one of them, and its features are repeated."""
+
+    def first(module, args, kwargs):
+        def one(x):
+            return x[::copies] if isinstance(x, Tensor) else x
+
+        return tuple(map(one, args)), {name: one(x) for name, x in kwargs.items()}
+
+    hooks = (
+        model.model.vision_tower.register_forward_pre_hook(first, with_kwargs=True),
+        model.model.multi_modal_projector.register_forward_hook(lambda *call: call[-1].repeat_interleave(copies, 0)),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reads_question(policy: Policy, layers: int, tokens: int) -> bool:
+    """Whether what goes on depends on the words: a cut in the language model asks for attention, or for heads."""
+    for layer in range(layers):
+        enters = policy.decoder_entry(layer, layers, tokens, tokens) is not None
+        leaves = policy.decoder_step(layer, layers, tokens, tokens) is not None
+        if enters and policy.attention_anchors(True, 1, 1, 1):
+            return True
+        if leaves and (policy.attention_anchors(False, 1, 1, 1) or policy.decoder_scoring_flops(1, 1, 1)):
+            return True
+    return False
+
+
+def answering(model, policy: Policy | None) -> Callable[..., Tensor]:
+    """How questions are put to the model under a policy."""
+    config = model.config
+    layers, tokens = config.get_text_config().num_hidden_layers, patches_of(config.vision_config)
+    if policy is None or not reads_question(policy, layers, tokens):
+        return answers
+    return partial(answers_by_prompt, once=isinstance(policy, DecoderPolicy))
+
+
 @torch.inference_mode()
 def refcheck(model, processor, asked: list, budget: int, backend: str | None) -> str:
-    """ "ok", or what differs: reading each scene once must answer as the model does on the processor's own output."""
+    """ "ok", or what differs: both ways to put questions must answer as the model on the processor's own output."""
     exam = Exam.of(asked, processor)
     inputs = processor(
         images=[q.image for q in asked], text=[q.prompt for q in asked], padding=True, return_tensors="pt"
     ).to(model.device)  # fmt: skip
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     staged = VFlowOpt(target_tokens=2 * budget, recycle_cell=4, llm_stages=((1, 0.5),))
-    for policy in (None, FlowCut(target_tokens=budget), staged):
+    for policy in (None, FlowCut(target_tokens=budget), staged, FastV(target_tokens=budget, layer=1)):
         if policy:
             patch(model, policy, backend=backend)
         try:
             whole = model(**inputs, logits_to_keep=1).logits[:, -1].float()
             pixels = exam.pixels.to(model.device, model.dtype)
-            quick = answers(model, pixels, exam.ids.to(model.device), exam.last.to(model.device)).flatten(0, 1).float()
+            found = answering(model, policy)(model, pixels, exam.ids.to(model.device), exam.last.to(model.device))
         finally:
             if policy:
                 unpatch(model)
         scale = whole.abs().max()
-        error = ((quick - whole).abs().max() / scale).item()
+        error = ((found.flatten(0, 1).float() - whole).abs().max() / scale).item()
         if not error <= 100 * torch.finfo(model.dtype).eps:
             return f"logits of {policy or ALL} differ by {error:.1e} of the largest from the model's own forward"
     return "ok"
@@ -119,17 +184,18 @@ def refcheck(model, processor, asked: list, budget: int, backend: str | None) ->
 def take(
     model,
     exam: Exam,
-    policy: Callable[[int], Policy] | None,
+    policy: Chosen,
     size: int,
     backend: str | None,
     tick: Callable[[], object],
-) -> tuple:
+) -> tuple[np.ndarray, float]:
     """Answer every question: (right [S, Q], encoder seconds per image)."""
     right, seconds = [], []
     for number, part in enumerate(exam.batches(size)):
         pixels = exam.pixels[part].to(model.device, model.dtype)
-        if policy:
-            patch(model, policy(number), backend=backend)
+        chosen = policy(number) if policy else None
+        if chosen:
+            patch(model, chosen, backend=backend)
         try:
             if number < TIMED:
                 synchronise(model.device)
@@ -137,13 +203,28 @@ def take(
                 model.get_image_features(pixels)
                 synchronise(model.device)
                 seconds.append((time.perf_counter() - start) / len(pixels))
-            guess = answers(model, pixels, exam.ids[part].to(model.device), exam.last[part].to(model.device)).argmax(-1)
+            ids, last = exam.ids[part].to(model.device), exam.last[part].to(model.device)
+            guess = answering(model, chosen)(model, pixels, ids, last).argmax(-1)
         finally:
-            if policy:
+            if chosen:
                 unpatch(model)
         right.append((guess.cpu() == exam.answer[part]).numpy())
         tick()
     return np.concatenate(right), float(np.median(seconds))
+
+
+def take_all(runs: dict[Run, Chosen], batches: int, tick: Tick, one: Callable[[Chosen, Callable], T]) -> dict[Run, T]:
+    """What `one` finds in every run, of a policy and of what is to be called after each of the `batches`."""
+    done, found = 0, {}
+    for (name, budget), policy in runs.items():
+
+        def step(label=f"{name}, {budget} tokens") -> None:
+            nonlocal done
+            done += 1
+            tick(label, done / batches / len(runs))
+
+        found[name, budget] = one(policy, step)
+    return found
 
 
 def interval(per_scene: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -153,17 +234,81 @@ def interval(per_scene: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[f
     return float(low), float(high)
 
 
-def loaded(
-    stand_in: tuple[Callable, Callable] | None, dtype: torch.dtype, device: torch.device | str
-) -> tuple[Any, Any, Callable]:
-    """Model, processor and ``questions`` of a stand-in; of the shipped one for None."""
-    if stand_in is None:
-        from .mini_vlm import load
-        from .mini_vlm.quiz import questions
+def accuracy(right: np.ndarray) -> dict[str, float]:
+    """Of answers [S, Q], with its interval."""
+    low, high = interval(right.mean(1))
+    return dict(accuracy=float(right.mean()), low=low, high=high)
 
-        stand_in = load, questions
+
+def paired(key: str, difference: np.ndarray) -> dict[str, float]:
+    """Mean of what differs scene by scene, with its interval."""
+    low, high = interval(difference)
+    return {key: float(difference.mean()), f"{key}_low": low, f"{key}_high": high}
+
+
+def loaded(
+    stand_in: tuple[Callable, Callable] | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    asks: str = "questions",
+) -> tuple[Any, Any, Callable]:
+    """Model, processor and ``questions`` (or what else `asks`) of a stand-in; of the shipped one for None."""
+    if stand_in is None:
+        from .mini_vlm import load, quiz
+
+        stand_in = load, getattr(quiz, asks)
     model, processor = stand_in[0](dtype=dtype)
     return model.to(device), processor, stand_in[1]
+
+
+def budgets_of(shares: Sequence[float], tokens: int) -> list[int]:
+    return [max(1, round(share * tokens)) for share in shares]
+
+
+class Sitting(NamedTuple):
+    """The stand-in and the questions that every run puts to it."""
+
+    model: Any
+    exam: Exam
+    tokens: int  # of an image
+    layers: int  # of the language model
+    budgets: list[int]
+    failed: list[str]  # checks that did not hold; then nothing is to be measured
+    facts: dict[str, Any]
+
+    @property
+    def note(self) -> str:
+        scenes, questions = self.exam.answer.shape
+        return (
+            f"{scenes * questions:,} questions about {scenes:,} scenes of held-out digits ({self.facts['split']} split)"
+        )
+
+
+def sit(
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    split: str,
+    questions: int,
+    shares: Sequence[float],
+    seed: int,
+    per_scene: int,
+    backend: str | None,
+    stand_in: tuple[Callable, Callable] | None,
+) -> Sitting:
+    """Load, draw and check, as `measure` is told."""
+    model, processor, draw = loaded(stand_in, dtype, device)
+    asked = draw(split, -(-questions // per_scene) * per_scene, seed, per_scene)  # whole scenes
+    tokens = patches_of(model.config.vision_config)
+    budgets = budgets_of(shares, tokens)
+    checked = refcheck(model, processor, asked[: -(-8 // per_scene) * per_scene], budgets[len(budgets) // 2], backend)
+    exam = Exam.of(asked, processor)
+    facts = dict(
+        split=split, scenes=len(exam.pixels), questions=exam.answer.numel(), seed=seed, patches=tokens,
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    layers = model.config.get_text_config().num_hidden_layers
+    return Sitting(model, exam, tokens, layers, budgets, [] if checked == "ok" else [checked], facts)
 
 
 def measure(
@@ -172,8 +317,8 @@ def measure(
     dtype: torch.dtype = torch.float32,
     split: str = "dev",
     questions: int = 2000,
-    shares=SHARES,
-    policies=tuple(POLICIES),
+    shares: Sequence[float] = SHARES,
+    policies: Sequence[str] = NAMES,
     seed: int = 0,
     per_scene: int = 4,
     batch: int = 16,
@@ -182,75 +327,86 @@ def measure(
     command: str = "flowcut-bench quality",
     tick: Tick = lambda label, share=None: None,
 ) -> Section:
-    """Accuracy of the trained stand-in with all tokens and with a share of them.
+    """Accuracy of the trained stand-in with all tokens, and with a share of them on average over its decoder's layers.
 
     Args:
+        policies: of :data:`~flowcut_kernels.bench.contenders.NAMES`.
         per_scene: questions about one scene; more of them are cheaper and tell less.
         stand_in: ``load(dtype=...)`` and ``questions(split, n, seed, per_scene)``; None: the shipped one's.
     """
     tick("loading")
-    model, processor, draw = loaded(stand_in, dtype, device)
-    asked = draw(split, -(-questions // per_scene) * per_scene, seed, per_scene)  # whole scenes
-    vision = model.config.vision_config
-    tokens, layers = patches_of(vision), vision.num_hidden_layers
-    budgets = [max(1, round(share * tokens)) for share in shares]
-    checked = refcheck(model, processor, asked[: -(-8 // per_scene) * per_scene], budgets[len(budgets) // 2], backend)
-    exam = Exam.of(asked, processor)
-    rows, failed = [], [] if checked == "ok" else [checked]
-    if not failed:
-        entropy = cls_entropy(model, exam.pixels[:100].to(device, dtype))
-        rows = _rows(model, exam, tokens, layers, budgets, policies, batch, backend, tick)
+    sat = sit(device=device, dtype=dtype, split=split, questions=questions, shares=shares, seed=seed,
+              per_scene=per_scene, backend=backend, stand_in=stand_in)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    entropy: list[float] = []
+    if not sat.failed:
+        entropy = cls_entropy(sat.model, sat.exam.pixels[:100].to(device, dtype))
+        rows = _rows(sat, policies, batch, backend, tick)
     return Section(
         "quality",
         "Accuracy of the trained stand-in",
         command,
         rows,
-        facts=dict(
-            split=split, scenes=len(exam.pixels), questions=exam.answer.numel(), seed=seed, patches=tokens,
-            dtype=str(dtype).removeprefix("torch."), entropy=[] if failed else entropy,
-        ),
+        facts=sat.facts | dict(entropy=entropy),
         notes=[
-            f"{exam.answer.numel():,} questions about {len(exam.pixels):,} scenes of held-out digits ({split} split)",
+            sat.note,
+            "kept: tokens asked for, on average over the layers of the language model; average: what it comes to",
             "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, percentage points",
             "CLS attention: one cut by that alone, at FlowCut's last; CLS staged: the same in FlowCut's steps",
             "hybrid: FlowCut leaves twice as many in the encoder, and its surplus is recycled by cells of 4 x 4",
-            "CLS entropy / ln N by layer: " + ("" if failed else " ".join(f"{x:.2f}" for x in entropy)),
+            "CLS entropy / ln N by layer: " + " ".join(f"{x:.2f}" for x in entropy),
+            *unreachable(rows),
             *verdict(rows),
         ],
-        failed=failed,
+        failed=sat.failed,
+    )
+
+
+def contest(
+    policies: Sequence[str], budgets: Sequence[int], layers: int, tokens: int
+) -> tuple[list[dict[str, Any]], dict[Run, Chosen]]:
+    """A row for all tokens and for every policy at every budget, and the runs of those that can reach it.
+
+    What a policy cannot reach keeps its row, which says why.
+    """
+    rows: list[dict[str, Any]] = [dict(policy=ALL, tokens=tokens, share=1.0, average=float(tokens), ok=True)]
+    runs: dict[Run, Chosen] = {(ALL, tokens): None}
+    for name, budget in ((name, budget) for budget in budgets for name in policies):
+        row = dict(policy=name, tokens=budget, share=budget / tokens)
+        try:
+            row["average"] = contender(name, budget, layers, tokens).average_tokens(layers, tokens)
+            runs[name, budget] = partial(contender, name, budget, layers, tokens)
+        except ValueError as error:
+            row["unreachable"] = str(error)
+        rows.append(row | dict(ok=True))
+    return rows, runs
+
+
+def _rows(sat: Sitting, policies: Sequence[str], batch: int, backend: str | None, tick: Tick) -> list[dict[str, Any]]:
+    exam = sat.exam
+    rows, runs = contest(policies, sat.budgets, sat.layers, sat.tokens)
+    results = take_all(
+        runs, len(exam.batches(batch)), tick,
+        lambda policy, step: take(sat.model, exam, policy, batch, backend, step),
     )  # fmt: skip
-
-
-def _rows(
-    model, exam: Exam, tokens: int, layers: int, budgets, policies, batch: int, backend: str | None, tick: Tick
-) -> list[dict]:
-    runs = [(ALL, tokens)] + [(name, budget) for budget in budgets for name in policies]
-    total, done = len(runs) * len(exam.batches(batch)), 0
-    results: dict[tuple[str, int], tuple[np.ndarray, float]] = {}
-    for name, budget in runs:
-
-        def step(name=name, budget=budget) -> None:
-            nonlocal done
-            done += 1
-            tick(f"{name}, {budget} tokens", done / total)
-
-        policy = None if name == ALL else lambda i, name=name, budget=budget: POLICIES[name](budget, layers, i)
-        results[name, budget] = take(model, exam, policy, batch, backend, step)
-    rows = []
-    for (name, budget), (right, seconds) in results.items():
-        low, high = interval(right.mean(1))
-        row = dict(
-            policy=name, tokens=budget, share=budget / tokens, accuracy=float(right.mean()), low=low, high=high,
-            questions=right.size, encoder_seconds=seconds, ok=True,
+    for row in rows:
+        name, budget = row["policy"], row["tokens"]
+        if (name, budget) not in results:
+            continue
+        right, seconds = results[name, budget]
+        row |= dict(
+            **accuracy(right), questions=right.size, encoder_seconds=seconds,
             kinds={kind: float(right[exam.kinds == kind].mean()) for kind in np.unique(exam.kinds).tolist()},
         )  # fmt: skip
         for key, other in (("over_random", "random"), ("over_flowcut", "FlowCut")):
             if name not in (ALL, other) and (other, budget) in results:
-                difference = right.mean(1) - results[other, budget][0].mean(1)
-                row[key] = float(difference.mean())
-                row[f"{key}_low"], row[f"{key}_high"] = interval(difference)
-        rows.append(row)
+                row |= paired(key, right.mean(1) - results[other, budget][0].mean(1))
     return rows
+
+
+def unreachable(rows: list[dict[str, Any]]) -> list[str]:
+    """Why cells of a table are empty."""
+    return [f"not reachable: {row['unreachable']}" for row in rows if "unreachable" in row]
 
 
 def verdict(rows: list[dict]) -> list[str]:
@@ -262,4 +418,8 @@ def verdict(rows: list[dict]) -> list[str]:
         better = [row["policy"] for row in others if row["over_flowcut_low"] > 0]
         text = f"{budget} tokens, beyond chance: FlowCut is ahead of {', '.join(worse) or 'none'}"
         found.append(text + (f"; behind {', '.join(better)}" if better else ""))
+    single = [row for row in rows if row["policy"] in ATTENTION and "over_flowcut" in row]
+    if single:
+        wins = [f"{row['policy']} at {row['tokens']}" for row in single if row["over_flowcut_low"] > 0]
+        found.append(f"attention alone beats FlowCut beyond chance: {', '.join(wins) or 'at no budget'}")
     return found

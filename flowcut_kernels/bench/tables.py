@@ -94,16 +94,20 @@ def _difference(key: str) -> Callable[[dict[str, Any]], str]:
 
 
 def _accuracy(row: dict[str, Any]) -> str:
+    if "unreachable" in row:
+        return "not reachable"
     return f"{100 * row['accuracy']:.1f} % ±{50 * (row['high'] - row['low']):.1f}"
 
 
 def _answers(key: str) -> Callable[[dict[str, Any]], str]:
     """The accuracy of one of several answers with half its interval."""
-    return lambda row: f"{100 * row[key]:.1f} ±{50 * (row[f'{key}_high'] - row[f'{key}_low']):.1f}"
+    return lambda row: (
+        DASH if row.get(key) is None else (f"{100 * row[key]:.1f} ±{50 * (row[f'{key}_high'] - row[f'{key}_low']):.1f}")
+    )
 
 
 def _kind(kind: str, row: dict[str, Any]) -> str:
-    return f"{100 * row['kinds'][kind]:.1f}"
+    return f"{100 * row['kinds'][kind]:.1f}" if "kinds" in row else DASH
 
 
 def _type(row: dict[str, Any]) -> str:
@@ -219,10 +223,18 @@ TABLES: dict[str, list[Column]] = {
     ],
     "quality": [
         *KEPT,
+        Column("average", _cell("average", "{:.1f}".format)),
         Column("accuracy", _accuracy),
-        Column("against random", _points("over_random")),
-        Column("against FlowCut", _points("over_flowcut")),
+        Column("over random", _points("over_random")),
+        Column("over FlowCut", _points("over_flowcut")),
         Column("encoder/image", _time("encoder_seconds")),
+    ],
+    "ablation": [
+        KEPT[0],
+        Column("variant", _cell("variant"), False, True),
+        Column("average", _cell("average", "{:.1f}".format)),
+        Column("accuracy", _accuracy),
+        Column("over default", _points("over_default")),
     ],
     "conversation": [
         *TALK,
@@ -292,6 +304,7 @@ def views(section: Section) -> list[View]:
     groups = {
         "ops": "op",
         "quality": "tokens",
+        "ablation": "tokens",
         "conversation": "tokens",
         "compile": "kernel",
         "tune": "budget",

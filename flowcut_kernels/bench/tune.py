@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from optuna import load_study
 from optuna.storages import InMemoryStorage
@@ -17,7 +16,7 @@ from optuna.storages import InMemoryStorage
 from ..policies import FlowCut, Policy
 from ..policies.stages import average_retention
 from ..tune import Objective, open_storage, published_policy, published_stages, tune
-from .quality import ALL, Exam, Tick, interval, loaded, refcheck, take
+from .quality import ALL, Exam, Tick, accuracy, interval, loaded, refcheck, take
 from .report import Section
 from .shapes import patches_of
 
@@ -91,7 +90,7 @@ def measure(
         exam = Exam.of(asked, processor)
         held_out = Objective(model, prompts(asked[::per_scene][:HELD_OUT], processor), backend)
         score = partial(_score, model, exam, held_out, backend)
-        rows.append(dict(policy=ALL, found=ALL, tokens=tokens, ok=True, **_accuracy(score(None)[0])))
+        rows.append(dict(policy=ALL, found=ALL, tokens=tokens, ok=True, **accuracy(score(None)[0])))
         store = open_storage(storage) or InMemoryStorage()
         for number, budget in enumerate(budgets):
             base = POLICIES[policy](budget, layers)
@@ -147,11 +146,6 @@ def _score(model, exam: Exam, held_out: Objective, backend: str | None, policy: 
     return right, None if policy is None else held_out.similarities(policy).numpy()
 
 
-def _accuracy(right: np.ndarray) -> dict[str, float]:
-    low, high = interval(right.mean(1))
-    return dict(accuracy=float(right.mean()), low=low, high=high)
-
-
 def _rows(
     results: dict[str, tuple[Policy, float]],
     objective: Objective,
@@ -169,7 +163,7 @@ def _rows(
             policy=type(policy).__name__, found=name, budget=budget, tokens=budget * tokens,
             objective=objective(policy),
             retention=average_retention(policy.retain_ratio or 0.0, getattr(policy, "llm_stages", ()), layers),
-            held_out=float(similar.mean()), seconds=seconds or None, ok=True, **_accuracy(right),
+            held_out=float(similar.mean()), seconds=seconds or None, ok=True, **accuracy(right),
         )  # fmt: skip
         if name != UNTUNED:
             for key, gain in (("gain", right.mean(1) - first[0].mean(1)), ("held_out_gain", similar - first[1])):
