@@ -213,7 +213,7 @@ def quality(
     shares: Annotated[
         str | None,
         typer.Option(
-            help="Shares of the visual tokens, separated by commas; 0.33,0.22,0.11,0.06, or 0.22,0.06 of parts."
+            help="Shares of the visual tokens, separated by commas: 0.33,0.22,0.11,0.06, with --ablation 0.22,0.06."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which scenes are drawn.")] = 0,
