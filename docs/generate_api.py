@@ -157,6 +157,13 @@ def markdown(doc: str, links: dict[str, str], owner: str = "") -> str:
     return re.sub(r":(?:func|class|meth|mod):`([^`]+)`", linked, result).replace("``", "`")
 
 
+def page_of(page: Page, name: str) -> str:
+    """A page of docs/ops or docs/policies on an operator or a policy, "" where there is none."""
+    folder, stem = page.file.removesuffix(".md"), name.removesuffix("_")
+    stem = stem if folder == "ops" else stem.lower().removesuffix("tokens")
+    return f"../{folder}/{stem}.md" * (FOLDER.parent / folder / f"{stem}.md").exists()
+
+
 def command_line() -> str:
     """The help of every command, by typer itself."""
     command: Any = get_command(import_module(f"{PACKAGE}.bench.commands").app)
@@ -186,6 +193,8 @@ def reference() -> dict[str, str]:
         for name, code, doc in each:
             owner, _, method = name.partition(".")
             text = markdown(doc, links, owner)
+            if more := page_of(page, name):
+                text += f"\n\n[How it works, and what it costs]({more})"
             parts += [f"##{'#' * bool(method)} `{name}`", f"```py\n{code}\n```", text]
             if not method:
                 rows.append(f"| [`{name}`]({links[name]}) | {' '.join(text.partition(chr(10) * 2)[0].split())} |")
