@@ -17,7 +17,8 @@ class PyramidDrop(DecoderPolicy):
     Before the i-th of m `layers`, round(N * (T / N)^(i / m)) of an image's N tokens stay: those with the highest
     attention of the prompt's last token, of equals the first. That is the softmax of its logits over all keys that it
     sees, mean over heads, with the projections of the layer to come. Dropped tokens are not among that layer's keys
-    either. The rest keep their positions.
+    either. The rest keep their positions. For the choice the layer's keys are made of all tokens, and once more of the
+    rest when it runs; nothing else of the layer is.
 
     The published setting is about 270 of LLaVA-1.5's 576 tokens on average: 8 * (576 + 288 + 144 + 72) / 32. For the
     other presets, at which PyramidDrop is compared elsewhere, nobody has published settings. Eight layers of all tokens
