@@ -13,7 +13,8 @@ import torch
 import typer
 
 from . import machine
-from .report import Report, Section, write_page
+from .page import write_page
+from .report import Report, Section
 from .tables import show_report
 from .terminal import Tick, progress, terminal, typed
 
@@ -59,14 +60,13 @@ def main_job(out: Path, threads: int | None, device: str, backend: str | None, t
     with progress("flowcut-bench") as tick:
         report = job.measure(typed(), device=device, backend=backend, toy=toy, tick=tick)
         tick("drawing")
-        pictures = plots.draw(report, out)
-        pictures["quality"].append(job.sample(out / "kept.png"))
+        plots.draw(report, out)
+        kept = job.sample(out / "kept.png")
     console = terminal()
     show_report(report, console, details=False)
     report.save(out / "report.json")
-    write_page(report, pictures, out / "report.html")
-    plotted = sum(map(len, pictures.values()))
-    console.print(f"{report.seconds:.0f} s; wrote {out}/report.html, report.json and {plotted} plots")
+    write_page(report, out / "report.html", {"quality": [(kept, "A scene, and what FlowCut keeps of it")]})
+    console.print(f"{report.seconds:.0f} s; wrote {out}/report.html, report.json and plots")
     if report.failed:
         raise typer.Exit(1)
 
@@ -397,15 +397,9 @@ def compare(
 ) -> None:
     """Two result files: what is better or worse in B than in A, beyond the spread."""
     from . import compare as comparing
-    from .report import load
     from .tables import show
 
-    reports = []
-    for path in (a, b):
-        try:
-            reports.append(load(path))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise typer.BadParameter(f"{path.name} is no file of flowcut-bench: {error}") from error
+    reports = [loaded_report(path) for path in (a, b)]
     console = terminal()
     for name, report in zip("AB", reports, strict=True):
         console.print(f"{name}: {machine.line(report.machine)}", style="dim", highlight=False)
@@ -423,6 +417,25 @@ def compare(
     if not sections:
         raise typer.BadParameter("the two files have no section in common")
     if worse and fail_on_regression:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.json", help="Figures of any command.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and the plots.")],
+) -> None:
+    """Any JSON of flowcut-bench as a page that needs nothing else, and its plots; nothing is measured."""
+    from . import plots
+
+    found = loaded_report(file)
+    plotted = [path for paths in plots.draw(found, out).values() for path in paths]
+    found.save(out / "report.json")
+    write_page(found, out / "report.html")
+    print(f"wrote {', '.join(str(path) for path in (out / 'report.html', out / 'report.json', *plotted))}")
+    if found.failed:
         raise typer.Exit(1)
 
 
@@ -507,6 +520,16 @@ def section(
         plots.draw(report, out)
     if report.failed:
         raise typer.Exit(1)
+
+
+def loaded_report(path: Path) -> Report:
+    """`report.load`, errors as those of the argument."""
+    from .report import load
+
+    try:
+        return load(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise typer.BadParameter(f"{path.name} is no file of flowcut-bench: {error}") from error
 
 
 def loaded_model(name: str, tick: Tick) -> tuple:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .cases import Case, cases
+from .machine import cache_bytes
 from .report import Section
 from .timing import Clock, Copy, Run, Samples, captured, interleave, synchronise
 
@@ -49,6 +50,7 @@ def measure(
         facts={
             "copy GB/s": copied.median if copied.values else None,
             "copy spread": copied.spread if copied.values else None,
+            "cache MiB": cache_bytes(device) / 2**20,
             "cold cache": cold,
             "repeats": repeats,
         },

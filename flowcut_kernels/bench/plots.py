@@ -11,25 +11,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure, SubFigure
 
+from . import names
 from .report import Report, Section
 
 INK, MUTED, GRID = "#1b1f24", "#667080", "#e3e7ec"
-# Okabe and Ito's palette, darker where it runs out; a policy has the same colour and marker everywhere. Dotted: those
-# that prune inside the language model; dashed: those that do not look at the image.
-STYLE = {
-    "FlowCut": ("#0072b2", "o", "-"),
-    "FlowCut release": ("#56b4e9", "s", "-"),
-    "VFlowOpt": ("#cc79a7", "P", "-"),
-    "hybrid": ("#7a2d5b", "p", "-"),
-    "VisionZip": ("#b0a000", "<", "-"),
-    "SparseVLM": ("#00614a", "h", ":"),
-    "PyramidDrop": ("#7f3a00", ">", ":"),
-    "FastV": ("#1b1f24", "d", ":"),
-    "CLS attention": ("#d55e00", "^", "-"),
-    "CLS staged": ("#e69f00", "v", "-"),
-    "uniform grid": ("#009e73", "D", "--"),
-    "random": ("#8a8f98", "X", "--"),
-}
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#b8bec7"
 
 
@@ -87,20 +72,21 @@ def accuracy(section: Section, path: Path) -> Path:
         text = f"all {full['tokens']} tokens: {full['accuracy']:.1%}"
         axes.annotate(text, (0, 100 * full["accuracy"]), xytext=(4, 3), xycoords=("axes fraction", "data"),
                       textcoords="offset points", fontsize=9, color=INK)  # fmt: skip
-    names = [name for name in STYLE if any(row["policy"] == name for row in section.rows)]
-    for i, name in enumerate(names):
-        colour, marker, dash = STYLE[name]
-        rows = sorted((r for r in section.rows if r["policy"] == name and "accuracy" in r), key=lambda r: r["tokens"])
-        shift = 1 + 0.012 * (i - len(names) / 2)  # side by side, so that intervals stay apart
+    scored = [row for row in section.rows if row["policy"] != "all tokens" and row.get("accuracy") is not None]
+    named = names.looks(row["policy"] for row in scored)
+    for i, (name, look) in enumerate(named.items()):
+        rows = sorted((row for row in scored if row["policy"] == name), key=lambda row: row["tokens"])
+        shift = 1 + 0.012 * (i - len(named) / 2)  # side by side, so that intervals stay apart
         x = [row["tokens"] * shift for row in rows]
         y = [100 * row["accuracy"] for row in rows]
         error = [
             [100 * (row["accuracy"] - row["low"]) for row in rows],
             [100 * (row["high"] - row["accuracy"]) for row in rows],
         ]
-        axes.errorbar(x, y, error, color=colour, marker=marker, linestyle=dash, label=name, markersize=5.5, capsize=2.5,
+        axes.errorbar(x, y, error, color=names.COLOURS[look.colour][0], marker=look.marker, linestyle=look.dash,
+                      label=name, markersize=5.5, capsize=2.5,
                       linewidth=2.2 if name == "FlowCut" else 1.4, zorder=4 if name == "FlowCut" else 3)  # fmt: skip
-    ticks = sorted({row["tokens"] for row in section.rows if row["policy"] != "all tokens"})
+    ticks = sorted({row["tokens"] for row in scored})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{t}\n{t / section.facts['patches']:.0%}" for t in ticks])
     axes.minorticks_off()

@@ -1,8 +1,7 @@
-"""One result format: sections of flat rows and the machine they hold for; JSON, CSV and a self-contained page."""
+"""One result format: sections of flat rows and the machine they hold for; JSON and CSV."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import math
@@ -78,64 +77,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_page(report: Report, images: dict[str, list[Path]], path: Path) -> None:
-    """One HTML file with everything in it: style, tables, plots as data.
-
-    Args:
-        images: section name -> PNGs shown under that section.
-    """
-    from jinja2 import Environment, PackageLoader
-
-    from .tables import alarming, cells, starts, views
-
-    environment = Environment(
-        loader=PackageLoader("flowcut_kernels.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    pictures = {
-        name: [(base64.b64encode(file.read_bytes()).decode(), file.stem) for file in files]
-        for name, files in images.items()
-    }
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        views=views,
-        starts=starts,
-        cells=cells,
-        alarming=alarming,
-        pictures=pictures,
-        headline=headline(report),
-    )
-    path.write_text(page)
-
-
-def headline(report: Report) -> list[tuple[str, str]]:
-    """The few figures a reader wants first: (figure, what it is)."""
-    found = []
-    quality = report.section("quality")
-    if quality:
-        full = next((r for r in quality.rows if r["policy"] == "all tokens"), None)
-        ours = next((r for r in quality.rows if r["policy"] == "FlowCut" and r["share"] <= 0.12), None)
-        if full and ours and full["accuracy"]:
-            what = f"of the accuracy with all tokens, from {ours['tokens']} of {full['tokens']} ({ours['share']:.0%})"
-            found.append((f"{ours['accuracy'] / full['accuracy']:.1%}", what))
-    prefill = report.section("prefill")
-    if prefill and prefill.rows:
-        row = max(prefill.rows, key=lambda r: r.get("speedup", 0))
-        if "speedup" in row:
-            found.append(
-                (f"{row['speedup']:.2f}x", f"image to first token, {row['stock_tokens']} → {row['tokens']} tokens")
-            )
-            found.append((f"{1 - row['kv_bytes'] / row['stock_kv_bytes']:.0%}", "of the KV cache saved"))
-    encoder = report.section("encoder")
-    if encoder:
-        rows = [r for r in encoder.rows if "overhead" in r]
-        if rows:
-            worst = max(r["overhead"] for r in rows)
-            found.append((f"{worst:.2f}x", "vision encoder time over what its remaining FLOPs predict (worst row)"))
-    ops = report.section("ops")
-    if ops:
-        ratios = [r["speedup"] for r in ops.rows if r["op"] == "anchor_stats" and "speedup" in r]
-        if ratios:
-            found.append((f"{min(ratios):.1f}-{max(ratios):.1f}x", "anchor_stats against the best vectorised torch"))
-    return found

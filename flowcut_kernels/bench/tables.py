@@ -110,7 +110,7 @@ def _kind(kind: str, row: dict[str, Any]) -> str:
     return f"{100 * row['kinds'][kind]:.1f}" if "kinds" in row else DASH
 
 
-def _type(row: dict[str, Any]) -> str:
+def precision(row: dict[str, Any]) -> str:
     return str(row["dtype"]).replace("bfloat", "bf").replace("float", "fp")
 
 
@@ -130,7 +130,7 @@ TABLES: dict[str, list[Column]] = {
     "ops": [
         Column("operator", _cell("op"), False),
         Column("case", _cell("case"), False, True),
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("time", _time("seconds", "spread")),
         Column("torch", _time("torch_seconds")),
         Column("faster", _cell("speedup", times)),
@@ -139,7 +139,7 @@ TABLES: dict[str, list[Column]] = {
         Column("target", _verdict("met"), False, True),
     ],
     "encoder": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("stock", _time("stock_seconds", "stock_spread")),
@@ -151,7 +151,7 @@ TABLES: dict[str, list[Column]] = {
         Column("target", _verdict("met"), False, True),
     ],
     "encoder split": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("in all", _time("split_seconds")),
@@ -161,7 +161,7 @@ TABLES: dict[str, list[Column]] = {
         Column("stock x FLOPs", _time("expected_seconds")),
     ],
     "encoder others": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("FlowCut", _cell("time_ratio", times)),
@@ -170,7 +170,7 @@ TABLES: dict[str, list[Column]] = {
         Column("torch FlowCut, eager", _cell("torch_eager_ratio", times)),
     ],
     "encoder frozen": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("kept", _cell("tokens")),
         Column("FlowCut", _cell("time_ratio", times)),
@@ -180,7 +180,7 @@ TABLES: dict[str, list[Column]] = {
         Column("stock, graph", _cell("stock_graph_ratio", times)),
     ],
     "prefill": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
         Column("encoder", lambda r: _pair(r, "encoder")),
@@ -194,7 +194,7 @@ TABLES: dict[str, list[Column]] = {
     ],
     "families": [
         Column("family", _cell("family"), False),
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}" if r["ok"] else r["refcheck"], False, True),
         Column("1st token", lambda r: _pair(r, "first")),
         Column("faster", _cell("speedup", times)),
@@ -203,7 +203,7 @@ TABLES: dict[str, list[Column]] = {
         Column("of stock", _cell("adapter_share", "{:.1%}".format)),
     ],
     "prefill limits": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("B", _cell("batch")),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
         Column("stock, eager : stock", _cell("eager_ratio", times)),
@@ -211,7 +211,7 @@ TABLES: dict[str, list[Column]] = {
         Column("memory beyond weights", lambda r: _sizes(r["stock_peak_bytes"], r["peak_bytes"])),
     ],
     "kv": [
-        Column("type", _type, False),
+        Column("type", precision, False),
         Column("visual tokens", lambda r: f"{r['visual']}→{r['tokens']}", False),
         Column("tokens/s", lambda r: _rates(r, "decode")),
         Column("faster", _cell("speedup", times)),
@@ -310,7 +310,7 @@ def views(section: Section) -> list[View]:
         "tune": "budget",
         "compare": "row",
     }
-    found = [View(TABLES[section.name], groups.get(section.name))]
+    found = [View(TABLES.get(section.name) or generic(section.rows), groups.get(section.name))]
     if section.name == "encoder":
         found.append(View(TABLES["encoder split"], None, "Where the pruned encoder's time goes", True))
         if any("stock_eager_ratio" in row for row in section.rows):
@@ -326,6 +326,25 @@ def views(section: Section) -> list[View]:
         kinds = [Column(kind, partial(_kind, kind), True, True) for kind in section.rows[0]["kinds"]]
         found.append(View([*KEPT, *kinds], "tokens", "Accuracy by type of question, %", True))
     return found
+
+
+def generic(rows: list[dict[str, Any]]) -> list[Column]:
+    """A column for whatever the rows say in one word or figure, for sections without a table of their own."""
+
+    def column(key: str) -> Column:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        figure = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if figure and key.endswith("seconds"):
+            return Column(key.removesuffix("seconds").strip("_") or "time", _time(key))
+        form = "{:.4g}".format if figure and any(isinstance(value, float) for value in values) else str
+        return Column(key, _cell(key, form), figure, not figure)
+
+    flat = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
+    columns = [column(key) for key in flat if key not in ("ok", "refcheck")]
+    checked = any("refcheck" in row for row in rows)
+    return [c._replace(header=c.header.replace("_", " ")) for c in columns] + (
+        [Column("check", _cell("refcheck"), False, True)] if checked else []
+    )
 
 
 def _pair(row: dict[str, Any], key: str) -> str:
