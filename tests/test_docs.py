@@ -76,6 +76,7 @@ SMALL = {
     "look": "",
     "flow": "",
     "compare": "",
+    "report": "",
     "presets": "",
 }
 # Those that take longer: options are parsed, checked, and handed to the signature of the function that measures.

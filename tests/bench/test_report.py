@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -154,25 +154,33 @@ def test_bars_stand_where_the_json_says(written, visit):
 
 def test_keyboard_reaches_tables_and_names(written, visit):
     seen = visit(written)
-    column = "[...document.querySelectorAll('#table-4-1 tbody tr')].map(r => r.cells[5].textContent)"
-    seen.evaluate("document.querySelector('#table-4-1').closest('details').open = true")
-    seen.locator("#table-4-1 th button").nth(5).focus()
-    for descending in (True, False):
+    sections = report.load(MAIN).sections
+    number = [section.name for section in sections].index("ops")
+    table = f"#table-{number + 1}-1"
+    seen.evaluate("table => document.querySelector(table).closest('details').open = true", table)
+
+    def column(name: str) -> list[str]:
+        """Its cells, once Enter is pressed on its head."""
+        head = seen.locator(f"{table} th button", has_text=re.compile(f"^{name}$"))
+        head.focus()
         seen.keyboard.press("Enter")
-        shown = [float(text.rstrip("x")) for text in seen.evaluate(column)]
-        assert shown == sorted(shown, reverse=descending) and len(shown) == 77
-    seen.locator("#table-4-1 th button").nth(3).focus()
-    seen.keyboard.press("Enter")
-    shown = seen.evaluate("[...document.querySelectorAll('#table-4-1 tbody tr')].map(r => r.cells[3].textContent)")
+        cells = f"rows => rows.map(r => r.cells[{[c.header for c in tables.TABLES['ops']].index(name)}].textContent)"
+        return seen.eval_on_selector_all(f"{table} tbody tr", cells)
+
+    for descending in (True, False):
+        shown = [float(text.rstrip("x")) for text in column("faster")]
+        assert shown == sorted(shown, reverse=descending) and len(shown) == len(sections[number].rows)
     scale = {"s": 1, "ms": 1e-3, "µs": 1e-6}
-    seconds = [float(a) * scale[b] for a, b in (text.split()[:2] for text in shown)]
-    assert seconds == sorted(seconds, reverse=True)
+    shown = [float(a) * scale[b] for a, b in (text.split()[:2] for text in column("time"))]
+    assert shown == sorted(shown, reverse=True)
+    names_together = [name for name, _ in groupby(column("operator"))]
+    assert len(names_together) == len({row["op"] for row in sections[number].rows})
 
     lines = seen.locator("figure:has(.plot)").first
-    assert lines.locator(".plot .series.s5").is_visible()
-    lines.locator(".pick5").focus()
+    assert lines.locator(".plot .series.s2").is_visible()
+    lines.locator(".pick2").focus()
     seen.keyboard.press("Space")
-    assert not lines.locator(".plot .series.s5").is_visible() and lines.locator(".plot .series.s1").is_visible()
+    assert not lines.locator(".plot .series.s2").is_visible() and lines.locator(".plot .series.s1").is_visible()
     box = seen.locator(".scroll").first
     assert box.get_attribute("tabindex") == "0" and box.get_attribute("aria-label")
 
@@ -213,14 +221,39 @@ def test_every_committed_result_has_a_page(name, tmp_path):
 
 
 def test_page_says_where_something_is_ahead():
-    section = report.load(MAIN).section("quality")
-    said = page.ahead_of_flowcut(section)
-    assert len(said) == 2 and "uniform grid, a floor, by 2.0 points" in said[0] and "hybrid by 2.4 points" in said[1]
-    for row in section.rows:
-        row.pop("over_flowcut_low", None)
-        if "over_flowcut" in row:
-            row["over_flowcut_low"] = -0.1
+    def row(policy, tokens, low, high):
+        return dict(policy=policy, tokens=tokens, over_flowcut=0.02, over_flowcut_low=low, over_flowcut_high=high)
+
+    rows = [row("hybrid", 8, 0.01, 0.03), row("uniform grid", 16, 0.01, 0.03), row("CLS attention", 16, 0.015, 0.025),
+            row("random", 32, -0.01, 0.03), dict(policy="FastV", tokens=8, unreachable="why")]  # fmt: skip
+    section = report.Section("quality", "", "", rows)
+    assert page.ahead_of_flowcut(section) == [
+        "With 16 tokens ahead of FlowCut beyond chance: uniform grid, a floor, by 2.0 points (95 % interval 1.0 to "
+        "3.0); CLS attention, a single criterion, by 2.0 points (95 % interval 1.5 to 2.5).",
+        "With 8 tokens ahead of FlowCut beyond chance: hybrid by 2.0 points (95 % interval 1.0 to 3.0).",
+    ]
+    section.rows = section.rows[3:]
     assert page.ahead_of_flowcut(section) == ["Nothing is ahead of FlowCut beyond chance in this run."]
+    section.rows = section.rows[1:]
+    assert page.ahead_of_flowcut(section) == []
+
+
+def test_policies_side_by_side_and_what_cannot_be_reached():
+    """Sections of other commands: rows without figures are in the table, not in the charts."""
+    common = dict(batch=1, dtype="bfloat16", tokens=64, encoder_seconds=2.0, ok=True, refcheck="ok")
+    rows = [common | dict(policy="stock", tokens=576, llm_seconds=2.0, first_seconds=4.0),
+            common | dict(policy="FastV", llm_seconds=1.0, first_seconds=3.0, speedup=1.3),
+            common | dict(policy="FlowCut", encoder_seconds=1.0, llm_seconds=1.0, first_seconds=2.0, speedup=2.1),
+            dict(policy="SparseVLM", tokens=64, batch=1, ok=True, unreachable="(2 * 576 + 1) / 3")]  # fmt: skip
+    (chart,) = charts.charts(report.Section("policies", "", "", rows), {})
+    ((heading, bars),) = chart.groups
+    assert heading == "64 tokens on average, batch 1" and [bar.label for bar in bars] == ["stock", "FlowCut", "FastV"]
+    assert [bar.marks[-1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x faster)"
+
+    rows = [dict(variant="criteria=attention", tokens=8, share=0.1, ok=True, over_default=-0.05, over_default_low=-0.06,
+                 over_default_high=-0.04)]  # fmt: skip
+    (chart,) = charts.charts(report.Section("ablation", "", "", rows), {})
+    assert chart.groups[0][1][0].text == "-5.0 (-6.0 to -4.0)" and chart.groups[0][1][0].marks[-1].tone == "behind"
 
 
 def test_every_policy_is_explained_and_told_apart():
