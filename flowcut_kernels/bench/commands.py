@@ -206,9 +206,12 @@ def quality(
     ablation: Annotated[
         str | None, typer.Option(help="flowcut or vflowopt: what its parts are worth, instead of all policies.")
     ] = None,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Lists of a scene's digits, written by generate, instead of questions.")
+    ] = False,
     split: Split = "dev",
-    questions: Annotated[int, typer.Option(min=8, help="Questions to answer.")] = 2000,
-    per_scene: Annotated[int, typer.Option(min=1, help="Questions about one scene.")] = 4,
+    questions: Annotated[int, typer.Option(min=8, help="Questions to answer, or lists to write.")] = 2000,
+    per_scene: Annotated[int, typer.Option(min=1, help="Questions about one scene; of lists there is one.")] = 4,
     policies: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
     shares: Annotated[
         str | None,
@@ -226,11 +229,12 @@ def quality(
 ) -> None:
     """Accuracy of the trained stand-in with all tokens, and with equal average shares of them under each policy."""
     from . import ablation as parts
+    from . import generation as lists
     from .contenders import NAMES
     from .quality import measure
 
-    if ablation is not None and policies:
-        raise typer.BadParameter("--ablation has variants of its own: leave out --policies")
+    if ablation is not None and (generation or policies):
+        raise typer.BadParameter("--ablation has variants of its own: leave out --generation and --policies")
     if ablation is not None and ablation not in parts.POLICIES:
         raise typer.BadParameter(f"--ablation {ablation!r} is unknown: use {' or '.join(parts.POLICIES)}")
     chosen = tuple(policies.split(",")) if policies else NAMES
@@ -246,6 +250,8 @@ def quality(
         section(
             "ablation", parts.measure, options | dict(of=ablation, per_scene=per_scene), threads, device, json, csv, out
         )
+    elif generation:
+        section("generation", lists.measure, options | dict(policies=chosen), threads, device, json, csv, out)
     else:
         options |= dict(policies=chosen, per_scene=per_scene)
         section("quality", measure, options, threads, device, json, csv, out)

@@ -40,14 +40,15 @@ KINDS = {
     "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), ("decode_seconds", "speedup")),
     "quality": Kind(("policy", "tokens"), ("accuracy", "encoder_seconds")),
     "ablation": Kind(("of", "variant", "tokens"), ("accuracy",)),
+    "generation": Kind(("policy", "tokens"), ("accuracy", "f1")),
     "conversation": Kind(("policy", "where", "compact", "tokens"), ("first", "second", "continued", "kv_bytes")),
     "tune": Kind(("budget", "found"), ("objective", "held_out", "accuracy")),
     "compile": Kind(("kernel", "variant", "arch"), ("registers", "stack", "local", "shared")),
 }
-HIGHER = ("speedup", "accuracy", "first", "second", "continued", "objective", "held_out")  # is better
+HIGHER = ("speedup", "accuracy", "f1", "first", "second", "continued", "objective", "held_out")  # is better
 # These are counted, not measured.
 EXACT = ("kv_bytes", "registers", "stack", "local", "shared")
-SHARES = ("accuracy", "first", "second", "continued")
+SHARES = ("accuracy", "f1", "first", "second", "continued")
 MACHINE = ("cpu", "gpu", "cores", "threads", "os", "python", "torch", "triton", "transformers")
 CAUTION = (
     "the spread is that of repeats in one process; in other processes of the same commit an operator's time can differ "

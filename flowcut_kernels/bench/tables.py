@@ -236,6 +236,14 @@ TABLES: dict[str, list[Column]] = {
         Column("accuracy", _accuracy),
         Column("over default", _points("over_default")),
     ],
+    "generation": [
+        *KEPT,
+        Column("right", _accuracy),
+        Column("over random", _points("over_random")),
+        Column("over FlowCut", _points("over_flowcut")),
+        Column("F1, %", _answers("f1")),
+        Column("F1 over FlowCut", _points("f1_over_flowcut"), True, True),
+    ],
     "conversation": [
         *TALK,
         Column("1st, %", _answers("first")),
@@ -305,6 +313,7 @@ def views(section: Section) -> list[View]:
         "ops": "op",
         "quality": "tokens",
         "ablation": "tokens",
+        "generation": "tokens",
         "conversation": "tokens",
         "compile": "kernel",
         "tune": "budget",
