@@ -160,7 +160,8 @@ def clusters(tokens: int) -> int:
 def density_peaks(points: Tensor, live: Tensor, clusters: list[int]) -> tuple[Tensor, Tensor]:
     """Cluster the `live` [I, n] of `points` [I, n, D]: bool [I, n] centres, and int64 [I, n] the centre of each point.
 
-    Density peaks with nearest neighbours (Du et al. 2016); the formulas are in :class:`SparseVLM`.
+    Density peaks with nearest neighbours (Du et al. 2016), from all n x n distances; the formulas are in
+    :class:`SparseVLM`, by which n is at most 0.3 of an image's tokens and one.
     """
     device = points.device
     count, most = constant(tuple(clusters), device)[:, None], max(max(clusters), 1)
