@@ -17,7 +17,7 @@ from .report import Section
 from .tables import duration, precision
 
 LABEL_GAP = 4.4  # percent of a plot's height that a line of text takes
-SIDE_BY_SIDE = 3.0  # pixels between the intervals of two series
+SIDE_BY_SIDE = 20.0  # pixels that the intervals of all series at one place take, at most 3 for each
 FAR = 0.10  # differences of accuracies beyond this are only hinted at: floors would leave no room for the others
 ARITHMETIC = 10.0  # FLOPs per byte from which on memory is no longer what an operator waits for
 
@@ -184,7 +184,7 @@ def lines(
                 name,
                 styles[name],
                 name == strong or len(values) == 1,
-                SIDE_BY_SIDE * (number - middle),
+                min(3.0, SIDE_BY_SIDE / len(values)) * (number - middle),
                 [
                     Point(x_axis.at(x), y_axis.at(y), y_axis.at(low), y_axis.at(high), text) 
                     for x, y, low, high, text in points
@@ -397,11 +397,12 @@ def side_by_side(section: Section, rows: list[Row]) -> Chart | None:
     stock = {row["batch"]: row | dict(name="stock") for row in rows if row["policy"] == "stock"}
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["first_seconds"]):
-        if row["policy"] != "stock":
+        if row["policy"] != "stock" and row["batch"] in stock:
             some = groups.setdefault((row["batch"], row["tokens"]), [stock[row["batch"]]])
             some.append(row | dict(name=row["policy"], row=row))
     named = [
-        (f"{tokens:g} tokens on average, batch {batch}", groups[batch, tokens]) for batch, tokens in sorted(groups)
+        (f"{tokens:g} tokens on average, batch {batch}", groups[batch, tokens])
+        for batch, tokens in sorted(groups, key=lambda group: (group[0], -group[1]))
     ]
     return _first_tokens(named, "Time to the first token by policy", "policy")
 
@@ -428,10 +429,10 @@ def _first_tokens(groups: list[tuple[str, list[Row]]], title: str, head: str) ->
 
 
 def families(section: Section, rows: list[Row]) -> Chart | None:
-    rows = [row for row in rows if row.get("first_seconds") is not None]
+    rows = [row for row in rows if row.get("speedup")]
 
     def bar(row: Row, axis: Axis) -> Bar:
-        ratio = row["first_seconds"] / row["stock_first_seconds"]
+        ratio = 1 / row["speedup"]
         low, high = (1 / row[key] if row.get(key) else ratio for key in ("speedup_high", "speedup_low"))
         marks = [Mark("bar", 0, axis.at(ratio)), Mark("range", axis.clamped(low), axis.clamped(high), "even")]
         return Bar(row["family"], marks, f"{ratio:.0%} ({row['stock_tokens']} → {row['tokens']} tokens)")
@@ -448,14 +449,15 @@ def decoding(section: Section, rows: list[Row]) -> Chart | None:
     """Time of a decoded token on caches of different length."""
     groups = []
     for row in rows:
-        stock, axis = row["stock_decode_seconds"], Axis(0, 1)
+        axis = Axis(0, 1)
         parts = (("stock_", "all tokens"), ("", "kept ones alone"), ("late_", "kept ones after layer 1"))
         bars = []
         for prefix, label in parts:
             seconds = row.get(f"{prefix}decode_seconds")
             if seconds is not None:
-                mark = Mark("bar", 0, axis.clamped(seconds / stock), "other" if prefix == "stock_" else "ours")
-                bars.append(Bar(label, [mark], f"{duration(seconds)} ({stock / seconds:.2f}x)"))
+                faster = row.get(f"{prefix}speedup") or 1.0
+                mark = Mark("bar", 0, axis.clamped(1 / faster), "other" if prefix == "stock_" else "ours")
+                bars.append(Bar(label, [mark], duration(seconds) + f" ({faster:.2f}x faster)" * (prefix != "stock_")))
         groups.append((f"{row['visual']} → {row['tokens']} visual tokens", bars))
     return Bars(
         "Time of a decoded token", "The stock model's time with all tokens in the cache is 100 %.",
