@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ import transformers
 from packaging.requirements import Requirement
 
 import flowcut_kernels as fk
-from flowcut_kernels import info
+from flowcut_kernels import info, policies
 
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
@@ -228,6 +228,7 @@ def folder(monkeypatch, tmp_path):
     for name, source in (("A.json", "cpu-kv.json"), ("B.json", "cpu-kv-run2.json")):
         shutil.copy(ROOT / "benchmarks" / "results" / source, tmp_path / name)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
     monkeypatch.chdir(tmp_path)
 
 
@@ -366,6 +367,19 @@ def test_names_and_links(page):
         if policy and hasattr(fk, policy[1]):
             eval(code, dict(fk=fk), vars(fk))
     assert not missing, f"{page} names what is not there"
+
+
+@pytest.mark.parametrize("name", [name for name in policies.__all__ if name != "Policy"])
+def test_policy_has_a_page_with_all_its_fields(name):
+    page = f"docs/policies/{name.removesuffix('Tokens').lower()}.md"
+    missing = {field.name for field in fields(getattr(policies, name))} - set(inline(page))
+    assert not missing, f"{page} does not say what {missing} do"
+    assert f"[{name}]({Path(page).name})" in (ROOT / "docs/policies/README.md").read_text()
+
+
+def test_environment_variables_are_in_the_table():
+    named = {code.split("=")[0] for code in inline("docs/install.md")}
+    assert info.VARIABLES.keys() <= named
 
 
 def _is_there(names: list[str]) -> bool:
