@@ -252,6 +252,23 @@ def accuracy(section: Section, rows: list[Row]) -> Chart | None:
     )  # fmt: skip
 
 
+def lists(section: Section, rows: list[Row]) -> Chart | None:
+    return _lists(rows, "accuracy", ("low", "high"), "Lists that are right", "Lists of all digits, word for word")
+
+
+def digits(section: Section, rows: list[Row]) -> Chart | None:
+    return _lists(rows, "f1", ("f1_low", "f1_high"), "Digits that are found", "F1 of the digits of a list as a set")
+
+
+def _lists(rows: list[Row], field: str, ends: tuple[str, str], what: str, measure: str) -> Chart | None:
+    full = next((row for row in rows if row["policy"] == "all tokens"), None)
+    return over_tokens(
+        rows, field, ends, lambda row: row["policy"], full,
+        title=f"{what} against visual tokens", caption=f"{measure}, with 95 % intervals; lines as for accuracy.",
+        x_title="visual tokens per image", y_title=f"{what.lower()}, %", strong="FlowCut",
+    )  # fmt: skip
+
+
 def second_answers(section: Section, rows: list[Row]) -> Chart | None:
     full = next((row for row in rows if row.get("where") == "all tokens"), None)
 
@@ -592,6 +609,7 @@ def _case(row: Row) -> str:
 CHARTS: dict[str, tuple[Callable[[Section, list[Row]], Chart | None], ...]] = {
     "quality": (accuracy, against_flowcut),
     "ablation": (against_default,),
+    "generation": (lists, digits),
     "encoder": (encoder,),
     "prefill": (first_token,),
     "policies": (side_by_side,),

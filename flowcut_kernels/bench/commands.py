@@ -233,8 +233,10 @@ def quality(
     from .contenders import NAMES
     from .quality import measure
 
-    if ablation is not None and (generation or policies):
-        raise typer.BadParameter("--ablation has variants of its own: leave out --generation and --policies")
+    if ablation is not None and (generation or policies or out):
+        raise typer.BadParameter(
+            "--ablation has variants of its own, and no plots: leave out --generation, --policies and --out"
+        )
     if ablation is not None and ablation not in parts.POLICIES:
         raise typer.BadParameter(f"--ablation {ablation!r} is unknown: use {' or '.join(parts.POLICIES)}")
     chosen = tuple(policies.split(",")) if policies else NAMES
@@ -247,9 +249,7 @@ def quality(
     if shares is not None:
         options["shares"] = shares_of("--shares", shares)
     if ablation is not None:
-        section(
-            "ablation", parts.measure, options | dict(of=ablation, per_scene=per_scene), threads, device, json, csv, out
-        )
+        section("ablation", parts.measure, options | dict(of=ablation, per_scene=per_scene), threads, device, json, csv)
     elif generation:
         section("generation", lists.measure, options | dict(policies=chosen), threads, device, json, csv, out)
     else:

@@ -62,7 +62,7 @@ def figure_grid(count: int, aspect: float):
     return figure, list(panels.flat)
 
 
-def accuracy(section: Section, path: Path) -> Path:
+def accuracy(section: Section, path: Path, title: str = "Accuracy with few visual tokens") -> Path:
     """Accuracy over kept tokens, a line per policy, 95 % intervals."""
     figure, axes = _axes(6.6, 4.8)
     full = next((row for row in section.rows if row["policy"] == "all tokens"), None)
@@ -90,7 +90,7 @@ def accuracy(section: Section, path: Path) -> Path:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{t}\n{t / section.facts['patches']:.0%}" for t in ticks])
     axes.minorticks_off()
-    _head(axes, "Accuracy with few visual tokens", "visual tokens kept per image", "accuracy, %")
+    _head(axes, title, "visual tokens kept per image", "accuracy, %")
     _legend(axes)
     return save(figure, path)
 
@@ -240,6 +240,8 @@ def draw(report: Report, folder: Path) -> dict[str, list[Path]]:
         files: list[Path | None] = []
         if section.name == "quality" and section.rows:
             files.append(accuracy(section, folder / "accuracy.png"))
+        if section.name == "generation":
+            files.append(accuracy(section, folder / "lists.png", "Lists of digits with few visual tokens"))
         if section.name == "encoder":
             files.append(encoder(section, folder / "encoder.png"))
         if section.name == "tune":

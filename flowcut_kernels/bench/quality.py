@@ -19,6 +19,7 @@ from ..policies import FastV, FlowCut, Policy, VFlowOpt
 from ..policies.stages import DecoderPolicy
 from .contenders import NAMES, contender
 from .entropy import cls_entropy
+from .names import LOOKS, SINGLE
 from .report import Section
 from .shapes import patches_of
 from .timing import synchronise
@@ -29,7 +30,6 @@ Run = tuple[str, int]  # a policy's name and its budget
 Chosen = Callable[[int], Policy] | None  # the policy for a batch's number; None: all tokens
 SHARES = (0.33, 0.22, 0.11, 0.06)
 ALL = "all tokens"
-ATTENTION = ("CLS attention", "CLS staged")  # policies of that criterion alone
 TIMED = 5  # batches whose encoder is timed by itself
 PROMPTS = 16  # that go through the language model together
 
@@ -418,7 +418,7 @@ def verdict(rows: list[dict]) -> list[str]:
         better = [row["policy"] for row in others if row["over_flowcut_low"] > 0]
         text = f"{budget} tokens, beyond chance: FlowCut is ahead of {', '.join(worse) or 'none'}"
         found.append(text + (f"; behind {', '.join(better)}" if better else ""))
-    single = [row for row in rows if row["policy"] in ATTENTION and "over_flowcut" in row]
+    single = [row for row in rows if "over_flowcut" in row and LOOKS[row["policy"]].role == SINGLE]
     if single:
         wins = [f"{row['policy']} at {row['tokens']}" for row in single if row["over_flowcut_low"] > 0]
         found.append(f"attention alone beats FlowCut beyond chance: {', '.join(wins) or 'at no budget'}")

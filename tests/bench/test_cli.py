@@ -283,6 +283,7 @@ def test_look_at_a_saved_tower(tmp_path):
         ("quality --split train", "train"),
         ("quality --ablation none", "flowcut or vflowopt"),
         ("quality --ablation flowcut --policies random", "variants of its own"),
+        ("quality --ablation flowcut --out somewhere", "no plots"),
         ("tune --policy none", "hybrid"),
         ("tune --sampler gp,grid", "gp,grid"),
         ("tune --budget 10", "--budget '10'"),

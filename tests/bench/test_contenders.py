@@ -4,6 +4,7 @@ import pytest
 
 import flowcut_kernels as fk
 from flowcut_kernels.bench.contenders import BEFORE, INSIDE, NAMES, contender
+from flowcut_kernels.bench.names import LOOKS
 
 PRESETS = [
     (fk.FastV, "FastV", 192),
@@ -57,8 +58,8 @@ def test_out_of_reach_says_why(name, arithmetic):
 
 
 def test_names():
-    """Every one once; random draws by its seed, and nothing else does; a name that is none is refused."""
-    assert sorted(NAMES) == sorted((*BEFORE, *INSIDE))
+    """Every one once, with a look; random draws by its seed, and nothing else does; a name that is none is refused."""
+    assert sorted(NAMES) == sorted((*BEFORE, *INSIDE)) and set(NAMES) <= set(LOOKS)
     for name in NAMES:
         same = contender(name, 132, 12, 400, 1) == contender(name, 132, 12, 400, 2)
         assert same == (name != "random")

@@ -10,7 +10,7 @@ pytest.importorskip("typer", reason="the bench extra is not installed")
 from flowcut_kernels.bench.mini_vlm import model as mini
 from flowcut_kernels.bench.mini_vlm.quiz import lists
 
-from flowcut_kernels.bench import contenders, generation, tables
+from flowcut_kernels.bench import charts, contenders, generation, tables
 from flowcut_kernels.bench.shapes import patches_of
 
 
@@ -59,4 +59,8 @@ def test_lists_are_what_generate_writes():
         assert (row["accuracy"], row["f1"]) == (pytest.approx(exact), pytest.approx(f1))
     (row,) = (row for row in section.rows if "unreachable" in row)
     assert row["policy"] == "FastV" and "f1" not in row and f"not reachable: {row['unreachable']}" in section.notes
+    assert [chart.title.split(" against")[0] for chart in charts.charts(section, {})] == [
+        "Lists that are right",
+        "Digits that are found",
+    ]
     assert tables.cells(tables.views(section)[0], row)[2:] == ["not reachable", *[tables.DASH] * 4]
