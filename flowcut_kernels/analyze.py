@@ -98,7 +98,7 @@ def analyze(
         inputs: one batch of processor output, or pixel values; only images are looked at. Tiles of an image (views,
             crops) are looked at one by one, in the order in which the encoder gets them.
         hub_threshold: patches whose outflow is more than that many times the mean are hubs; at least 0.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Raises:
         TypeError: an unsupported model class, or inputs of another type.

@@ -89,7 +89,7 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
             of :func:`~flowcut_kernels.ops.anchor_stats_select` at the last layer of an encoder.
         full: tokens of each image.
         kept: tokens to keep of each, as :func:`retained_count` says.
-        backend: see the README's table.
+        backend: see docs/install.md.
 
     Returns:
         bool [T] on the device of the scores; ties go to the earlier token.

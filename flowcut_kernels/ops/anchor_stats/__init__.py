@@ -40,7 +40,7 @@ def anchor_stats(
         protect: leading tokens of the span that take part in the softmax but are not scored (1 for CLS).
         relevance: cosine, softmax (released code) or scaled softmax (paper) of value vectors, or none.
         value_norm: L1 norm of the full or of the head-mean value vector, or none.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         attention [B, R, N], relevance [B, R, N] (or [B, R, 0]), value norm [B, N] (or [B, 0]), entropy ratio

@@ -51,7 +51,7 @@ def anchor_stats_select(
             :func:`~flowcut_kernels.ops.score_select`.
         lengths: live tokens per sample [B] (int32 or int64), protected ones included; None: all N.
         attention: whether the anchor's attention is a criterion (its entropy is computed in any case).
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         Score [B, N], index [B, M] and new lengths [B] of :func:`~flowcut_kernels.ops.score_select`, and the entropy

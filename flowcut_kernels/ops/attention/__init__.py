@@ -29,7 +29,7 @@ def attention(
         key_span: integer [B, 2], the half-open span [s, e) of live keys per sample; None: all N. Other keys may hold
             anything, and an empty span gives zeros.
         scale: logit scale; None: 1/sqrt(D).
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto". There is a C++ form for CPUs; on other
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto". There is a C++ form for CPUs; on other
             devices "auto" is the reference, torch's scaled_dot_product_attention.
 
     Returns:

@@ -48,7 +48,7 @@ def attention_with_stats(
         max_seqlen: at least the length of the longest segment; a number, so that nothing waits for the device.
         scale: logit scale; None: 1/sqrt(D).
         protect, relevance, value_norm: of the statistics, see :func:`~flowcut_kernels.ops.anchor_stats`.
-        backend: "reference" or "triton", see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: "reference" or "triton", see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         output [B, M, H, Dv], contiguous, in the dtype of the inputs (as transformers' attention functions return it);

@@ -31,7 +31,7 @@ def gather_tokens(
         norm_weight, norm_bias: [D] of the norm applied to the gathered rows of ``inputs[0]`` [B, N, D].
         eps: the norm's epsilon.
         rms: RMSNorm instead of LayerNorm.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         One tensor [B, M, ...] per input, then the normed rows if ``norm_weight`` is given. Differentiable: where

@@ -27,7 +27,7 @@ def patch_entropy(
         patch_size: edge of a patch in pixels; rows and columns beyond the last whole patch are ignored.
         mean, std: the image processor's, one number per channel; None: 0 and 1, floating pixels lie in 0..1. They go
             with floating pixels only.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         float32 [B, (H // patch_size) * (W // patch_size)], patches in raster order; NaN for a patch with NaN among its

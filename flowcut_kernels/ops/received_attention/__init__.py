@@ -36,7 +36,7 @@ def received_attention(
         lengths: int32 or int64 [B], live tokens [0, lengths[b]) of each sample, as rows and as keys; None: all N.
             Other tokens may hold anything.
         scale: logit scale; None: 1/sqrt(D).
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto". The Triton form takes D up to 128.
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto". The Triton form takes D up to 128.
 
     Returns:
         [B, N] float32 (float64 for float64 inputs): sums to 1 over the live tokens, 0 behind them. The native forms

@@ -22,7 +22,7 @@ def recycle_tokens(
             its members weigh the same.
         cell: int64 [T], values in -1..cells-1 (see :func:`grid_cells`); a token with -1 is not merged.
         cells: number of cells.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         merged [cells, D] of the tokens' dtype, accumulated in float32 (float64 of float64) and rounded once; position

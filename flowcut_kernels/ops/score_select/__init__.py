@@ -54,7 +54,7 @@ def score_select(
         budgets: T of each sample, int32 [B]; ``budget``, the largest of them, is then the limit that shapes follow.
         block: consecutive candidates that stay or go together, with the mean of their S: N - protect and ``lengths`` -
             protect are multiples of it, and n and T count groups.
-        backend: see the README's table; None: ``FLOWCUT_BACKEND`` or "auto".
+        backend: see docs/install.md; None: ``FLOWCUT_BACKEND`` or "auto".
 
     Returns:
         S [B, N], 0 where not a candidate; index int64 [B, M] of kept rows, ascending, then -1, with
