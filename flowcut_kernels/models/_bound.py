@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..modules._signature import signature_of
+
 Replacement = tuple[nn.Module, str, Callable]
 
 
@@ -21,7 +23,7 @@ class Bound:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.model), self.method).__get__(self.model))
+        return signature_of(getattr(type(self.model), self.method))
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self.model), self.method)(self.model, *args, **kwargs)

@@ -187,7 +187,9 @@ class PrunedFeatures(Bound):
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend = fixed, backend
         self.encoded: Encoded | None = None  # of the last call
-        self.ahead: tuple[Tensor, Any] | None = None  # pixels and their features, made before they are asked for
+        # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
+        self.found: tuple[Tensor, list[Layout]] | None = None
+        self.ahead: tuple[Tensor, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = named(self, args, kwargs)
@@ -206,7 +208,7 @@ class PrunedFeatures(Bound):
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
-        layouts = self.kind.layouts(pixels, arguments)
+        layouts = self._layouts(pixels, arguments)
         output, known = self._make(arguments, layouts)
         full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
         self.encoded = Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
@@ -294,7 +296,8 @@ class PrunedFeatures(Bound):
         if pixels is None:
             return []
         kind.heed(pixels, placeholders)
-        layouts = kind.layouts(pixels, arguments)
+        layouts = self._layouts(pixels, arguments)
+        self.found = pixels, layouts
         whole = [layout.full + layout.besides for layout in layouts]
         budgets = [self._kept(layout) for layout in layouts] if kind.shrinks else whole
         left = [n for n in budgets if n is not None]
@@ -306,6 +309,12 @@ class PrunedFeatures(Bound):
                 lambda: self._asked(layouts), lambda: self.encoded,
             )
         ]  # fmt: skip
+
+    def _layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        """Of each visual. A prompt asks for them several times, and some kinds look at all pixels for them."""
+        if self.found is not None and self.found[0] is pixels:
+            return self.found[1]
+        return self.kind.layouts(pixels, arguments)
 
     def counts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int | None]:
         """Features of each visual that enter the language model, without leading ones; None: known once chosen."""

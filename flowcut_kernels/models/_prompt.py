@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
+from ..policies.recycling import constant
 from ._bound import Bound, named
 from ._features import Encoded, PrunedFeatures, Visuals, heeding
 
@@ -25,15 +26,16 @@ _PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", defau
 
 
 class Shrunk(NamedTuple):
-    """Which columns of a [B, L] prompt are left."""
+    """Which columns of a [B, L] prompt are left. On the host, where a prompt is looked at after one read-back: on a
+    device each of the small steps would be a launch, and each question a wait."""
 
     columns: Tensor  # int64 [B, L'], -1 where a row is padded
     dropped: Tensor  # bool [B, L] placeholders that no feature fills
 
     @classmethod
-    def whole(cls, batch: int, length: int, device: torch.device) -> Shrunk:
+    def whole(cls, batch: int, length: int) -> Shrunk:
         """All columns of a prompt."""
-        columns = torch.arange(length, device=device).expand(batch, -1)
+        columns = torch.arange(length).expand(batch, -1)
         return cls(columns, torch.zeros_like(columns, dtype=torch.bool))
 
     @property
@@ -46,12 +48,15 @@ class Shrunk(NamedTuple):
 
     def then(self, more: Shrunk) -> Shrunk:
         """This prompt, continued by another."""
+        if not self.length:
+            return more
         columns = torch.where(more.columns < 0, more.columns, more.columns + self.length)
         return Shrunk(torch.cat([self.columns, columns], 1), torch.cat([self.dropped, more.dropped], 1))
 
     def take(self, x: Tensor, pad: int) -> Tensor:
         """The columns of x [B, L, ...], `pad` where a row is padded."""
-        index, absent = self.columns.clamp_min(0), self.columns < 0
+        columns = self.columns.to(x.device)
+        index, absent = columns.clamp_min(0), columns < 0
         trailing = [1] * (x.dim() - 2)
         out = x.gather(1, index.view(*index.shape, *trailing).expand(*index.shape, *x.shape[2:]))
         return out.masked_fill(absent.view(*absent.shape, *trailing), pad)
@@ -76,8 +81,8 @@ class PromptShrinker:
         """Whether images or videos come with a prompt."""
         return any(x is not None for features in self.kinds for x in features.given(arguments))
 
-    def visuals(self, arguments: dict[str, Any], masks: list[Tensor]) -> list[Visuals]:
-        """The images and videos that come with a prompt; bool [B, L] of each kind: its placeholders."""
+    def visuals(self, arguments: dict[str, Any], masks: Tensor) -> list[Visuals]:
+        """The images and videos that come with a prompt; bool [kinds, B, L] the placeholders of each kind."""
         return [
             visuals
             for features, mask in zip(self.kinds, masks, strict=True)
@@ -85,22 +90,22 @@ class PromptShrinker:
         ]
 
     def forget(self) -> None:
-        """Features that were made for a call and that it did not come to use."""
+        """What was found out, or made, for a call."""
         for features in self.kinds:
-            features.ahead = None
+            features.found = features.ahead = None
 
-    def shrink(self, masks: list[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
+    def shrink(self, masks: Tensor, attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
         Args:
-            masks: bool [B, L] by kind: its placeholders.
+            masks: bool [kinds, B, L] on the host, the placeholders of each kind.
             attention_mask: [B, L] or None.
             given: the images or videos that come with the prompt.
 
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        dropped, counts, drops = torch.zeros_like(masks[0]), [0] * len(masks[0]), False
+        dropped, counts, drops = torch.zeros_like(masks[0]), [0] * masks.shape[1], False
         for visuals in given:
             is_image = masks[self.token_ids.index(visuals.token_id)]
             rows = is_image.sum(1).tolist()
@@ -116,21 +121,25 @@ class PromptShrinker:
                     f"id {visuals.token_id}"
                 )
             drops = True
-            dropped = dropped | (is_image & _behind(is_image, visuals.full, visuals.kept))
+            images = is_image.flatten().nonzero()[:, 0].split(visuals.full)
+            dropped.view(-1)[torch.cat([at[n:] for at, n in zip(images, visuals.kept, strict=True)])] = True
             if attention_mask is not None and attention_mask.shape != is_image.shape:
                 raise ValueError(
                     f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
                 )
         if not drops:
             return None
-        gone = dropped.sum(1)
-        if attention_mask is None and bool((gone != gone[0]).any()):
+        even = len({*dropped.sum(1).tolist()}) == 1
+        if attention_mask is None and not even:
             raise ValueError(
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
             )
-        live = ~dropped if attention_mask is None else ~dropped & attention_mask.bool()
-        right = attention_mask is not None and bool((attention_mask[:, -1] == 0).any() and attention_mask[:, 0].all())
+        mask = None if attention_mask is None else attention_mask.cpu().bool()
+        if even and (mask is None or mask.all()):
+            return Shrunk((~dropped).nonzero()[:, 1].view(len(dropped), -1), dropped)
+        assert mask is not None
+        live, right = ~dropped & mask, bool((~mask[:, -1]).any() and mask[:, 0].all())
         order = (dropped if right else ~dropped).long().argsort(dim=1, stable=True)
         columns = order.masked_fill(dropped.gather(1, order), -1)
         # Padding columns that no row needs any more go too.
@@ -156,19 +165,6 @@ def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
     return counts if next(images, None) is None else None
 
 
-def _behind(is_image: Tensor, full: list[int], kept: list[int]) -> Tensor:
-    """bool [B, L]: placeholders behind the first `kept` of their image's `full`."""
-    number = is_image.flatten().cumsum(0) - 1
-    if len({*full}) == len({*kept}) == 1:
-        behind = number % full[0] >= kept[0]
-    else:
-        device = number.device
-        ends, left = torch.tensor(full, device=device).cumsum(0), torch.tensor(kept, device=device)
-        image = torch.searchsorted(ends, number.clamp_min(0), right=True).clamp_max(len(full) - 1)
-        behind = number - (ends - torch.tensor(full, device=device))[image] >= left[image]
-    return behind.view_as(is_image)
-
-
 def _said(sizes: list[int]) -> str:
     return str(sizes[0] if len({*sizes}) == 1 else sizes)
 
@@ -191,15 +187,16 @@ class _PromptMethod(Bound):
     def run(self, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def _placeholders(self, arguments: dict[str, Any]) -> list[Tensor] | None:
-        """bool [B, L] for each kind of visual."""
+    def _placeholders(self, arguments: dict[str, Any]) -> Tensor | None:
+        """bool [kinds, B, L] of each kind of visual, on the host."""
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is not None:
-            return [ids == token_id for token_id in self.shrinker.token_ids]
+            ids = ids.cpu()
+            return torch.stack([ids == token_id for token_id in self.shrinker.token_ids])
         if embeds is None:
             return None
         tokens = torch.tensor(self.shrinker.token_ids, device=embeds.device)
-        return [(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]
+        return torch.stack([(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]).cpu()
 
     @staticmethod
     def _is_one_token(arguments: dict[str, Any]) -> bool:
@@ -224,10 +221,10 @@ class _PromptMethod(Bound):
         masks = self._placeholders(arguments)
         if masks is None:
             return None
-        is_image = torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
-        (batch, length), device = is_image.shape, is_image.device
+        is_image = masks.any(0)
+        batch, length = is_image.shape
         seen = 0 if cache is None else int(cache.get_seq_length())
-        cached, past = Shrunk.whole(batch, seen, device), _cached_prompt(cache, seen, batch, device)
+        cached, past = Shrunk.whole(batch, seen), _cached_prompt(cache, seen, batch)
 
         new, repeats = is_image, False
         if self.may_repeat_cache and seen:
@@ -236,7 +233,7 @@ class _PromptMethod(Bound):
             old = past or cached
             if past is not None and not (length > past.length and is_image[:, : past.length][past.dropped].all()):
                 old, past = cached, None  # the pruned conversation is repeated, not the original one
-            new, masks = is_image[:, old.length :], [x[:, old.length :] for x in masks]
+            new, masks = is_image[:, old.length :], masks[:, :, old.length :]
         new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
         visuals = self.shrinker.visuals(arguments, masks) if given else []
         piece = self.shrinker.shrink(masks, new_mask, visuals) if given else None
@@ -249,7 +246,7 @@ class _PromptMethod(Bound):
                 "cut input_ids by the former"
             )
         drops = piece is not None
-        piece = piece or Shrunk.whole(new.shape[0], new.shape[1], device)
+        piece = piece or Shrunk.whole(*new.shape)
         short, talk = cached.then(piece), (past or cached).then(piece)
         prompt = talk if repeats else piece
 
@@ -265,7 +262,7 @@ class _PromptMethod(Bound):
                 original = repeats or bool(positions.max() - self.first_position >= seen + length)
             else:
                 original = mask.shape[1] == talk.length
-            removed = (talk if original else short).removed()[:, -prompt.kept :]
+            removed = (talk if original else short).removed()[:, -prompt.kept :].to(positions.device)
             arguments["position_ids"] = (prompt.take(positions.expand(batch, -1), 0) - removed).clamp_min(0)
         pad_id, taken = self.model.config.get_text_config().pad_token_id, self.shrinker.token_ids
         pads = dict(
@@ -291,7 +288,7 @@ def seen_by_last(mask: Tensor) -> Tensor:
     return last if last.dtype == torch.bool else last == 0
 
 
-def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> Shrunk | None:
+def _cached_prompt(cache: Any, seen: int, batch: int) -> Shrunk | None:
     """The conversation whose `seen` rows of keys and values a cache holds; None where nothing was pruned from it."""
     prompt = getattr(cache, _PROMPT, None)
     if prompt is None:
@@ -304,8 +301,8 @@ def _cached_prompt(cache: Any, seen: int, batch: int, device: torch.device) -> S
         raise ValueError(
             f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch"
         )
-    prompt = Shrunk(*(x.to(device).repeat_interleave(batch // rows, 0) for x in prompt))
-    return prompt.then(Shrunk.whole(batch, seen - prompt.kept, device))
+    prompt = Shrunk(*(x.repeat_interleave(batch // rows, 0) for x in prompt))
+    return prompt.then(Shrunk.whole(batch, seen - prompt.kept))
 
 
 class PrunedForward(_PromptMethod):
@@ -348,7 +345,7 @@ class PrunedForward(_PromptMethod):
         if masks is None:
             return None
         given = self.shrinker.visuals(arguments, masks)
-        is_image = torch.stack(masks).any(0) if len(masks) > 1 else masks[0]
+        is_image = masks.any(0)
         length = is_image.shape[1]
         found = []
         for visuals in given:
@@ -367,14 +364,15 @@ class PrunedForward(_PromptMethod):
         cache = arguments.get("past_key_values")
         check_cache(cache)
         seen = 0 if cache is None else int(cache.get_seq_length())
-        live = torch.ones_like(is_image)
+        live, prompt = torch.ones_like(is_image), arguments.get("input_ids")
+        device = (arguments["inputs_embeds"] if prompt is None else prompt).device
         if mask is not None and mask.dim() == 2:
             if mask.shape[1] != seen + length:
                 raise ValueError(f"attention_mask must be [{len(live)}, {seen + length}], got {tuple(mask.shape)}")
-            live = mask[:, -length:].bool()
+            live = mask[:, -length:].bool().cpu()
         elif mask is not None:
-            live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1)
-        column = torch.arange(length, device=live.device)
+            live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1).cpu()
+        column = torch.arange(length)
         before = live
         known, end = _PROMPT_END.get() or (None, 0)
         if known is self.model:
@@ -388,15 +386,15 @@ class PrunedForward(_PromptMethod):
                 _PROMPT_END.set(None)  # later passes of this generate bring no images
         if labels is not None:  # the answer is what has labels behind the images
             images_end = torch.where(is_image, column, -1).amax(1, keepdim=True)
-            before = before & (((labels != -100) & (column > images_end)).cumsum(1) == 0)
+            before = before & (((labels.cpu() != -100) & (column > images_end)).cumsum(1) == 0)
         # The last instruction token: the last of the text, or where there is none the last of the images.
         asks = torch.where(before & ~is_image, column, -1).amax(1)
         last = torch.where(before, column, -1).amax(1)
         return VisualTokens(
-            **_located(found),
-            asks=torch.where(asks < 0, last, asks).clamp_min(0),
-            last=last.clamp_min(0),
-            live=live,
+            **_located(found, device),
+            asks=torch.where(asks < 0, last, asks).clamp_min(0).to(device),
+            last=last.clamp_min(0).to(device),
+            live=live.to(device),
             right=bool((~live[:, -1]).any() and live[:, 0].all()),
         )
 
@@ -420,11 +418,12 @@ class PrunedForward(_PromptMethod):
         return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
 
-def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
+def _located(found: list[tuple[Visuals, Tensor, list[int]]], device: torch.device) -> dict[str, Any]:
     """Fields of VisualTokens: the images and videos found in a prompt, by sample.
 
     Args:
-        found: for each kind the visuals, their placeholders [B, L] and their number in each row.
+        found: for each kind the visuals, their placeholders [B, L] on the host and their number in each row.
+        device: of the fields.
     """
     lengths, full, samples, sources, columns, known = [], [], [], [], [], []
     for visuals, is_kind, counts in found:
@@ -438,7 +437,6 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
         columns += [part[lead:] for part in column.split(visuals.kept)]
         known.append((visuals, source))
     order = sorted(range(len(samples)), key=samples.__getitem__)
-    device = found[0][1].device
 
     def encoded() -> EncodedTokens:
         kept: list[int] = []
@@ -460,11 +458,11 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]]) -> dict[str, Any]:
         return EncodedTokens(padded(importance), padded(position), [kept[i] for i in order])
 
     return dict(
-        columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1),
+        columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1).to(device),
         lengths=[lengths[i] for i in order],
         full=[full[i] for i in order],
         sources=[sources[i] for i in order],
-        samples=torch.tensor([samples[i] for i in order], device=device),
+        samples=constant(tuple(samples[i] for i in order), device),
         counts=[samples.count(row) for row in range(len(found[0][1]))],
         encoded=encoded,
     )

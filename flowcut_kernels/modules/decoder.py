@@ -30,6 +30,7 @@ from ..policies.base import DecoderView, Policy, PromptView, Selection, VisualHe
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._rows import gather_normed
+from ._signature import signature_of
 from .encoder import LayerParts
 from .kv_layers import NEVER, PrunedRows, Rewind, compact, is_pruned, pruned_layer
 from .packed_encoder import VisionEncoder
@@ -119,6 +120,8 @@ class DecoderState:
     cuts: dict[float, Cut] = field(default_factory=dict)  # by layer
     masks: dict[tuple, Tensor] = field(default_factory=dict)
     renumbered: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos, sin by stage
+    # What layers of a stage hold in common: columns, vanished columns
+    stages: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -129,19 +132,20 @@ class DecoderState:
         made = [cut for cut in self.cuts if cut < layer]
         return self.cuts[max(made)] if made else None
 
-    def entering(self, layer: int) -> list[int] | None:
-        """Tokens of each image that enter `layer`; None where it drops nothing of what it is given."""
-        return self._counts(layer, layer - 0.5, self.decoder.policy.decoder_entry)
+    def entering(self, layer: int, before: Cut | None) -> list[int] | None:
+        """Tokens of each image that enter `layer`, which is given those of a cut `before`; None where it drops none."""
+        return self._counts(layer, before, self.decoder.policy.decoder_entry)
 
-    def budgets(self, layer: int) -> list[int] | None:
-        """Tokens of each image that go on from `layer`; None where it drops nothing."""
-        return self._counts(layer, layer, self.decoder.policy.decoder_step)
+    def budgets(self, layer: int, before: Cut | None) -> list[int] | None:
+        """Tokens of each image that go on from `layer`; None where it drops none."""
+        return self._counts(layer, before, self.decoder.policy.decoder_step)
 
-    def _counts(self, layer: int, at: float, decide: Callable[[int, int, int, int], int | None]) -> list[int] | None:
+    def _counts(
+        self, layer: int, before: Cut | None, decide: Callable[[int, int, int, int], int | None]
+    ) -> list[int] | None:
         if self.visual is None:
             return None
-        cut, layers = self.before(at), len(self.decoder.layers)
-        now = self.visual.lengths if cut is None else cut.lengths
+        layers, now = len(self.decoder.layers), self.visual.lengths if before is None else before.lengths
         kept = []
         for full, left in zip(self.visual.full, now, strict=True):
             step = decide(layer, layers, full, left)
@@ -179,17 +183,23 @@ class DecoderState:
             held = cache.layers[layer] if layer < len(cache.layers) else None
             return held if isinstance(held, PrunedRows) else None
         held = pruned_layer(cache, layer, cut.columns.device)
-        new = torch.where(cut.columns < 0, -1, cut.columns + self.seen)
-        held.columns = torch.cat([held.columns_of(held.rows()).expand(len(new), -1), new], 1)
-        held.dropped += self.length - new.shape[1]
+        held.stage += (cut.layer,)
+        if held.stage not in self.stages:
+            self.stages[held.stage] = self._advanced(held, cut)
+        held.columns, held.vanished = self.stages[held.stage]
+        held.dropped += self.length - cut.columns.shape[1]
         held.gaps |= cut.gaps
-        held.stage += (max(number for number in self.cuts if number < layer),)
-        if self.decoder.policy.renumbers:
-            columns = torch.arange(self.length, device=new.device) + self.seen
-            vanished = torch.where(cut.dropped > 0, columns, NEVER)
-            before = [] if held.vanished is None else [held.vanished.expand(len(new), -1)]
-            held.vanished = torch.cat([*before, vanished], 1)
         return held
+
+    def _advanced(self, held: PrunedRows, cut: Cut) -> tuple[Tensor, Tensor | None]:
+        """Columns of a layer's rows, and those that vanished, with the rows that it is about to be given."""
+        new = torch.where(cut.columns < 0, -1, cut.columns + self.seen)
+        columns = torch.cat([held.columns_of(held.rows()).expand(len(new), -1), new], 1)
+        if not self.decoder.policy.renumbers:
+            return columns, held.vanished
+        vanished = torch.where(cut.dropped > 0, torch.arange(self.length, device=new.device) + self.seen, NEVER)
+        before = [] if held.vanished is None else [held.vanished.expand(len(new), -1)]
+        return columns, torch.cat([*before, vanished], 1)
 
     def rotary(self, cut: Cut | None, held: PrunedRows | None, given: Any, positions: Tensor) -> Any:
         """Cosine and sine for a layer's rows; `given` for all columns."""
@@ -439,12 +449,13 @@ class PrunedDecoderLayer:
     ) -> Tensor:
         state, budgets = pruning, None
         if state is not None:
-            entering = state.entering(self.number)
+            before = state.before(self.number - 0.5)
+            entering = state.entering(self.number, before)
             if entering is not None or self.number - 0.5 in state.cuts:
-                hidden_states = self._enter(
-                    hidden_states, attention_mask, past_key_values, position_embeddings, state, entering
+                hidden_states, before = self._enter(
+                    hidden_states, attention_mask, past_key_values, position_embeddings, state, before, entering
                 )
-            before, budgets = state.before(self.number), state.budgets(self.number)
+            budgets = state.budgets(self.number, before)
             held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budgets is None:
@@ -477,11 +488,12 @@ class PrunedDecoderLayer:
         cache: Any,
         rotary: Any,
         state: DecoderState,
+        before: Cut | None,
         budgets: list[int] | None,
-    ) -> Tensor:
-        """The rows that enter the layer, where some that it is given do not."""
+    ) -> tuple[Tensor, Cut]:
+        """The rows that enter the layer, where some that it is given do not, and the cut that they have been through."""
         at = self.number - 0.5
-        before, cut = state.before(at), state.cuts.get(at)
+        cut = state.cuts.get(at)
         rotary = rotary if before is None else before.rotary
         if cut is None:
             assert budgets is not None
@@ -491,13 +503,13 @@ class PrunedDecoderLayer:
         kept, *tables = gather_tokens([hidden_states, *tables], cut.index, backend=state.decoder.backend)
         cut.rotary = tables[0], tables[1]
         if cut.merge is None:
-            return kept
+            return kept, cut
         assert state.visual is not None
         samples, given = state.visual.samples[:, None], state.visual.columns if before is None else before.visual
         merged = cut.merge(hidden_states[samples, given.clamp_min(0)])
         # One more row, for the places that have no token.
         place = samples, torch.where(cut.visual < 0, kept.shape[1], cut.visual)
-        return torch.nn.functional.pad(kept, (0, 0, 0, 1)).index_put(place, merged)[:, :-1]
+        return torch.nn.functional.pad(kept, (0, 0, 0, 1)).index_put(place, merged)[:, :-1], cut
 
     def _attention_half(
         self,
@@ -716,7 +728,7 @@ class PrunedDecoder:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).forward.__get__(self.model))
+        return signature_of(type(self.model).forward)
 
     def __call__(self, *args: Any, visual_tokens: VisualTokens | None = None, **arguments: Any) -> Any:
         if args:

@@ -28,6 +28,7 @@ from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._rows import gather_normed
+from ._signature import signature_of
 
 
 @dataclass(frozen=True)
@@ -407,7 +408,7 @@ class PrunedEncoder:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
+        return signature_of(type(self.encoder).forward)
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class PrunedRows:
 
     def forget(self, device: torch.device) -> None:
         """As a layer that holds every column so far."""
-        self.columns = torch.arange(self.rows(), device=device)[None]
+        self.columns = _every(self.rows(), device)
         self.stage, self.dropped, self.gaps, self.vanished = (), 0, False, None
 
     def _reorder(self, index: Tensor) -> None:
@@ -51,6 +52,13 @@ class PrunedRows:
             self.columns = self.columns[index.to(self.columns.device)]
         if self.vanished is not None and len(self.vanished) > 1:
             self.vanished = self.vanished[index.to(self.vanished.device)]
+
+
+@lru_cache(maxsize=4)
+def _every(rows: int, device: torch.device) -> Tensor:
+    """int64 [1, rows] of rows that hold every column, the same for all layers."""
+    with torch.inference_mode(False):
+        return torch.arange(rows, device=device)[None]
 
 
 class PrunedDynamicLayer(PrunedRows, DynamicLayer):

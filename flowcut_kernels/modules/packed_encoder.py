@@ -31,6 +31,7 @@ from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
+from ._signature import signature_of
 from .encoder import PrunedEncoder, has_native_attention
 
 
@@ -488,7 +489,7 @@ class PackedEncoder:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.encoder).forward.__get__(self.encoder))
+        return signature_of(type(self.encoder).forward)
 
     @property
     def patch_shape(self) -> tuple[int, ...]:
