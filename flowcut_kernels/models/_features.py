@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..modules.encoder import EncoderPass
 from ..modules.packed_encoder import PackedEncoder, VisionEncoder
-from ..policies.base import FeatureSelection, FeatureView, Policy
-from ..policies.recycling import select_features
+from ..policies.base import FeatureView, Policy
+from ..policies.recycling import constant, images_of, select_features
 from ..trace import Stage
 from ._bound import Bound, named
 
@@ -78,7 +79,7 @@ class Layout:
     even: bool = False  # the grids (frames) get equal shares
     leads: int = 0  # tokens in front of those of each tile, class tokens, that always stay and do not count
 
-    @property
+    @cached_property
     def area(self) -> int:
         return sum(rows * columns for rows, columns in self.grids)
 
@@ -249,7 +250,8 @@ class PrunedFeatures(Bound):
         """What is to be left of each tile."""
         tokens: list[int] = []
         budgets: list[int] = []
-        voids: list[Tensor] = []
+        voids: list[Tensor] = []  # where there are some
+        some = any(layout.void is not None for layout in layouts)
         for layout in layouts:
             left, every = self._left(layout), [layout.tile] * len(layout.live)
             ends = every if left == layout.full else layout.tile_budgets(left - layout.lasting)
@@ -257,9 +259,10 @@ class PrunedFeatures(Bound):
             whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
             tokens += every if whole else layout.live
             budgets += every if whole else ends
-            none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
-            voids.append(none if whole or layout.void is None else layout.void)
-        void = torch.cat(voids) if any(layout.void is not None for layout in layouts) else None
+            if some:
+                none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
+                voids.append(none if whole or layout.void is None else layout.void)
+        void = torch.cat(voids) if voids else None
         leads = self.kind.leading + max((layout.leads for layout in layouts), default=0)
         return EncoderPass(self.kind.side, tokens, budgets, void, leads=leads)
 
@@ -347,49 +350,55 @@ class PrunedFeatures(Bound):
                 Item(x[lead:], weight, layout.grids, layout.full, position, x[:lead] if lead else None)
                 for x, weight, layout, position in zip(features, known.importance, layouts, positions, strict=True)
             ]
-        rows, scores, pieces, counts = [], [], [], []
         features, leads = zip(*map(_without_leads, features, layouts), strict=True)
-        marks = self._marked(features[0].device, arguments, layouts, known)
+        device, areas = features[0].device, [layout.area for layout in layouts]
+        # All visuals at once: for each by itself these would be a dozen launches a tile.
+        x, marks = (
+            torch.cat([rows[:area] for rows, area in zip(each, areas, strict=True)])
+            for each in (features, self._marked(device, arguments, layouts, known))
+        )
+        share, score = marks.unbind(1)
+        image, start = images_of(tuple(areas), device)
         lefts = [self._left(layout) for layout in layouts]
-        for x, mark, layout, left in zip(features, marks, layouts, lefts, strict=True):
-            share, score = mark[: layout.area].unbind(1)
-            x, areas = x[: layout.area], [layout.area]
-            if left == layout.full:
-                counts.append(layout.area)
-            else:
-                if layout.resampled:  # a mean of what is left of the tokens that a place is made of
-                    x = (x / share[:, None].clamp_min(torch.finfo(share.dtype).tiny)).to(x.dtype)
-                    score = share if known.importance is None else score / share
-                score = score.masked_fill(share == 0, float("-inf"))
-                areas = [h * w for h, w in layout.grids] if layout.even else areas
-                counts += spread(left - layout.lasting, areas)
-            rows.append(x)
-            scores.append(score)
-            pieces += areas
-        view = FeatureView(torch.cat(rows), torch.cat(scores), pieces, [], None, counts, self.backend)
-        if counts == pieces:
-            index = torch.arange(sum(pieces), device=view.importance.device)
-        else:
-            index = select_features(view, counts, None).index
-        items, ends = [], []
-        for layout, left in zip(layouts, lefts, strict=True):
-            ends.append(layout.area if left == layout.full else left - layout.lasting)
-        first = 0
-        for x, lead, layout, left, at in zip(features, leads, layouts, lefts, index.split(ends), strict=True):
-            whole = left == layout.full
+        whole = [left == layout.full for left, layout in zip(lefts, layouts, strict=True)]
+        ends = [
+            layout.area if every else left - layout.lasting
+            for layout, left, every in zip(layouts, lefts, whole, strict=True)
+        ]
+        gone = share == 0
+        if any(whole):  # newlines stay there
+            gone = gone & ~constant(tuple(whole), device, torch.bool)[image]
+        if any(layout.resampled for layout in layouts):
+            # Means of what is left of the tokens that a place is made of; the highest of them stay.
+            means = share.masked_fill(gone | constant(tuple(whole), device, torch.bool)[image], 1)
+            x = (x / means[:, None]).to(x.dtype)
+            score = score if known.importance is None else score / means
+            score = score.masked_fill(gone, float("-inf"))
+            pieces, counts = [], []
+            for layout, end in zip(layouts, ends, strict=True):
+                grids = [h * w for h, w in layout.grids] if layout.even and end < layout.area else [layout.area]
+                pieces += grids
+                counts += spread(end, grids)
+            index = select_features(FeatureView(x, score, pieces, [], None, counts, self.backend), counts, None).index
+        else:  # exactly the places that have a token are to stay
+            index = gone.long().argsort(stable=True)[: sum(ends)]
+        chosen = x[index], score[index], index - start[image[index]]
+        items = []
+        for rows, lead, layout, every, (kept, weight, at) in zip(
+            features, leads, layouts, whole, zip(*(part.split(ends) for part in chosen), strict=True), strict=True
+        ):
             # transformers 5.17 puts the newline behind a video's features later on.
-            appended = layout.full - len(x)
-            trailing = (layout.behind if whole else layout.lasting) - appended
+            appended = layout.full - len(rows)
+            trailing = (layout.behind if every else layout.lasting) - appended
             items.append(
                 Item(
-                    view.features[at], view.importance[at], layout.grids, layout.full + layout.besides,
-                    position=None if whole else at - first,
-                    trailing=x[len(x) - trailing :] if trailing else None,
+                    kept, weight, layout.grids, layout.full + layout.besides,
+                    position=None if every else at,
+                    trailing=rows[len(rows) - trailing :] if trailing else None,
                     appended=appended,
                     leads=lead,
                 )
             )  # fmt: skip
-            first += layout.area
         return items
 
     def _marked(
@@ -398,12 +407,15 @@ class PrunedFeatures(Bound):
         """By way of the model's own assembly, of every token of a visual [n, 2]: the share of it that is left, and
         that share's importance. Newlines are none of it, and of importance 1."""
         tile, weight, at = layouts[0].tile, known.importance, known.position
-        if at is None:
-            at = torch.arange(tile, device=device).expand(sum(len(layout.live) for layout in layouts), -1)
-        share = torch.ones_like(at, dtype=torch.float32 if weight is None else weight.dtype)
+        counts = [len(layout.live) for layout in layouts]
+        shape, dtype = (
+            (sum(counts), tile) if at is None else at.shape,
+            torch.float32 if weight is None else weight.dtype,
+        )
+        share = torch.ones(shape, dtype=dtype, device=device)
         channels = torch.stack([share, share if weight is None else weight], -1)
-        tiles = _spread_out(channels, at, tile).split([len(layout.live) for layout in layouts])
-        return self.kind.assemble(tiles, arguments, channels.new_tensor([0.0, 1.0]))
+        channels = channels if at is None else _spread_out(channels, known)
+        return self.kind.assemble(channels.split(counts), arguments, constant((0, 1), device, dtype))
 
     def _choose(self, output: Any, items: list[Item], kept: list[int | None]) -> None:
         known = [max(n - item.stays, 0) for n, item in zip(kept, items, strict=True) if n is not None]
@@ -412,24 +424,23 @@ class PrunedFeatures(Bound):
             torch.arange(n, device=item.features.device) if item.position is None else item.position
             for n, item in zip(lengths, items, strict=True)
         ]
-        whole = all(item.position is None for item in items)
+        whole, places = all(item.position is None for item in items), torch.cat(given)
         view = FeatureView(
             features=torch.cat([item.features for item in items]),
             importance=torch.cat([item.importance for item in items]),
             lengths=lengths,
             grids=[item.grids for item in items],
-            position=None if whole else torch.cat(given),
+            position=None if whole else places,
             budgets=known if known else None,
             backend=self.backend,
         )
-        places = torch.cat(given)
         if known == lengths:
-            every = torch.arange(sum(lengths), device=places.device)
-            choice = FeatureSelection(view.features, every, torch.zeros_like(every, dtype=torch.bool), lengths)
+            chosen, ends = (view.features, places, view.importance, torch.zeros_like(places, dtype=torch.bool)), lengths
         else:
             choice = self.policy.feature_select(view)
-        chosen = choice.features, places[choice.index], view.importance[choice.index], choice.recycled
-        pieces = zip(*(x.split(choice.lengths) for x in chosen), strict=True)
+            chosen = choice.features, places[choice.index], view.importance[choice.index], choice.recycled
+            ends = choice.lengths
+        pieces = zip(*(x.split(ends) for x in chosen), strict=True)
         rows, positions, weights, recycled = map(list, zip(*map(_surrounded, items, pieces), strict=True))
         if not self.kind.shrinks:
             rows = [
@@ -488,7 +499,7 @@ class ScatteredProjector(Bound):
         assert known.position is not None
         tiles, n = known.position.shape
         projected = projected.reshape(tiles, -1, projected.shape[-1])
-        rows = _spread_out(projected[:, -n:], known.position, known.whole)
+        rows = _spread_out(projected[:, -n:], known)
         return torch.cat([projected[:, :-n], rows], 1) if projected.shape[1] > n else rows  # class tokens in front
 
 
@@ -498,13 +509,11 @@ def pruned_pass() -> EncoderPass | None:
     return None if known is None or known.position is None else known
 
 
-def _spread_out(x: Tensor, position: Tensor, tokens: int) -> Tensor:
-    """x [B, n, C] at `position` [B, n] of `tokens` places, zeros elsewhere; -1: nowhere."""
-    tiles, rows = len(x), len(x) * tokens
-    first = tokens * torch.arange(tiles, device=x.device)[:, None]
-    place = torch.where(position < 0, rows, position + first).flatten()  # one more row, for those that go nowhere
-    out = x.new_zeros(rows + 1, x.shape[2]).index_copy_(0, place, x.flatten(0, 1))
-    return out[:-1].unflatten(0, (tiles, tokens))
+def _spread_out(x: Tensor, known: EncoderPass) -> Tensor:
+    """What is of the tokens that a pass left, x [B, n, C], in a row of all tokens [B, N, C], zeros elsewhere."""
+    # One more row, for those that go nowhere.
+    out = x.new_zeros(len(x) * known.whole + 1, x.shape[2]).index_copy_(0, known.places, x.flatten(0, 1))
+    return out[:-1].unflatten(0, (len(x), known.whole))
 
 
 def spread(total: int, limits: Sequence[int]) -> list[int]:
@@ -539,8 +548,8 @@ def _surrounded(item: Item, chosen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         The same of all, places where all are counted through; features without those that are appended later.
     """
     rows, place, weight, recycled = chosen
-    place, stay = item.numbered(place)
-    if len(stay):
+    if item.stays:
+        place, stay = item.numbered(place)
         place = torch.cat([place, stay])
         weight = torch.cat([weight, weight.new_ones(len(stay))])
         recycled = torch.cat([recycled, torch.zeros_like(stay, dtype=torch.bool)])

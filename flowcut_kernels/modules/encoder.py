@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -71,6 +71,13 @@ class EncoderPass:
     position: Any = None  # int64 [B, n] those tokens, -1 after the last of a tile; None: all are there
     rows: dict[int, Tensor] = field(default_factory=dict)  # by index in `align`: int64 [B, M] its rows that are left
 
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [B * n] where the tokens left are among all B * N, B * N for one that is nowhere."""
+        rows = len(self.position) * self.whole
+        first = constant(tuple(range(0, rows, self.whole)), self.position.device)
+        return torch.where(self.position < 0, rows, self.position + first[:, None]).flatten()
+
 
 @dataclass
 class EncoderState:
@@ -118,9 +125,9 @@ class EncoderState:
 
         None once every tile is down to what is to be left of it.
         """
-        steps = {kind: self.policy.encoder_step(layer, self.feature_layer, *kind) for kind in self.kinds}
         if self.left is not None and all(n <= budget for n, budget in zip(self.left, self.budgets, strict=True)):
             return None, None
+        steps = {kind: self.policy.encoder_step(layer, self.feature_layer, *kind) for kind in self.kinds}
         made = [step for step in steps.values() if step is not None]
         cuts = [step for step in made if step.prunes]
         if not cuts or len(steps) == 1:

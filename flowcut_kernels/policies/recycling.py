@@ -26,7 +26,7 @@ def select_features(view: FeatureView, budgets: list[int], cell: float | None) -
         cell: edge of a cell in tokens, at least 1; None: pruned features are dropped.
     """
     lengths, device = view.lengths, view.importance.device
-    image, start = _images(tuple(lengths), device)
+    image, start = images_of(tuple(lengths), device)
     surplus = constant(tuple(n - budget for n, budget in zip(lengths, budgets, strict=True)), device)
     order = _ascending(view.importance, image)
     if cell is None:
@@ -71,7 +71,7 @@ def merge(
     stands_for = stands_for[:tokens]
     kept = ~pruned | (stands_for >= 0)
     if budgets is not None and _may_exceed(view, cell, budgets):
-        image, _ = _images(tuple(view.lengths), device)
+        image, _ = images_of(tuple(view.lengths), device)
         order = _ascending(torch.where(kept, view.importance, float("-inf")), image).flip(0)
         image = image[order]
         place = torch.arange(tokens, device=device)
@@ -123,7 +123,7 @@ def _cells(view: FeatureView, cell: float) -> tuple[Tensor, int]:
     if view.position is not None:
         sizes = [sum(rows * columns for rows, columns in image) for image in view.grids]
         before = constant(tuple(accumulate([0, *sizes[:-1]])), device)
-        cells = cells[view.position + before[_images(tuple(view.lengths), device)[0]]]
+        cells = cells[view.position + before[images_of(tuple(view.lengths), device)[0]]]
     return cells, count
 
 
@@ -132,7 +132,7 @@ def _may_exceed(view: FeatureView, cell: float, budgets: list[int]) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _images(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def images_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The image of every token [T], and the first token of every image [I]; on the device once: a copy would wait."""
     with torch.inference_mode(False):
         image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
