@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ._ops import Select
 from .models import adapter_of
-from .models._features import heeding
 from .models._prompt import PrunedForward
 from .modules.decoder import VisualTokens
 from .modules.encoder import EncoderPass, PrunedEncoder, PrunedEncoderLayer
@@ -349,12 +348,13 @@ class _Prompt:
             )
         if not forward.shrinker.comes(left):
             raise ValueError("cost: inputs holds no pixel_values; give images")
-        with heeding():
+        with forward.shrinker.reading():
             return cls._read(forward, encoder, ids, left)
 
     @classmethod
     def _read(cls, forward: PrunedForward, encoder: PrunedEncoder, ids: Tensor, left: dict[str, Any]) -> _Prompt:
-        given = forward.shrinker.visuals(left, [ids == token_id for token_id in forward.shrinker.token_ids])
+        masks = torch.stack([ids == token_id for token_id in forward.shrinker.token_ids]).cpu()
+        given = forward.shrinker.visuals(left, masks)
         for visuals in given:
             counts = (ids == visuals.token_id).sum(1).tolist()
             if sum(counts) != sum(visuals.full):

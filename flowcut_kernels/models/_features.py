@@ -408,11 +408,8 @@ class PrunedFeatures(Bound):
         that share's importance. Newlines are none of it, and of importance 1."""
         tile, weight, at = layouts[0].tile, known.importance, known.position
         counts = [len(layout.live) for layout in layouts]
-        shape, dtype = (
-            (sum(counts), tile) if at is None else at.shape,
-            torch.float32 if weight is None else weight.dtype,
-        )
-        share = torch.ones(shape, dtype=dtype, device=device)
+        dtype = torch.float32 if weight is None else weight.dtype
+        share = torch.ones((sum(counts), tile) if at is None else at.shape, dtype=dtype, device=device)
         channels = torch.stack([share, share if weight is None else weight], -1)
         channels = channels if at is None else _spread_out(channels, known)
         return self.kind.assemble(channels.split(counts), arguments, constant((0, 1), device, dtype))

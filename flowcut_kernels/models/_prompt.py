@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,10 +90,15 @@ class PromptShrinker:
             for visuals in features.visuals(arguments, mask)
         ]
 
-    def forget(self) -> None:
-        """What was found out, or made, for a call."""
-        for features in self.kinds:
-            features.found = features.ahead = None
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a prompt is at hand; what was found out, or made, for it is then forgotten."""
+        with heeding():
+            try:
+                yield
+            finally:
+                for features in self.kinds:
+                    features.found = features.ahead = None
 
     def shrink(self, masks: Tensor, attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
@@ -178,11 +184,8 @@ class _PromptMethod(Bound):
         self.shrinker = shrinker
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with heeding():
-            try:
-                return self.run(named(self, args, kwargs))
-            finally:
-                self.shrinker.forget()
+        with self.shrinker.reading():
+            return self.run(named(self, args, kwargs))
 
     def run(self, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError

@@ -127,6 +127,10 @@ class DecoderState:
     def length(self) -> int:
         return self.embeds.shape[1]
 
+    @cached_property
+    def layers(self) -> int:
+        return len(self.decoder.layers)
+
     def before(self, layer: float) -> Cut | None:
         """The last cut before `layer`. (Gradient checkpointing runs layers again, the last one first.)"""
         made = [cut for cut in self.cuts if cut < layer]
@@ -145,10 +149,10 @@ class DecoderState:
     ) -> list[int] | None:
         if self.visual is None:
             return None
-        layers, now = len(self.decoder.layers), self.visual.lengths if before is None else before.lengths
+        now = self.visual.lengths if before is None else before.lengths
         kept = []
         for full, left in zip(self.visual.full, now, strict=True):
-            step = decide(layer, layers, full, left)
+            step = decide(layer, self.layers, full, left)
             kept.append(left if step is None else min(step, left))
         return None if kept == now else kept
 
@@ -491,7 +495,7 @@ class PrunedDecoderLayer:
         before: Cut | None,
         budgets: list[int] | None,
     ) -> tuple[Tensor, Cut]:
-        """The rows that enter the layer, where some that it is given do not, and the cut that they have been through."""
+        """The rows that enter the layer, where some that it is given do not, and the cut that they came through."""
         at = self.number - 0.5
         cut = state.cuts.get(at)
         rotary = rotary if before is None else before.rotary

@@ -158,6 +158,11 @@ class PackedState:
         sizes = tuple(frame.tokens for frame in self.frames)
         return Segments(sizes, self.rows.segments.device).starts[:, None]
 
+    @cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """Tokens of each frame, and how many to leave."""
+        return [(frame.tokens, frame.budget) for frame in self.frames]
+
     def enter(self, layer: int) -> Rows:
         """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
         if self.entries is not None:
@@ -172,12 +177,11 @@ class PackedState:
         A frame that is down to its budget keeps its tokens and their score.
         """
         policy, last = self.encoder.policy, self.encoder.feature_layer
-        kinds = {(frame.tokens, frame.budget) for frame in self.frames}
-        found = {kind: policy.encoder_step(layer, last, *kind) for kind in kinds}
+        found = {kind: policy.encoder_step(layer, last, *kind) for kind in {*self.kinds}}
         left = [rows // self.block for rows in self.rows.segments.lengths]
         steps = [
-            None if now < frame.tokens and now <= frame.budget else found[frame.tokens, frame.budget]
-            for frame, now in zip(self.frames, left, strict=True)
+            None if now < kind[0] and now <= kind[1] else found[kind]
+            for kind, now in zip(self.kinds, left, strict=True)
         ]
         given = [step for step in steps if step is not None]
         if not given:
