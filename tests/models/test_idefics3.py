@@ -121,3 +121,19 @@ def test_squares_of_four_by_four_patches():
     with fk.patched(made, policy):
         logits = made(**inputs | dict(pixel_values=inputs["pixel_values"].double())).logits[0]
     assert_close(logits, Oracle(family, policy)(row)[0], **CLOSE)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_pixels_are_looked_at_once(family, monkeypatch):
+    """What will come of tiles is asked for twice, at a look at every pixel, and it holds for one call."""
+    model, inputs = family.model(), family.prompt([[3, Image(), 4, Image(seed=1), 5]])
+    with fk.patched(model, fk.FlowCut(4)):
+        features = vars(model.model)["get_image_features"]
+        looked, layouts = [], features.kind.layouts
+        monkeypatch.setattr(features.kind, "layouts", lambda *given: looked.append(1) or layouts(*given))
+        model(**inputs)
+        assert looked == [1] and features.found is None
+        inputs["pixel_values"][0, -1] = 0  # in place: a tile of padding now
+        with pytest.raises(ValueError, match="placeholders"):
+            model(**inputs)

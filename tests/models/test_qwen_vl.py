@@ -381,3 +381,13 @@ def test_calibrated(family):
     model, inputs = family.model(), given(family, [[ONE, 3, dataclasses.replace(ONE, seed=7)]])
     frozen = fk.calibrate(model, POLICY, inputs)
     assert [stage.kept for stage in stages(model, inputs, frozen)] == [[n, n] for _, n in frozen.schedule]
+
+
+@torch.no_grad()
+def test_layers_share_what_they_know_of_the_prompt(family):
+    """Behind one cut all layers hold the same columns: they are made once, not by every layer."""
+    model, inputs = family.model(), given(family, [[ONE, 3, OTHER], [3, 4]])
+    with fk.patched(model, POLICY):
+        cache = model(**inputs).past_key_values
+    assert len({id(layer.columns) for layer in cache.layers}) == 1
+    assert all(layer.keys.shape[2] == layer.columns.shape[1] for layer in cache.layers)
