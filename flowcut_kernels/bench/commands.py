@@ -20,6 +20,9 @@ from .terminal import Tick, progress, terminal, typed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
+LOOKED = "flowcut,vflowopt,fastv,cls-attention,uniform-grid"  # where no policy is named
+DESCRIBE = "Describe the image."
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")]
@@ -315,32 +318,80 @@ def tune(
 
 @app.command()
 def look(
-    image: Annotated[Path, typer.Argument(help="A picture.", exists=True, dir_okay=False)],
-    out: Out = Path("flowcut-report"),
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Pictures; with the stand-in one of its scenes.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for look.html and the PNGs.")] = Path("flowcut-report"),
     model: Annotated[str, typer.Option(help="mini, or a folder or hub name of a supported model.")] = "mini",
-    policy: Annotated[str, typer.Option(help="flowcut, flowcut-release, random or uniform.")] = "flowcut",
-    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens to keep.")] = 64,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names, separated by commas: flowcut,random or 'flowcut(interval=3)'. An unknown one lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Visual tokens, on average over the language model's layers.")
+    ] = None,
+    retain: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="The same as a share of the image's; 0.11 where neither is given."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a model with a language model is asked.")] = None,
 ) -> None:
-    """A PNG of what is kept after each cut."""
-    from PIL import Image
+    """What policies keep, layer by layer: a page to explore it in a browser, and PNGs."""
+    from . import look as looking
+    from .look_page import write_page
 
-    from . import look as pictures
-    from .shapes import patches_of
-
-    if policy not in pictures.POLICIES:
-        raise typer.BadParameter(f"--policy {policy!r} is unknown: use {', '.join(pictures.POLICIES)}")
+    if tokens is not None and retain is not None:
+        raise typer.BadParameter("--tokens and --retain are the same budget: give one of them")
+    if not images and model != "mini":
+        raise typer.BadParameter(f"--model {model} needs pictures: flowcut-bench look IMAGE... --model {model}")
+    try:
+        chosen = looking.choices(policy or [LOOKED])
+    except ValueError as error:
+        raise typer.BadParameter(f"--policy {error}") from error
+    try:
+        pictures = looking.opened(images or [])
+    except ValueError as error:
+        raise typer.BadParameter(f"IMAGE: {error}") from error
     prepare(None)
+    looked = []
     with progress("look") as tick:
         loaded, processor = loaded_model(model, tick)
-        tick("encoding")
-        seen, stages = pictures.look(loaded, processor, Image.open(image), pictures.POLICIES[policy](tokens))
-        config = getattr(loaded.config, "vision_config", loaded.config)
-        patches = patches_of(config)
-        path = out / pictures.file_name(image, policy, tokens)
-        pictures.draw(seen, stages, patches, path, f"{policy}, {min(tokens, patches)} of {patches} visual tokens")
-    for stage in stages.stages:
-        print(f"layer {stage.layer:2}: {stage.kept[0]} kept")
-    print(f"wrote {path}")
+        layers = looking.decoder_layers(loaded)
+        if model == "mini":
+            from . import mini_vlm
+
+            scene = mini_vlm.questions("dev", 1)[0]
+            prompt, pictures = prompt or scene.prompt, pictures or {"scene": scene.image}
+        for number, (name, picture) in enumerate(pictures.items()):
+            tick(name, number / len(pictures))
+            shown = looking.show(loaded, processor, picture, name, prompt or DESCRIBE if layers else None)
+            count, some = tokens or max(1, round((retain or 0.11) * shown.tokens)), []
+            for choice in chosen:
+                try:
+                    given = choice.policy(count, layers, shown.tokens)
+                    some.append(looking.look(loaded, processor, shown, given, choice.label))
+                except (TypeError, ValueError) as error:
+                    raise typer.BadParameter(f"--policy {choice.label}: {error}") from error
+            looked.append((shown, some))
+        tick("drawing")
+        pngs = {
+            looking.file_name(Path(shown.name).stem, seen.label): (shown, seen)
+            for shown, some in looked
+            for seen in some
+        }
+        for name, (shown, seen) in pngs.items():
+            looking.draw(shown, seen, out / name)
+        page = write_page("the trained stand-in" if model == "mini" else Path(model).name, looked, out / "look.html")
+    for shown, some in looked:
+        print(f"{shown.name}: {shown.tokens} tokens" + (f", {shown.prompt!r}: {shown.answer!r}" if layers else ""))
+        for seen in some:
+            cuts = " → ".join(str(stage.kept[0]) for stage in seen.stages)
+            print(f"  {seen.label}: {cuts} kept" + (f", {seen.answer!r}" if layers else ""))
+    print(f"wrote {page} and {len(pngs)} PNGs beside it")
 
 
 @app.command()
@@ -356,7 +407,7 @@ def flow(
     from PIL import Image
 
     from . import flow as flows
-    from .look import file_name
+    from .look import file_name, images_of
 
     prepare(None)
     with progress("flow") as tick:
@@ -365,12 +416,12 @@ def flow(
         start = time.perf_counter()
         try:
             section, found, picture = flows.measure(
-                loaded, processor, Image.open(image), hub_threshold=hub_threshold, command=typed()
+                loaded, images_of(processor), Image.open(image), hub_threshold=hub_threshold, command=typed()
             )
         except ValueError as error:
             raise typer.BadParameter(f"--model {model!r}: {error}") from error
         section.seconds = time.perf_counter() - start
-        path = flows.draw(picture, found, section, out / file_name(image, "flow"))
+        path = flows.draw(picture, found, section, out / file_name(image.stem, "flow"))
     report = Report(machine.facts(), typed(), [section], section.seconds)
     show_report(report, terminal())
     report.save(path.with_suffix(".json"))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import encoder, machine, ops, prefill, quality
-from .look import draw, look
+from .look import draw, look, show
 from .report import Report, Section
-from .shapes import patches_of
 from .terminal import Tick
 
 POLICIES = ("FlowCut", "VFlowOpt", "hybrid", "CLS attention", "random", "uniform grid")
@@ -56,9 +55,5 @@ def sample(path: Path, share: float = 0.11) -> Path:
     from . import mini_vlm
 
     model, processor = mini_vlm.load()
-    config = model.config.vision_config
-    patches = patches_of(config)
-    policy = FlowCut(retain_ratio=share)
-    picture, seen = look(model, processor.image_processor, mini_vlm.questions("dev", 1)[0].image, policy)
-    draw(picture, seen, patches, path, f"FlowCut keeps {policy.budget(patches)} of {patches} visual tokens")
-    return path
+    shown = show(model, processor, mini_vlm.questions("dev", 1)[0].image, "scene")
+    return draw(shown, look(model, processor, shown, FlowCut(retain_ratio=share), "FlowCut"), path)

@@ -37,7 +37,7 @@ class Visits:
     def __call__(self, path: Path, width: int = 1280, height: int = 900, **context: Any) -> Any:
         """The page, in a window of so many CSS pixels; `context` as of Playwright's ``new_context``."""
         page = self.browser.new_context(viewport=dict(width=width, height=height), **context).new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)  # of a machine that is busy
         address = path.resolve().as_uri()
         page.on("console", lambda said: self.heard.append(f"console, {said.type}: {said.text}"))
         page.on("pageerror", lambda error: self.heard.append(f"error: {error}"))

@@ -19,7 +19,7 @@ pytest.importorskip("optuna", reason="the tune extra is not installed")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from flowcut_kernels.bench import cases, cli, encoder, look, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
+from flowcut_kernels.bench import cases, cli, encoder, mini_vlm, ops, quality, report, shapes, timing  # noqa: E402
 from flowcut_kernels.bench import conversation as talk  # noqa: E402
 from flowcut_kernels.bench.commands import app  # noqa: E402
 
@@ -224,15 +224,6 @@ def test_cold_clock_times_single_calls():
     assert clock.trash is not None and clock.seconds(lambda: None, 2) < 0.01
 
 
-def test_look(untrained, tmp_path):
-    picture = tmp_path / "some picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 200, 3), np.uint8)).save(picture)
-    done = run("look", picture, "--out", tmp_path, "--tokens", 36)
-    assert done.exit_code == 0, done.output
-    assert "36 kept" in done.output
-    assert Image.open(tmp_path / "some-picture-flowcut-36.png").width > 600
-
-
 def test_flow(untrained, tmp_path):
     """The table of `analyze`, in the file too, and a picture; figures do not depend on the folder."""
     picture = tmp_path / "some picture.png"
@@ -248,28 +239,6 @@ def test_flow(untrained, tmp_path):
     assert section.rows == [row | dict(ok=True) for row in found.rows()]
     assert section.facts["tiles"] == 1 and section.facts["grid"] == list(found.grid)
     assert all(f"{row['entropy']:.3f}" in done.output for row in section.rows)
-
-
-def test_look_at_a_saved_tower(tmp_path):
-    """A folder of a supported class, with its image processor."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    config = shapes.clip_large(6, **SMALL)
-    shapes.llava(config).model.vision_tower.save_pretrained(tmp_path)
-    CLIPImageProcessorPil(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}).save_pretrained(
-        tmp_path
-    )
-    try:
-        model, processor = look.load_model(str(tmp_path))
-    except ValueError as error:
-        pytest.skip(str(error))
-    picture, seen = look.look(
-        model, processor, Image.new("RGB", (112, 112), (255, 0, 0)), fk.UniformTokens(target_tokens=4)
-    )
-    assert picture.shape == (112, 112, 3) and picture[..., 0].min() > 250 and picture[..., 1:].max() < 5
-    kept = seen.stages[0].indices[0]
-    shown = look.overlay(picture, kept.numpy(), 64)
-    assert (shown == picture).all(-1).sum() == 4 * 14 * 14
 
 
 @pytest.mark.parametrize(
@@ -289,8 +258,6 @@ def test_look_at_a_saved_tower(tmp_path):
         ("tune --budget 10", "--budget '10'"),
         ("tune --split train", "train"),
         ("ops --device nowhere", "nowhere"),
-        (f"look {shlex.quote(__file__)} --policy none", "flowcut-release"),
-        (f"look {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
         (f"flow {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
     ],
 )
