@@ -369,7 +369,7 @@ def look(
         for number, (name, picture) in enumerate(pictures.items()):
             tick(name, number / len(pictures))
             shown = looking.show(loaded, processor, picture, name, prompt or DESCRIBE if layers else None)
-            count, some = tokens or max(1, round((retain or 0.11) * shown.tokens)), []
+            count, some = tokens or max(1, round((0.11 if retain is None else retain) * shown.tokens)), []
             for choice in chosen:
                 try:
                     given = choice.policy(count, layers, shown.tokens)
