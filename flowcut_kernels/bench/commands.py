@@ -357,6 +357,10 @@ def look(
     except ValueError as error:
         raise typer.BadParameter(f"IMAGE: {error}") from error
     prepare(None)
+
+    def budget(shown: looking.Shown) -> int:
+        return tokens or max(1, round((0.11 if retain is None else retain) * shown.tokens))
+
     looked = []
     with progress("look") as tick:
         loaded, processor = loaded_model(model, tick)
@@ -369,29 +373,26 @@ def look(
         for number, (name, picture) in enumerate(pictures.items()):
             tick(name, number / len(pictures))
             shown = looking.show(loaded, processor, picture, name, prompt or DESCRIBE if layers else None)
-            count, some = tokens or max(1, round((0.11 if retain is None else retain) * shown.tokens)), []
+            some = []
             for choice in chosen:
                 try:
-                    given = choice.policy(count, layers, shown.tokens)
+                    given = choice.policy(budget(shown), layers, shown.tokens)
                     some.append(looking.look(loaded, processor, shown, given, choice.label))
                 except (TypeError, ValueError) as error:
                     raise typer.BadParameter(f"--policy {choice.label}: {error}") from error
             looked.append((shown, some))
         tick("drawing")
-        pngs = {
-            looking.file_name(Path(shown.name).stem, seen.label): (shown, seen)
-            for shown, some in looked
-            for seen in some
-        }
-        for name, (shown, seen) in pngs.items():
-            looking.draw(shown, seen, out / name)
+        for shown, some in looked:
+            for seen in some:
+                name = looking.file_name(Path(shown.name).stem, seen.label, budget(shown))
+                looking.draw(shown, seen, out / name)
         page = write_page("the trained stand-in" if model == "mini" else Path(model).name, looked, out / "look.html")
     for shown, some in looked:
         print(f"{shown.name}: {shown.tokens} tokens" + (f", {shown.prompt!r}: {shown.answer!r}" if layers else ""))
         for seen in some:
             cuts = " → ".join(str(stage.kept[0]) for stage in seen.stages)
             print(f"  {seen.label}: {cuts} kept" + (f", {seen.answer!r}" if layers else ""))
-    print(f"wrote {page} and {len(pngs)} PNGs beside it")
+    print(f"wrote {page} and {sum(len(some) for _, some in looked)} PNGs beside it")
 
 
 @app.command()
