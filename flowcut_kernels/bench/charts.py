@@ -241,31 +241,28 @@ def share_of_axis(value: float) -> str:
 
 
 def accuracy(section: Section, rows: list[Row]) -> Chart | None:
-    full = next((row for row in rows if row["policy"] == "all tokens"), None)
-    return over_tokens(
-        rows, "accuracy", ("low", "high"), lambda row: row["policy"], full,
-        title="Accuracy against visual tokens",
-        caption="Right answers, with 95 % intervals; to the right fewer tokens are left (averages over the language "
-        "model's layers). Solid: chosen in the encoder, "
-        "dotted: in the language model, dashed: by no criterion at all.",
-        x_title="visual tokens per image", y_title="right answers, %", strong="FlowCut",
-    )  # fmt: skip
+    return _by_policy(rows, "accuracy", ("low", "high"), "Accuracy against visual tokens", "Right answers", "right, %")
 
 
 def lists(section: Section, rows: list[Row]) -> Chart | None:
-    return _lists(rows, "accuracy", ("low", "high"), "Lists that are right", "Lists of all digits, word for word")
+    what = "Lists of all digits in a scene that are right word for word"
+    return _by_policy(
+        rows, "accuracy", ("low", "high"), "Lists that are right against visual tokens", what, "right lists, %"
+    )
 
 
 def digits(section: Section, rows: list[Row]) -> Chart | None:
-    return _lists(rows, "f1", ("f1_low", "f1_high"), "Digits that are found", "F1 of the digits of a list as a set")
+    what = "F1 of the digits of a list as a set"
+    return _by_policy(rows, "f1", ("f1_low", "f1_high"), "Digits that are found against visual tokens", what, "F1, %")
 
 
-def _lists(rows: list[Row], field: str, ends: tuple[str, str], what: str, measure: str) -> Chart | None:
+def _by_policy(rows: list[Row], field: str, ends: tuple[str, str], title: str, what: str, y_title: str) -> Chart | None:
     full = next((row for row in rows if row["policy"] == "all tokens"), None)
     return over_tokens(
-        rows, field, ends, lambda row: row["policy"], full,
-        title=f"{what} against visual tokens", caption=f"{measure}, with 95 % intervals; lines as for accuracy.",
-        x_title="visual tokens per image", y_title=f"{what.lower()}, %", strong="FlowCut",
+        rows, field, ends, lambda row: row["policy"], full, title=title,
+        caption=f"{what}, with 95 % intervals; to the right fewer tokens are left (averages over the language model's "
+        "layers). Solid: chosen in the encoder, dotted: in the language model, dashed: by no criterion at all.",
+        x_title="visual tokens per image", y_title=y_title, strong="FlowCut",
     )  # fmt: skip
 
 
@@ -609,7 +606,7 @@ def _case(row: Row) -> str:
 CHARTS: dict[str, tuple[Callable[[Section, list[Row]], Chart | None], ...]] = {
     "quality": (accuracy, against_flowcut),
     "ablation": (against_default,),
-    "generation": (lists, digits),
+    "generation": (lists, against_flowcut, digits),
     "encoder": (encoder,),
     "prefill": (first_token,),
     "policies": (side_by_side,),

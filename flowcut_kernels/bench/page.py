@@ -48,7 +48,7 @@ def write_page(report: Report, path: Path, pictures: dict[str, list[tuple[Path, 
         machine=report.machine,
         where=where(report.machine),
         findings=findings(report),
-        behind=[line for section in report.sections for line in ahead_of_flowcut(section)],
+        ahead=[(section.title, said) for section in report.sections if (said := ahead_of_flowcut(section))],
         charts=[charts(section, report.machine) for section in report.sections],
         is_bars=lambda chart: isinstance(chart, Bars),
         views=views,
@@ -83,7 +83,7 @@ def where(machine: dict[str, Any]) -> str:
 
 def findings(report: Report) -> list[Finding]:
     """The few figures a reader wants first; ranges where a section has several rows."""
-    makers = dict(quality=_quality, prefill=_prefill, encoder=_encoder, kv=_kv, ops=_ops)
+    makers = dict(quality=_quality, prefill=_prefill, policies=_policies, encoder=_encoder, kv=_kv, ops=_ops)
     found = []
     for name, make in makers.items():
         section = report.section(name)
@@ -121,6 +121,18 @@ def _prefill(rows: list[dict]) -> list[Finding]:
         ),
         Finding(_range([100 * share for share in shares], "{:.0f}") + "%", "of the KV cache saved by the same."),
     ]
+
+
+def _policies(rows: list[dict]) -> list[Finding]:
+    rows = [row for row in rows if row.get("speedup")]
+    ours = min((row for row in rows if row["policy"] == "FlowCut"), key=lambda row: row["tokens"], default=None)
+    if not ours:
+        return []
+    same = [row for row in rows if (row["tokens"], row["batch"]) == (ours["tokens"], ours["batch"])]
+    best = max(same, key=lambda row: row["speedup"])
+    rest = "the fastest of all" if best is ours else f"the fastest is {best['policy']} with {best['speedup']:.2f}x"
+    what = f"faster from image to first token with FlowCut and {ours['tokens']:g} tokens on average, {rest}."
+    return [Finding(f"{ours['speedup']:.2f}x", what)]
 
 
 def _encoder(rows: list[dict]) -> list[Finding]:

@@ -61,6 +61,7 @@ def test_lists_are_what_generate_writes():
     assert row["policy"] == "FastV" and "f1" not in row and f"not reachable: {row['unreachable']}" in section.notes
     assert [chart.title.split(" against")[0] for chart in charts.charts(section, {})] == [
         "Lists that are right",
+        "Against FlowCut",
         "Digits that are found",
     ]
     assert tables.cells(tables.views(section)[0], row)[2:] == ["not reachable", *[tables.DASH] * 4]

@@ -89,7 +89,8 @@ def test_lines_stand_where_the_json_says(written, visit):
         return (low + (y - at[low]) / (at[high] - at[low]) * (high - low)) / 100
 
     section = report.load(MAIN).section("quality")
-    rows = {(row["policy"], row["tokens"]): row for row in section.rows if row["policy"] != "all tokens"}
+    rows = {(row["policy"], row["tokens"]): row for row in section.rows if "accuracy" in row}
+    rows = {key: row for key, row in rows.items() if key[0] != "all tokens"}
     assert len(drawn["marks"]) == len(rows)
     columns = {text: x for text, x, *_ in drawn["x"]}
     for text, (x, y, *_), (_, _, top, bottom) in drawn["marks"]:
@@ -217,7 +218,7 @@ def test_every_committed_result_has_a_page(name, tmp_path):
     page.write_page(found, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "nan%" not in text and "inf%" not in text and len(text) < 400_000
-    assert all(section.name == "compare" or charts.charts(section, found.machine) for section in found.sections)
+    assert all(charts.charts(s, found.machine) for s in found.sections if s.name in charts.CHARTS)
 
 
 def test_page_says_where_something_is_ahead():
@@ -247,12 +248,19 @@ def test_policies_side_by_side_and_what_cannot_be_reached():
             dict(policy="SparseVLM", tokens=64, batch=1, ok=True, unreachable="(2 * 576 + 1) / 3")]  # fmt: skip
     (chart,) = charts.charts(report.Section("policies", "", "", rows), {})
     ((heading, bars),) = chart.groups
+    (finding,) = page.findings(report.Report(MACHINE, "", [report.Section("policies", "", "", rows)]))
+    assert finding.figure == "2.10x" and "64 tokens on average, the fastest of all" in finding.sentence
     assert heading == "64 tokens on average, batch 1" and [bar.label for bar in bars] == ["stock", "FlowCut", "FastV"]
     assert [bar.marks[-1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x faster)"
 
     rows = [dict(variant="criteria=attention", tokens=8, share=0.1, ok=True, over_default=-0.05, over_default_low=-0.06,
                  over_default_high=-0.04)]  # fmt: skip
     (chart,) = charts.charts(report.Section("ablation", "", "", rows), {})
+    lists = dict(tokens=8, share=0.1, ok=True, accuracy=0.5, low=0.4, high=0.6, f1=0.75, f1_low=0.7, f1_high=0.8)
+    rows = [lists | dict(policy="all tokens", tokens=80), lists | dict(policy="FlowCut"), lists | dict(policy="FastV")]
+    right, digits = charts.charts(report.Section("generation", "", "", rows), {})
+    assert right.series[1].points[-1].text == "FastV, 8 tokens: 50.0 % (40.0 % to 60.0 %)"
+    assert digits.series[1].points[-1].text == "FastV, 8 tokens: 75.0 % (70.0 % to 80.0 %)"
     assert chart.groups[0][1][0].text == "-5.0 (-6.0 to -4.0)" and chart.groups[0][1][0].marks[-1].tone == "behind"
 
 
