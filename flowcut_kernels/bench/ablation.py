@@ -33,7 +33,7 @@ def flowcut(cuts: int, layers: int) -> Variants:
             | ({} if adaptive else dict(adaptive=False))
             for some, cumulative, adaptive in product(subsets[::-1], (True, False), (True, False))
         ],
-        "interval": [dict(interval=n) for n in (1, 3, 4, 6) if n < cuts],  # more than one cut
+        "interval": [dict(interval=n) for n in (1, 3, 4, 6) if n <= cuts],  # as many as may cut: the last one alone
         "history": [dict(history_weight=weight) for weight in (0.0, 0.25, 0.75)],
     }
 
@@ -95,7 +95,8 @@ def measure(
               per_scene=per_scene, backend=backend, stand_in=stand_in)  # fmt: skip
     rows: list[dict[str, Any]] = []
     kind, variants = POLICIES[of]
-    parts = variants(sat.model.config.vision_config.num_hidden_layers - 1, sat.layers)
+    config = sat.model.config
+    parts = variants(config.vision_config.num_hidden_layers + config.vision_feature_layer, sat.layers)
     asked = [(part, changes) for part, some in parts.items() for changes in some]
     if not sat.failed:
         runs: dict[Run, Chosen] = {(ALL, sat.tokens): None}
