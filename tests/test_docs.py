@@ -75,8 +75,8 @@ SMALL = {
     "kv": "--toy --repeats 1 --steps 1 --threads 1",
     "look": "",
     "flow": "",
-    "compare": "",
     "report": "",
+    "compare A.json B.json": "",
     "presets": "",
 }
 # Those that take longer: options are parsed, checked, and handed to the signature of the function that measures.
@@ -87,6 +87,7 @@ SLOW = {
     "conversation": "tests/bench/test_cli.py",
     "tune": "tests/bench/test_cli.py",
     "compile": "tests/ops/test_compile.py",
+    "compare": "tests/bench/test_side_by_side.py",
     "gpu": "tests/bench/test_gpu.py runs it dry",
 }
 
@@ -280,6 +281,8 @@ def bench(words: list[str], monkeypatch) -> None:
     app.main(words, prog_name="flowcut-bench", standalone_mode=False)
 
     name = next((word for word in words if not word.startswith("-")), "")
+    if words[:3] == ["compare", "A.json", "B.json"]:
+        name = "compare A.json B.json"
     assert name in SMALL.keys() | SLOW.keys(), f"flowcut-bench {name}: say in tests/test_docs.py how it is tested"
     if name in SMALL:
         monkeypatch.setattr(ops, "Copy", lambda device: timing.Copy(device, 2**20))

@@ -446,13 +446,69 @@ def presets() -> None:
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A.json", help="Figures to compare with.", exists=True, dir_okay=False)],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="New figures.", exists=True, dir_okay=False)],
-    everything: Annotated[bool, typer.Option("--all", help="Also show figures that did not change.")] = False,
+    context: typer.Context,
+    a: Annotated[
+        Path | None, typer.Argument(metavar="A.json", help="Figures to compare with.", exists=True, dir_okay=False)
+    ] = None,
+    b: Annotated[
+        Path | None, typer.Argument(metavar="B.json", help="New figures.", exists=True, dir_okay=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Files: also show figures that did not change.")] = False,
     fail_on_regression: Annotated[
-        bool, typer.Option("--fail-on-regression", help="Exit status 1 where B is worse beyond the spread, or failed.")
+        bool, typer.Option("--fail-on-regression", help="Files: exit status 1 where B is worse beyond it, or failed.")
     ] = False,
+    tokens: Annotated[
+        str, typer.Option(help="Visual tokens on average over the language model's layers, separated by commas.")
+    ] = "192,64",
+    policies: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded per repeat.")] = 4,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    toy: Annotated[bool, typer.Option("--toy", help="A model of a toy's size.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the plot.")] = None,
+    json: Json = None,
+    csv: Csv = None,
 ) -> None:
+    """Speed of all policies at equal budgets in one run; or two result files: what is better or worse in B than in A.
+
+    Without files: encoder, prefill, decoding, memory and what choosing costs, on LLaVA-1.5-7B's shape on a GPU and a
+    quarter of its width elsewhere, random weights.
+    """
+    if (a is None) != (b is None):
+        raise typer.BadParameter("give two files, A.json and B.json, or none to measure all policies")
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name in ("a", "b") or source is None or source.name != "COMMANDLINE":
+            continue
+        of_files = option.name in ("everything", "fail_on_regression")
+        if of_files and a is None:
+            raise typer.BadParameter(f"{option.opts[0]} is for two files: give A.json and B.json")
+        if not of_files and a is not None:
+            raise typer.BadParameter(f"{option.opts[0]} says how to measure: leave the files out")
+    if a is not None and b is not None:
+        compare_files(a, b, everything, fail_on_regression)
+        return
+    from . import side_by_side as contest
+
+    chosen = tuple(policies.split(",")) if policies else contest.NAMES
+    unknown = [name for name in chosen if name not in contest.NAMES]
+    if unknown:
+        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(contest.NAMES)}")
+    shape, averages = contest.shape_for(device, toy), numbers(tokens, "--tokens")
+    if max(averages) >= shape.patches:
+        raise typer.BadParameter(f"--tokens {tokens!r} must be below the {shape.patches} tokens of the image")
+    options = dict(
+        shape=shape, tokens=averages, policies=chosen, batches=numbers(batch, "--batch"), steps=steps,
+        dtype=dtypes(dtype)[0], repeats=repeats, backend=backend,
+    )  # fmt: skip
+    section("compare", contest.measure, options, threads, device, json, csv, out)
+
+
+def compare_files(a: Path, b: Path, everything: bool, fail_on_regression: bool) -> None:
     """Two result files: what is better or worse in B than in A, beyond the spread."""
     from . import compare as comparing
     from .tables import show

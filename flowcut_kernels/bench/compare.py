@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .report import Report, Section
@@ -20,24 +21,29 @@ class Kind(NamedTuple):
 
     row: tuple[str, ...]  # fields that say what a row is of
     figures: tuple[str, ...]
-    # A time, and its ratio to something that ran in turns with it and that the package has no part in.
-    ratio: tuple[str, str] = ("", "")
+    # Of times: the ratio to something that ran in turns with them and that the package has no part in.
+    ratios: Mapping[str, str] = MappingProxyType({})
 
 
 KINDS = {
-    "ops": Kind(("op", "case", "dtype"), ("seconds",), ("seconds", "speedup")),
-    "encoder": Kind(("dtype", "batch", "tokens"), ("seconds",), ("seconds", "time_ratio")),
+    "ops": Kind(("op", "case", "dtype"), ("seconds",), {"seconds": "speedup"}),
+    "encoder": Kind(("dtype", "batch", "tokens"), ("seconds",), {"seconds": "time_ratio"}),
     "prefill": Kind(
         ("model", "dtype", "batch", "stock_tokens", "tokens"),
         ("first_seconds", "decode_seconds", "kv_bytes", "peak_bytes"),
-        ("first_seconds", "speedup"),
+        {"first_seconds": "speedup"},
     ),
     "families": Kind(
         ("family", "size", "dtype", "stock_tokens", "tokens"),
         ("first_seconds", "python_seconds", "adapter_seconds"),
-        ("first_seconds", "speedup"),
+        {"first_seconds": "speedup"},
     ),
-    "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), ("decode_seconds", "speedup")),
+    "policies": Kind(
+        ("model", "policy", "dtype", "batch", "tokens"),
+        ("encoder_seconds", "first_seconds", "decode_seconds", "choosing", "kv_bytes", "peak_bytes"),
+        {"encoder_seconds": "encoder_speedup", "first_seconds": "speedup", "decode_seconds": "decode_speedup"},
+    ),
+    "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), {"decode_seconds": "speedup"}),
     "quality": Kind(("policy", "tokens"), ("accuracy", "encoder_seconds")),
     "ablation": Kind(("of", "variant", "tokens"), ("accuracy",)),
     "generation": Kind(("policy", "tokens"), ("accuracy", "f1")),
@@ -45,10 +51,13 @@ KINDS = {
     "tune": Kind(("budget", "found"), ("objective", "held_out", "accuracy")),
     "compile": Kind(("kernel", "variant", "arch"), ("registers", "stack", "local", "shared")),
 }
-HIGHER = ("speedup", "accuracy", "f1", "first", "second", "continued", "objective", "held_out")  # is better
+HIGHER = (  # is better
+    *("speedup", "encoder_speedup", "decode_speedup", "accuracy", "f1"),
+    *("first", "second", "continued", "objective", "held_out"),
+)
 # These are counted, not measured.
 EXACT = ("kv_bytes", "registers", "stack", "local", "shared")
-SHARES = ("accuracy", "f1", "first", "second", "continued")
+SHARES = ("accuracy", "f1", "first", "second", "continued", "choosing")
 MACHINE = ("cpu", "gpu", "cores", "threads", "os", "python", "torch", "triton", "transformers")
 CAUTION = (
     "the spread is that of repeats in one process; in other processes of the same commit an operator's time can differ "
@@ -143,8 +152,8 @@ def _figures(kind: Kind, key: tuple, a: dict[str, Any], b: dict[str, Any]) -> It
             continue
         intervals = interval(a, field), interval(b, field)
         verdict, ratios = verdict_of(*intervals, field in HIGHER), None
-        time, ratio = kind.ratio
-        if field == time and a.get(ratio) is not None and b.get(ratio) is not None:
+        ratio = kind.ratios.get(field, "")
+        if a.get(ratio) is not None and b.get(ratio) is not None:
             ratios = f"{a[ratio]:.2f}→{b[ratio]:.2f}x"
             if verdict in (BETTER, WORSE) and verdict != verdict_of(
                 interval(a, ratio), interval(b, ratio), ratio in HIGHER

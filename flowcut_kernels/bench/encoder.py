@@ -223,7 +223,7 @@ def _rows(
         if frozen:
             static = pruning(calibrate(stock, policy, pixels))
             runs[f"frozen {budget}"], runs[f"frozen_graph {budget}"] = static, captured(static, pixels.device)
-            runs[f"limit {budget}"] = pruning(FreeSelection.like(policy, seen[budget].stages))
+            runs[f"limit {budget}"] = pruning(FreeSelection.like(policy, seen[budget].stages, pixels.device))
     if frozen:
         runs["stock_graph"] = captured(runs["stock"], pixels.device)
     times = interleave(runs, repeats=repeats, clock=Clock(pixels.device), warmup=1)

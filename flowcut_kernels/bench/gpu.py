@@ -48,6 +48,10 @@ STEPS = (
     Step("kv", "kv --repeats 9 --device cuda", f"kv --toy {TOY}"),
     Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
     Step(
+        "compare", "compare --tokens 64 --batch 1,8 --repeats 5 --device cuda",
+        f"compare --toy --tokens 24 --steps 1 --policies FlowCut,FastV,random {TOY}",
+    ),
+    Step(
         "encoder-16384", "encoder --dtype bf16 --batch 1 --image-size 1792 --layers 8 --tokens 1638 --repeats 5 "
         "--no-baselines --device cuda", f"encoder {ENCODER} --tokens 8 --batch 1 --no-baselines {TOY}",
     ),

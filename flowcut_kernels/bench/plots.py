@@ -199,6 +199,44 @@ def ops(section: Section, path: Path) -> Path | None:
     return save(figure, path)
 
 
+def policies(section: Section, path: Path) -> Path | None:
+    """Time to the first token by policy, a panel per batch and budget, and where the same counts are given for free."""
+    stock = {row["batch"]: row for row in section.rows if row["policy"] == "stock"}
+    groups: dict[tuple[int, int], list[dict]] = {}
+    for row in section.rows:
+        if row["policy"] != "stock" and "first_seconds" in row:
+            groups.setdefault((row["batch"], row["tokens"]), []).append(row)
+    if not groups:
+        return None
+    most = max(map(len, groups.values()))
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(2.6 + 3.6 * len(groups), 0.34 * most + 1.7), squeeze=False, layout="constrained"
+    )
+    for number, (axes, ((batch, tokens), rows)) in enumerate(zip(panels.flat, groups.items(), strict=True)):
+        _plain(axes)
+        place, labels = range(len(rows)), number == 0
+        encoder, llm, first, spread, saved = (
+            [1e3 * row[key] for row in rows]
+            for key in ("encoder_seconds", "llm_seconds", "first_seconds", "first_spread", "choosing_seconds")
+        )
+        error = [time * half / 1e3 for time, half in zip(first, spread, strict=True)]
+        axes.barh(place, encoder, 0.66, color=BLUE, label="encoder" if labels else None)
+        axes.barh(place, llm, 0.66, left=encoder, xerr=error, color=GREY, error_kw=dict(ecolor=INK, elinewidth=1),
+                  label="language model" if labels else None)  # fmt: skip
+        free = [a - b for a, b in zip(first, saved, strict=True)]
+        axes.plot(free, place, color=ORANGE, marker="D", markersize=5, linestyle="",
+                  label="same counts, rows given for free" if labels else None)  # fmt: skip
+        whole = 1e3 * stock[batch]["first_seconds"]
+        axes.axvline(whole, color=INK, linewidth=1, label="stock model, all tokens" if labels else None)
+        axes.set_xlim(0, 1.05 * max([whole, *first]))
+        axes.set_yticks(list(place), [row["policy"] for row in rows], fontsize=9)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        _head(axes, f"{tokens} of {section.facts['patches']} tokens on average, batch {batch}", "1st token, ms", "")
+    _legend(panels.flat[0])
+    return save(figure, path)
+
+
 def search(section: Section, path: Path) -> Path | None:
     """Best objective so far over the trials of each search; the first trial is the untuned policy."""
     budgets = section.facts["budgets"]
@@ -246,6 +284,8 @@ def draw(report: Report, folder: Path) -> dict[str, list[Path]]:
             files.append(encoder(section, folder / "encoder.png"))
         if section.name == "tune":
             files.append(search(section, folder / f"search-{section.facts['policy']}.png"))
+        if section.name == "policies":
+            files.append(policies(section, folder / "policies.png"))
         if section.name == "ops":
             files.append(ops(section, folder / "operators.png"))
         if section.facts.get("entropy"):

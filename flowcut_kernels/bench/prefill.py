@@ -144,7 +144,7 @@ def _row(
     if baselines:
         eager, free = twin(stock), twin(stock)
         eager.set_attn_implementation("eager")
-        models |= {"eager": (eager, None), "limit": (free, FreeSelection.like(policy, stages))}
+        models |= {"eager": (eager, None), "limit": (free, FreeSelection.like(policy, stages, device))}
     runs: dict[str, Callable[[], object]] = {}
     sizes, peaks = {}, {}
     with ExitStack() as stack:

@@ -83,6 +83,16 @@ def real(name: str, toy: bool = False) -> Shape:
     return Shape(name, vision, text, views, tokens, gains)
 
 
+def quarter_llava() -> Shape:
+    """LLaVA-1.5-7B at a quarter of its width and about a 16th of its work, most of it the language model's as there.
+
+    All tokens and all layers, which policies name, and heads as wide.
+    """
+    vision = clip_large(hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    text = small_llama(32, intermediate_size=2752, num_attention_heads=8, num_key_value_heads=8)
+    return Shape("LLaVA-1.5-7B at a quarter of its width", vision, text, 1, (192, 64))
+
+
 def llama_7b(vocabulary: int = 32064) -> LlamaConfig:
     """Vicuna-7B."""
     return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096)

@@ -52,6 +52,10 @@ def _sizes(before: float | None, after: float | None) -> str:
     return f"{before / scale:.3g}→{after / scale:.3g} {unit}"
 
 
+def _size(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: DASH if row.get(key) is None else _sizes(row[key], row[key]).partition("→")[2]
+
+
 def _cell(key: str, form: Callable[[Any], str] = str) -> Callable[[dict[str, Any]], str]:
     return lambda row: DASH if row.get(key) is None else form(row[key])
 
@@ -100,7 +104,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def _answers(key: str) -> Callable[[dict[str, Any]], str]:
-    """The accuracy of one of several answers with half its interval."""
+    """A share in percent, such as the accuracy of one of several answers, with half its interval."""
     return lambda row: (
         DASH if row.get(key) is None else (f"{100 * row[key]:.1f} ±{50 * (row[f'{key}_high'] - row[f'{key}_low']):.1f}")
     )
@@ -210,6 +214,31 @@ TABLES: dict[str, list[Column]] = {
         Column("of the limit", _cell("of_limit", percent)),
         Column("memory beyond weights", lambda r: _sizes(r["stock_peak_bytes"], r["peak_bytes"])),
     ],
+    "policies": [
+        Column("B", _cell("batch")),
+        Column("policy", _cell("policy"), False),
+        Column("kept", _cell("average", "{:.4g}".format)),
+        Column("encoder", _time("encoder_seconds")),
+        Column(
+            "1st token",
+            lambda r: "not reachable" if "unreachable" in r else _time("first_seconds", "first_spread")(r),
+        ),
+        Column("faster", _cell("speedup", times)),
+        Column("a token", _time("decode_seconds")),
+        Column("KV cache", _size("kv_bytes")),
+        Column("choosing, %", lambda r: _answers("choosing")(r) if r["ok"] else r["refcheck"], True, True),
+    ],
+    "policies split": [
+        Column("B", _cell("batch")),
+        Column("policy", _cell("policy"), False),
+        Column("kept", _cell("average", "{:.4g}".format)),
+        Column("FLOPs", _cell("flop_ratio", times)),
+        Column("time", _cell("speedup", lambda faster: times(1 / faster))),
+        Column("choosing", _cell("choosing_seconds", lambda x: ("-" if x < 0 else "") + duration(abs(x)))),
+        Column("encoder faster", _cell("encoder_speedup", times)),
+        Column("a token faster", _cell("decode_speedup", times)),
+        Column("memory", _size("peak_bytes")),
+    ],
     "kv": [
         Column("type", precision, False),
         Column("visual tokens", lambda r: f"{r['visual']}→{r['tokens']}", False),
@@ -314,6 +343,7 @@ def views(section: Section) -> list[View]:
         "quality": "tokens",
         "ablation": "tokens",
         "generation": "tokens",
+        "policies": "tokens",
         "conversation": "tokens",
         "compile": "kernel",
         "tune": "budget",
@@ -328,6 +358,9 @@ def views(section: Section) -> list[View]:
             found.append(View(TABLES["encoder frozen"], None, "Static schedule, as a share of the stock tower", True))
     if section.name == "prefill" and any("of_limit" in row for row in section.rows):
         found.append(View(TABLES["prefill limits"], None, "Against eager attention and free selection", True))
+    if section.name == "policies":
+        title = "Against the arithmetic, and by part, as a share of stock"
+        found.append(View(TABLES["policies split"], "tokens", title, True))
     if section.name == "conversation":
         continued = TABLES["conversation continued"]
         found.append(View(continued, "tokens", "The same questions, read after the first one and its answer", True))

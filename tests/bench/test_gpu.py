@@ -28,7 +28,7 @@ def test_dry_run(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "gpu.json").read_text())
     summary, *sections = content["sections"]
     assert summary["facts"]["steps"] == dict.fromkeys(names, "ok")
-    assert {s["name"] for s in sections} == {"compile", "ops", "kv", "encoder", "prefill", "families"}
+    assert {s["name"] for s in sections} == {"compile", "ops", "kv", "encoder", "prefill", "families", "policies"}
     operators = {row["op"] for s in sections if s["name"] == "ops" for row in s["rows"]}
     assert {"anchor_stats_select", "gather+norm", "attention_with_stats"} <= operators
     assert not [row for row in summary["rows"] if row["found"] is not None], "toy sizes are no result"
