@@ -13,7 +13,7 @@ from ..policies import FlowCut, Policy, VFlowOpt
 from ..policies.flowcut import CRITERIA
 from ..tune import published_stages
 from .contenders import nearest
-from .quality import ALL, Chosen, Run, Tick, accuracy, paired, sit, take, take_all
+from .quality import ALL, INTERVALS, Chosen, Run, Tick, accuracy, paired, sit, take, take_all
 from .report import Section
 
 SHARES = (0.22, 0.06)
@@ -111,13 +111,13 @@ def measure(
             runs, len(sat.exam.batches(batch)), tick,
             lambda policy, step: take(sat.model, sat.exam, policy, batch, backend, step),
         )  # fmt: skip
-        whole, _ = results[ALL, sat.tokens]
-        rows.append(dict(of=of, part=ALL, variant=ALL, tokens=sat.tokens, share=1.0, ok=True, **accuracy(whole)))
+        whole = accuracy(results[ALL, sat.tokens])
+        rows.append(dict(of=of, part=ALL, variant=ALL, tokens=sat.tokens, share=1.0, ok=True, **whole))
         for budget in sat.budgets:
-            base, _ = results[DEFAULT, budget]
+            base = results[DEFAULT, budget]
             for part, changes in asked:
                 name = named(changes)
-                right, _ = results[name, budget]
+                right = results[name, budget]
                 row = dict(of=of, part=part, variant=name, tokens=budget, share=budget / sat.tokens, ok=True)
                 row |= dict(average=averages[name, budget], **accuracy(right))
                 if changes:
@@ -133,7 +133,7 @@ def measure(
             sat.note,
             f"default: {kind.__name__}(target_tokens=kept); a variant has these fields instead, and as many tokens on "
             "average over the layers of the language model",
-            "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, percentage points",
+            INTERVALS,
             *verdict(rows),
         ],
         failed=sat.failed,

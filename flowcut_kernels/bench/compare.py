@@ -44,7 +44,7 @@ KINDS = {
         {"encoder_seconds": "encoder_speedup", "first_seconds": "speedup", "decode_seconds": "decode_speedup"},
     ),
     "kv": Kind(("dtype", "visual", "tokens"), ("decode_seconds", "kv_bytes"), {"decode_seconds": "speedup"}),
-    "quality": Kind(("policy", "tokens"), ("accuracy", "encoder_seconds")),
+    "quality": Kind(("policy", "tokens"), ("accuracy",)),
     "ablation": Kind(("of", "variant", "tokens"), ("accuracy",)),
     "generation": Kind(("policy", "tokens"), ("accuracy", "f1")),
     "conversation": Kind(("policy", "where", "compact", "tokens"), ("first", "second", "continued", "kv_bytes")),

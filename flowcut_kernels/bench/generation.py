@@ -12,6 +12,8 @@ from ..models import patch, unpatch
 from .contenders import NAMES
 from .quality import (
     ALL,
+    INTERVALS,
+    RIVALS,
     SHARES,
     Chosen,
     Tick,
@@ -103,7 +105,7 @@ def measure(
             continue
         found = results[name, budget]
         row |= dict(**accuracy(found[:, :1]), **paired("f1", found[:, 1]), questions=len(found))
-        for key, other in (("over_random", "random"), ("over_flowcut", "FlowCut")):
+        for key, other in RIVALS:
             if name not in (ALL, other) and (other, budget) in results:
                 row |= paired(key, found[:, 0] - results[other, budget][:, 0])
                 row |= paired(f"f1_{key}", found[:, 1] - results[other, budget][:, 1])
@@ -118,7 +120,7 @@ def measure(
         notes=[
             f"one list for each of {questions:,} scenes of held-out digits ({split} split), greedy decoding",
             "right: all digits of the scene in rising order and nothing else; F1: of the digits as a set, mean",
-            "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, points",
+            INTERVALS,
             *unreachable(rows),
             *verdict(rows),
         ],

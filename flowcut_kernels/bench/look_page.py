@@ -47,7 +47,7 @@ def write_page(model: str, looked: list[tuple[Shown, list[Seen]]], path: Path) -
         looked=[(shown, _png(shown), some, _notes(some)) for shown, some in looked],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from .entropy import cls_entropy
 from .names import LOOKS, SINGLE
 from .report import Section
 from .shapes import patches_of
-from .timing import synchronise
 
 Tick = Callable[..., object]
 T = TypeVar("T")
@@ -30,8 +28,12 @@ Run = tuple[str, int]  # a policy's name and its budget
 Chosen = Callable[[int], Policy] | None  # the policy for a batch's number; None: all tokens
 SHARES = (0.33, 0.22, 0.11, 0.06)
 ALL = "all tokens"
-TIMED = 5  # batches whose encoder is timed by itself
 PROMPTS = 16  # that go through the language model together
+RIVALS = (("over_random", "random"), ("over_flowcut", "FlowCut"))  # key of a paired difference, and to whom
+INTERVALS = (
+    "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, percentage points; beyond "
+    "chance: the interval leaves out 0, each by itself, so that one in twenty does where there is no difference"
+)
 
 
 @dataclass
@@ -188,21 +190,15 @@ def take(
     size: int,
     backend: str | None,
     tick: Callable[[], object],
-) -> tuple[np.ndarray, float]:
-    """Answer every question: (right [S, Q], encoder seconds per image)."""
-    right, seconds = [], []
+) -> np.ndarray:
+    """Answer every question: bool [S, Q], which are right."""
+    right = []
     for number, part in enumerate(exam.batches(size)):
         pixels = exam.pixels[part].to(model.device, model.dtype)
         chosen = policy(number) if policy else None
         if chosen:
             patch(model, chosen, backend=backend)
         try:
-            if number < TIMED:
-                synchronise(model.device)
-                start = time.perf_counter()
-                model.get_image_features(pixels)
-                synchronise(model.device)
-                seconds.append((time.perf_counter() - start) / len(pixels))
             ids, last = exam.ids[part].to(model.device), exam.last[part].to(model.device)
             guess = answering(model, chosen)(model, pixels, ids, last).argmax(-1)
         finally:
@@ -210,7 +206,7 @@ def take(
                 unpatch(model)
         right.append((guess.cpu() == exam.answer[part]).numpy())
         tick()
-    return np.concatenate(right), float(np.median(seconds))
+    return np.concatenate(right)
 
 
 def take_all(runs: dict[Run, Chosen], batches: int, tick: Tick, one: Callable[[Chosen, Callable], T]) -> dict[Run, T]:
@@ -351,7 +347,7 @@ def measure(
         notes=[
             sat.note,
             "kept: tokens asked for, on average over the layers of the language model; average: what it comes to",
-            "±: half of the 95 % interval, bootstrap over scenes; differences: paired by scene, percentage points",
+            INTERVALS,
             "CLS attention: one cut by that alone, at FlowCut's last; CLS staged: the same in FlowCut's steps",
             "hybrid: FlowCut leaves twice as many in the encoder, and its surplus is recycled by cells of 4 x 4",
             "CLS entropy / ln N by layer: " + " ".join(f"{x:.2f}" for x in entropy),
@@ -393,14 +389,14 @@ def _rows(sat: Sitting, policies: Sequence[str], batch: int, backend: str | None
         name, budget = row["policy"], row["tokens"]
         if (name, budget) not in results:
             continue
-        right, seconds = results[name, budget]
+        right = results[name, budget]
         row |= dict(
-            **accuracy(right), questions=right.size, encoder_seconds=seconds,
+            **accuracy(right), questions=right.size,
             kinds={kind: float(right[exam.kinds == kind].mean()) for kind in np.unique(exam.kinds).tolist()},
         )  # fmt: skip
-        for key, other in (("over_random", "random"), ("over_flowcut", "FlowCut")):
+        for key, other in RIVALS:
             if name not in (ALL, other) and (other, budget) in results:
-                row |= paired(key, right.mean(1) - results[other, budget][0].mean(1))
+                row |= paired(key, right.mean(1) - results[other, budget].mean(1))
     return rows
 
 

@@ -256,7 +256,6 @@ TABLES: dict[str, list[Column]] = {
         Column("accuracy", _accuracy),
         Column("over random", _points("over_random")),
         Column("over FlowCut", _points("over_flowcut")),
-        Column("encoder/image", _time("encoder_seconds")),
     ],
     "ablation": [
         KEPT[0],

@@ -142,7 +142,7 @@ def measure(
 def _score(model, exam: Exam, held_out: Objective, backend: str | None, policy: Policy | None) -> tuple:
     """Right answers by scene [S, Q], similarities [prompts]."""
     chosen = None if policy is None else lambda number: policy
-    right, _ = take(model, exam, chosen, SIZE, backend, lambda: None)
+    right = take(model, exam, chosen, SIZE, backend, lambda: None)
     return right, None if policy is None else held_out.similarities(policy).numpy()
 
 

@@ -315,8 +315,9 @@ class PrunedFeatures(Bound):
 
     def _layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         """Of each visual. A prompt asks for them several times, and some kinds look at all pixels for them."""
-        if self.found is not None and self.found[0] is pixels:
-            return self.found[1]
+        found = self.found  # read once: another thread's prompt may end meanwhile
+        if found is not None and found[0] is pixels:
+            return found[1]
         return self.kind.layouts(pixels, arguments)
 
     def counts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int | None]:
