@@ -405,11 +405,13 @@ def flow(
     hub_threshold: Annotated[float, typer.Option(min=0, help="Attention of a hub, times the mean.")] = 3.0,
 ) -> None:
     """What the class token and all tokens look at, layer by layer: whether FlowCut's premise holds for a model."""
-    from PIL import Image
-
     from . import flow as flows
-    from .look import file_name, images_of
+    from .look import file_name, images_of, opened
 
+    try:
+        (given,) = opened([image]).values()
+    except ValueError as error:
+        raise typer.BadParameter(f"IMAGE: {error}") from error
     prepare(None)
     with progress("flow") as tick:
         loaded, processor = loaded_model(model, tick)
@@ -417,7 +419,7 @@ def flow(
         start = time.perf_counter()
         try:
             section, found, picture = flows.measure(
-                loaded, images_of(processor), Image.open(image), hub_threshold=hub_threshold, command=typed()
+                loaded, images_of(processor), given, hub_threshold=hub_threshold, command=typed()
             )
         except ValueError as error:
             raise typer.BadParameter(f"--model {model!r}: {error}") from error
@@ -455,7 +457,10 @@ def compare(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Files: also show figures that did not change.")] = False,
     fail_on_regression: Annotated[
-        bool, typer.Option("--fail-on-regression", help="Files: exit status 1 where B is worse beyond it, or failed.")
+        bool,
+        typer.Option(
+            "--fail-on-regression", help="Files: exit status 1 where B is worse beyond the spread, or failed."
+        ),
     ] = False,
     tokens: Annotated[
         str, typer.Option(help="Visual tokens on average over the language model's layers, separated by commas.")

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from flowcut_kernels.bench import cases, cli, encoder, mini_vlm, ops, quality, r
 from flowcut_kernels.bench import conversation as talk  # noqa: E402
 from flowcut_kernels.bench.commands import app  # noqa: E402
 
+SCENE = shlex.quote(str(Path(__file__).parents[2] / "docs" / "images" / "scene.png"))
 SMALL = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
 COMMANDS = {
     "ops": "ops --toy --repeats 1",
@@ -258,7 +260,8 @@ def test_flow(untrained, tmp_path):
         ("tune --budget 10", "--budget '10'"),
         ("tune --split train", "train"),
         ("ops --device nowhere", "nowhere"),
-        (f"flow {shlex.quote(__file__)} --model no/such/folder", "no/such/folder"),
+        (f"flow {SCENE} --model no/such/folder", "no/such/folder"),
+        (f"flow {shlex.quote(__file__)}", "cannot be read as a picture"),
     ],
 )
 def test_bad_options_are_named(command, message):
