@@ -19,6 +19,8 @@ from ..policies import (
 )
 
 PUBLISHED = 32  # decoder layers of LLaVA-1.5-7B, for which papers name theirs
+# Layers before the attention that a first cut goes by; in the very first layer no token has read another.
+READ = (2, 1)
 
 # Policies that prune before the language model: name -> policy of a budget, and of a seed where tokens are drawn.
 BEFORE: dict[str, Callable[[int, int], Policy]] = {
@@ -36,9 +38,12 @@ BEFORE: dict[str, Callable[[int, int], Policy]] = {
 
 def _sparsevlm(layers: int) -> list[Callable[..., Policy]]:
     # What comes after layer 2 has had three layers. Of stages that fall together the last is left.
-    published = zip((2, 6, 15), (*SparseVLM.surplus, 1.0), strict=True)
-    stages = {_scaled(layer + 1, layers) - 1: surplus for layer, surplus in published}
-    return [partial(SparseVLM, layers=tuple(stages), surplus=tuple(stages.values())[:-1])]
+    found: list[Callable[..., Policy]] = []
+    for least in READ:
+        published = zip((2, 6, 15), (*SparseVLM.surplus, 1.0), strict=True)
+        stages = {max(_scaled(layer + 1, layers), min(least, layers - 1)) - 1: surplus for layer, surplus in published}
+        found.append(partial(SparseVLM, layers=tuple(stages), surplus=tuple(stages.values())[:-1]))
+    return found
 
 
 def _pyramiddrop(layers: int) -> list[Callable[..., Policy]]:
@@ -47,7 +52,7 @@ def _pyramiddrop(layers: int) -> list[Callable[..., Policy]]:
 
 
 def _fastv(layers: int) -> list[Callable[..., Policy]]:
-    return [partial(FastV, layer=_scaled(2, layers))]
+    return [partial(FastV, layer=max(_scaled(2, layers), min(least, layers - 1))) for least in READ]
 
 
 # Policies that prune inside it: name -> what can be tried in a model of so many layers, the next where one cannot reach
@@ -70,7 +75,8 @@ def contender(name: str, average: int, layers: int, tokens: int, seed: int = 0) 
     """The policy that keeps `average` of an image's `tokens` on average over the `layers` of a language model.
 
     What enters the language model stays there unless a policy prunes inside it, so that the average is its budget. The
-    layers of those that do are at the published depth; PyramidDrop's are earlier where these cannot reach the average.
+    layers of those that do are at the published depth, the first two at least in front of a cut; they are earlier where
+    the average cannot be reached so.
     What they keep in the end is the count whose :meth:`~flowcut_kernels.policies.Policy.average_tokens` is nearest to
     the average, and at most half a token or 1 % above it.
 

@@ -35,12 +35,15 @@ def test_presets_are_found_again(kind, name, average):
 
 
 def test_layers_scale_with_depth():
-    assert contender("SparseVLM", 132, 12, 400).layers == (0, 2, 5)
-    assert contender("FastV", 132, 12, 400).layer == 1
+    assert contender("SparseVLM", 132, 12, 400).layers == (1, 2, 5)
+    assert contender("SparseVLM", 44, 12, 400).layers == (0, 2, 5)
+    assert contender("FastV", 132, 12, 400).layer == 2
+    assert contender("FastV", 44, 12, 400).layer == 1
     assert contender("PyramidDrop", 132, 12, 400).layers == (3, 6, 9)
     assert contender("PyramidDrop", 44, 12, 400).layers == (1, 2, 3)
     assert contender("SparseVLM", 192, 32, 576).layers == (2, 6, 15)
     assert contender("SparseVLM", 200, 3, 324).layers == (0, 1)
+    assert contender("FastV", 300, 2, 400).layer == 1
 
 
 @pytest.mark.parametrize(
