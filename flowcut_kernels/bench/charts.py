@@ -429,7 +429,7 @@ def _first_tokens(groups: list[tuple[str, list[Row]]], title: str, head: str) ->
         encoder, first = (axis.at(row[part] / stock["first_seconds"]) for part in ("encoder_seconds", "first_seconds"))
         marks = [Mark("bar", 0, encoder), Mark("bar", encoder, first, "second")]
         measured = row.get("row", row)
-        faster = f" ({measured['speedup']:.2f}x faster)" if "row" in row else ""
+        faster = f" ({measured['speedup']:.2f}x as fast)" if "row" in row else ""
         return Bar(row["name"], marks, duration(measured["first_seconds"]) + faster)
 
     return Bars(
@@ -471,7 +471,7 @@ def decoding(section: Section, rows: list[Row]) -> Chart | None:
             if seconds is not None:
                 faster = row.get(f"{prefix}speedup") or 1.0
                 mark = Mark("bar", 0, axis.clamped(1 / faster), "other" if prefix == "stock_" else "ours")
-                bars.append(Bar(label, [mark], duration(seconds) + f" ({faster:.2f}x faster)" * (prefix != "stock_")))
+                bars.append(Bar(label, [mark], duration(seconds) + f" ({faster:.2f}x as fast)" * (prefix != "stock_")))
         groups.append((f"{row['visual']} → {row['tokens']} visual tokens", bars))
     return Bars(
         "Time of a decoded token", "The stock model's time with all tokens in the cache is 100 %.",

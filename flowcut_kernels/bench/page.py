@@ -117,7 +117,7 @@ def _prefill(rows: list[dict]) -> list[Finding]:
     return [
         Finding(
             _range([row["speedup"] for row in rows], "{:.2f}") + "x",
-            f"faster from image to first token{first} when {kept} of {rows[0]['stock_tokens']} visual tokens are kept.",
+            f"as fast from image to first token{first} with {kept} of {rows[0]['stock_tokens']} visual tokens kept.",
         ),
         Finding(_range([100 * share for share in shares], "{:.0f}") + "%", "of the KV cache saved by the same."),
     ]
@@ -131,7 +131,7 @@ def _policies(rows: list[dict]) -> list[Finding]:
     same = [row for row in rows if (row["tokens"], row["batch"]) == (ours["tokens"], ours["batch"])]
     best = max(same, key=lambda row: row["speedup"])
     rest = "the fastest of all" if best is ours else f"the fastest is {best['policy']} with {best['speedup']:.2f}x"
-    what = f"faster from image to first token with FlowCut and {ours['tokens']:g} tokens on average, {rest}."
+    what = f"as fast from image to first token with FlowCut and {ours['tokens']:g} tokens on average, {rest}."
     return [Finding(f"{ours['speedup']:.2f}x", what)]
 
 

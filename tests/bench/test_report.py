@@ -145,7 +145,7 @@ def test_bars_stand_where_the_json_says(written, visit):
 
     (row,) = sections.section("prefill").rows
     stock, pruned = found["Time to the first token"][1]
-    assert pruned[0] == f"{tables.duration(row['first_seconds'])} ({row['speedup']:.2f}x faster)"
+    assert pruned[0] == f"{tables.duration(row['first_seconds'])} ({row['speedup']:.2f}x as fast)"
     assert stock[0] == tables.duration(row["stock_first_seconds"])
     scale, zero = unit("Encoder time against the stock tower")
     ends = [bar for _, bar, *_ in found["Encoder time against the stock tower"][1]]
@@ -251,7 +251,7 @@ def test_policies_side_by_side_and_what_cannot_be_reached():
     (finding,) = page.findings(report.Report(MACHINE, "", [report.Section("policies", "", "", rows)]))
     assert finding.figure == "2.10x" and "64 tokens on average, the fastest of all" in finding.sentence
     assert heading == "64 tokens on average, batch 1" and [bar.label for bar in bars] == ["stock", "FlowCut", "FastV"]
-    assert [bar.marks[-1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x faster)"
+    assert [bar.marks[-1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x as fast)"
 
     rows = [dict(variant="criteria=attention", tokens=8, share=0.1, ok=True, over_default=-0.05, over_default_low=-0.06,
                  over_default_high=-0.04)]  # fmt: skip
