@@ -233,7 +233,6 @@ def quality(
     """Accuracy of the trained stand-in with all tokens, and with equal average shares of them under each policy."""
     from . import ablation as parts
     from . import generation as lists
-    from .contenders import NAMES
     from .quality import measure
 
     if ablation is not None and (generation or policies or out):
@@ -242,10 +241,7 @@ def quality(
         )
     if ablation is not None and ablation not in parts.POLICIES:
         raise typer.BadParameter(f"--ablation {ablation!r} is unknown: use {' or '.join(parts.POLICIES)}")
-    chosen = tuple(policies.split(",")) if policies else NAMES
-    unknown = [name for name in chosen if name not in NAMES]
-    if unknown:
-        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(NAMES)}")
+    chosen = contestants(policies)
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
     options: dict = dict(split=split, questions=questions, seed=seed, dtype=dtypes(dtype)[0])
@@ -499,10 +495,7 @@ def compare(
         return
     from . import side_by_side as contest
 
-    chosen = tuple(policies.split(",")) if policies else contest.NAMES
-    unknown = [name for name in chosen if name not in contest.NAMES]
-    if unknown:
-        raise typer.BadParameter(f"--policies {unknown[0]!r} is unknown: use {', '.join(contest.NAMES)}")
+    chosen = contestants(policies)
     shape, averages = contest.shape_for(device, toy), numbers(tokens, "--tokens")
     if max(averages) >= shape.patches:
         raise typer.BadParameter(f"--tokens {tokens!r} must be below the {shape.patches} tokens of the image")
@@ -688,6 +681,16 @@ def shares_of(option: str, text: str) -> tuple[float, ...]:
     if not found or not all(0 < share <= 1 for share in found):
         raise typer.BadParameter(f"{option} {text!r} must be shares in (0, 1], separated by commas")
     return found
+
+
+def contestants(policies: str | None) -> tuple[str, ...]:
+    """What --policies names; all without it."""
+    from .contenders import NAMES, named
+
+    try:
+        return named(policies) if policies else NAMES
+    except ValueError as error:
+        raise typer.BadParameter(f"--policies {error}") from error
 
 
 def dtypes(text: str) -> tuple[torch.dtype, ...]:

@@ -63,6 +63,22 @@ INSIDE: dict[str, Callable[[int], list[Callable[..., Policy]]]] = {
     "FastV": _fastv,
 }
 NAMES = (*list(BEFORE)[:5], *INSIDE, *list(BEFORE)[5:])  # methods, then what they have to beat
+KNOWN = {name.lower().replace(" ", "-"): name for name in NAMES}  # as a command line has them
+
+
+def named(text: str) -> tuple[str, ...]:
+    """Those of a list with commas: "FlowCut,CLS attention" or "flowcut,cls-attention".
+
+    Raises:
+        ValueError: a name that is unknown.
+    """
+    found = []
+    for word in text.split(","):
+        short = word.strip().lower().replace(" ", "-")
+        if short not in KNOWN:
+            raise ValueError(f"{word!r} is unknown: use {', '.join(KNOWN)}")
+        found.append(KNOWN[short])
+    return tuple(found)
 
 
 def _scaled(layer: int, layers: int) -> int:

@@ -20,11 +20,10 @@ from ..calibrate import encode_images
 from ..models import patched, supported_models, trace
 from ..policies import Policy
 from ..trace import Stage
-from .contenders import INSIDE, NAMES, contender
+from .contenders import INSIDE, KNOWN, contender
 from .shapes import patches_of
 from .watch import Layer, watched
 
-KNOWN = {name.lower().replace(" ", "-"): name for name in NAMES}  # as a command line has them
 WHERE = {"encoder": "encoder", "features": "projector", "llm": "language model"}  # by a stage's name
 WORDS = 16  # of an answer, at most
 
@@ -45,7 +44,12 @@ class Choice:
         """
         if layers is None and self.name in INSIDE:
             raise ValueError("a vision tower alone has no language model to cut in: give the whole model")
-        return dataclasses.replace(contender(self.name, min(tokens, of), layers or 1, of), **self.fields)
+        policy = contender(self.name, min(tokens, of), layers or 1, of)
+        known = [field.name for field in dataclasses.fields(policy)]
+        unknown = [name for name in self.fields if name not in known]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no field of {type(policy).__name__}: it has {', '.join(known)}")
+        return dataclasses.replace(policy, **self.fields)
 
 
 def choices(texts: Sequence[str]) -> list[Choice]:

@@ -120,10 +120,9 @@ class Policy:
             ValueError: there is no preset for this average.
         """
         if average not in cls.presets:
-            known = ", ".join(map(str, cls.presets)) or "none"
-            raise ValueError(
-                f"{cls.__name__}.preset: average={average!r} must be one of {known}; for others set the fields"
-            )
+            known = ", ".join(map(str, cls.presets))
+            hint = f"must be one of {known}; for others set the fields" if known else "has no preset: set the fields"
+            raise ValueError(f"{cls.__name__}.preset: average={average!r} {hint}")
         return cls(**{**cls.presets[average], **changes})
 
     def search_space(self, budget: float) -> dict[str, Range]:

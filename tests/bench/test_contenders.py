@@ -3,7 +3,7 @@
 import pytest
 
 import flowcut_kernels as fk
-from flowcut_kernels.bench.contenders import BEFORE, INSIDE, NAMES, contender
+from flowcut_kernels.bench.contenders import BEFORE, INSIDE, NAMES, contender, named
 from flowcut_kernels.bench.names import LOOKS
 
 PRESETS = [
@@ -68,3 +68,9 @@ def test_names():
         assert same == (name != "random")
     with pytest.raises(ValueError, match="name='guess' is unknown: use one of FlowCut, "):
         contender("guess", 64, 32, 576)
+
+
+def test_names_on_a_command_line():
+    assert named("FlowCut,CLS attention") == named("flowcut, cls-attention") == ("FlowCut", "CLS attention")
+    with pytest.raises(ValueError, match="'flowcutt' is unknown: use flowcut, flowcut-release"):
+        named("flowcut,flowcutt")

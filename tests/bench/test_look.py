@@ -253,7 +253,7 @@ def test_phone(context, made, visit):
     [
         ("--policy none", "flowcut-release"),
         ("--policy 'flowcut(interval=0)'", "interval=0"),
-        ("--policy 'flowcut(colour=1)'", "colour"),
+        ("--policy 'flowcut(colour=1)'", "'colour' is no field of FlowCut: it has target_tokens"),
         ("--policy 'flowcut('", "no list of policies"),
         ("--policy 'flowcut(anchor=cls)'", "words in quotes"),
         ("--policy fastv --tokens 1", "on average"),

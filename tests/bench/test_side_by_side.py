@@ -123,7 +123,7 @@ def test_choosing_is_what_the_free_choice_saves():
     ("options", "message"),
     [
         ("--tokens 64", "must be below the 64 tokens"),
-        ("--policies nobody", "'nobody' is unknown: use FlowCut"),
+        ("--policies nobody", "'nobody' is unknown: use flowcut"),
         ("--all", "--all is for two files: give A.json and B.json"),
         ("{file}", "give two files"),
         ("{file} {file} --repeats 3", "--repeats says how to measure: leave the files out"),

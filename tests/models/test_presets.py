@@ -59,5 +59,5 @@ def test_published_settings():
 def test_unknown_presets():
     with pytest.raises(ValueError, match=r"FlowCut\.preset: average=100 must be one of 192, 128, 64; for others set"):
         fk.FlowCut.preset(100)
-    with pytest.raises(ValueError, match=r"Mine\.preset: average=64 must be one of none"):
+    with pytest.raises(ValueError, match=r"Mine\.preset: average=64 has no preset: set the fields"):
         type("Mine", (policies.stages.DecoderPolicy,), {}).preset(64)
