@@ -167,7 +167,7 @@ def prefill(
             wrong = f"{unknown[0]!r} is unknown" if unknown else "does not go with --model"
             raise typer.BadParameter(f"--family {wrong}: use all or {', '.join(families.FAMILIES)}")
         asked = dict(
-            families=names, size="toy" if toy else "real", dtype=dtypes(dtype)[0], repeats=repeats, backend=backend
+            families=names, size="toy" if toy else "real", dtype=single(dtype), repeats=repeats, backend=backend
         )
         section("prefill", families.measure, asked, threads, device, json, csv)
         return
@@ -200,7 +200,7 @@ def kv(
     """The KV cache: what dropping rows costs, and what a decoding step gains."""
     from .kv import measure
 
-    options = dict(dtype=dtypes(dtype)[0], steps=steps, repeats=repeats, backend=backend, toy=toy)
+    options = dict(dtype=single(dtype), steps=steps, repeats=repeats, backend=backend, toy=toy)
     section("kv", measure, options, threads, device, json, csv)
 
 
@@ -244,7 +244,7 @@ def quality(
     chosen = contestants(policies)
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
-    options: dict = dict(split=split, questions=questions, seed=seed, dtype=dtypes(dtype)[0])
+    options: dict = dict(split=split, questions=questions, seed=seed, dtype=single(dtype))
     if shares is not None:
         options["shares"] = shares_of("--shares", shares)
     if ablation is not None:
@@ -501,7 +501,7 @@ def compare(
         raise typer.BadParameter(f"--tokens {tokens!r} must be below the {shape.patches} tokens of the image")
     options = dict(
         shape=shape, tokens=averages, policies=chosen, batches=numbers(batch, "--batch"), steps=steps,
-        dtype=dtypes(dtype)[0], repeats=repeats, backend=backend,
+        dtype=single(dtype), repeats=repeats, backend=backend,
     )  # fmt: skip
     section("compare", contest.measure, options, threads, device, json, csv, out)
 
@@ -698,6 +698,14 @@ def dtypes(text: str) -> tuple[torch.dtype, ...]:
     if unknown:
         raise typer.BadParameter(f"--dtype {unknown[0]!r} is unknown: use {', '.join(DTYPES)}")
     return tuple(DTYPES[part] for part in text.split(","))
+
+
+def single(text: str) -> torch.dtype:
+    """The one --dtype of a command that measures one."""
+    found = dtypes(text)
+    if len(found) > 1:
+        raise typer.BadParameter(f"--dtype {text!r}: one at a time here")
+    return found[0]
 
 
 def prepare(threads: int | None, device: str = "cpu") -> None:

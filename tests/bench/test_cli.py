@@ -247,6 +247,7 @@ def test_flow(untrained, tmp_path):
     "command, message",
     [
         ("ops --dtype fp12", "fp12"),
+        ("kv --dtype fp32,bf16", "one at a time"),
         ("encoder --tokens 0", "--tokens"),
         ("encoder --weights none", "paper-like"),
         ("encoder --hidden 100", "multiple of 64"),
