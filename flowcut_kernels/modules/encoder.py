@@ -412,6 +412,11 @@ class PrunedEncoder:
     trace: Trace | None = field(default=None, repr=False)
     traced: PrunedEncoder | None = field(default=None, repr=False)  # another tower's, that has the trace of either
     asked: EncoderPass | None = field(default=None, repr=False)  # by a tower that gives its encoder no such argument
+    takes_mask: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Here, as a compiler cannot trace how a signature is found out.
+        self.takes_mask = "attention_mask" in self.__signature__.parameters
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -450,7 +455,7 @@ class PrunedEncoder:
                 "attention_mask was passed to a patched vision encoder, which cannot tell what is left of the images "
                 f"that {type(self.policy).__name__} is to judge: only unmasked images are supported; drop it"
             )
-        mask = (attention_mask,) if "attention_mask" in self.__signature__.parameters else ()
+        mask = (attention_mask,) if self.takes_mask else ()
         entered = []  # patches of the rows that came to each layer
         for layer in self.layers:
             entered.append((state.patches, state.mask))
