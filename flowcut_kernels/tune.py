@@ -73,7 +73,7 @@ def tune(
         trials: finished trials that the study shall have in the end, those of earlier runs included. Several workers
             on one storage may finish one more each.
         storage: where trials are kept, so that a search can be resumed and shared by processes and machines: an Optuna
-            URL ("sqlite:///tune.db"), a journal file ("journal:///tmp/tune.log", or a path ending in .log or .journal),
+            URL ("sqlite:///tune.db"), a journal file ("journal:///my/tune.log", or a path ending in .log or .journal),
             or an Optuna storage; None: in memory.
         policy: where the search starts, and what its other fields stay at; its own ratio or count is replaced where the
             budget decides it. None: :class:`VFlowOpt` that leaves `budget` before the language model, with stages at
