@@ -327,7 +327,7 @@ class Layer:
 
     def plain_select(self) -> Tensor:
         if self.block > 1:
-            score = plain.score_by_mean(self.query, self.key, self.value, self.anchor, self.history)
+            score, _ = plain.score_by_mean(self.query, self.key, self.value, self.anchor, self.history)
             return plain.choose_groups(score, self.budget, self.block)
         attention, related, norm, entropy = plain.stats(
             self.query, self.key, self.value, plain.dots_block, Relevance.COSINE

@@ -143,7 +143,7 @@ def refcheck(config, gains, dtype, device, backend, keep: int) -> str:
             with patched(model, policy, backend=backend):
                 ours = torch.stack(list(model.get_image_features(pixels).pooler_output))
             for attention in ("sdpa", "eager"):
-                theirs = plain.encoder(model, pixels, policy, attention)
+                theirs, _ = plain.encoder(model, pixels, policy, attention)
                 error = ((theirs - ours).abs().max() / ours.abs().max()).item()
                 if not error <= 1e-3:  # a token chosen differently is off by far more
                     return f"FlowCut in plain torch on {attention} gives other features: error {error:.1e}"

@@ -65,6 +65,13 @@ STEPS = (
         "prefill-families", "prefill --family all --repeats 3 --device cuda",
         f"prefill --family all --toy {TOY}",
     ),
+    *(
+        Step(
+            f"prefill-{model}-batch-32", f"prefill --model {model} --batch 32 --repeats 3 --device cuda",
+            f"prefill --model {model} --toy --batch 1 {TOY}",
+        )
+        for model in ("llava-next-7b", "llava-onevision-7b")
+    ),
     Step("compile", "compile --arch {arch}", "compile --arch 90 --only gather"),
 )  # fmt: skip
 # Compilation for other generations needs no GPU, and CI does it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -95,13 +96,14 @@ def fuse(attention: Tensor, relevance: Tensor, norm: Tensor, history: Tensor | N
     return score if history is None else 0.5 * history + 0.5 * score
 
 
-def choose(score: Tensor, entropy: Tensor, budget: int, divisor: float) -> Tensor:
-    """topk, sort, cat with the class token, the count read back, as released code does it: index [B, M]."""
-    count = score.shape[1] - 1 - budget
+def choose(score: Tensor, entropy: Tensor, budget: int, divisor: float, protect: int = 1) -> Tensor:
+    """topk, sort, cat with the class token (protect=1), the count read back, as released code does it: index [B, M]."""
+    tokens = score.shape[1] - protect
+    count = tokens - budget
     if divisor:
         count = int((count / divisor * (1 - entropy.square())).round().max().item())
-    index = score[:, 1:].topk(max(score.shape[1] - 1 - count, budget)).indices.sort().values + 1
-    return torch.cat([index.new_zeros(len(index), 1), index], 1)
+    index = score[:, protect:].topk(max(tokens - count, budget)).indices.sort().values
+    return torch.cat([index.new_zeros(len(index), 1), index + 1], 1) if protect else index
 
 
 def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: float) -> tuple[Tensor, Tensor]:
@@ -111,14 +113,17 @@ def select(criteria: Sequence[Tensor], entropy: Tensor, budget: int, divisor: fl
     return score, choose(score, entropy, budget, divisor)
 
 
-def score_by_mean(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, history: Tensor) -> Tensor:
-    """The cumulative score [B, N] where an anchor [B, H, 1, d] that is none of the N tokens looks at them all."""
+def score_by_mean(
+    query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, history: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cumulative score and attention [B, N] where an anchor [B, H, 1, d], none of the N tokens, looks at them all."""
     attention = (dots_block(query, key).float() * query.shape[-1] ** -0.5).softmax(-1).mean(1)
     flat, anchor = value.transpose(1, 2).flatten(2), anchor.transpose(1, 2).flatten(2)
     length = torch.linalg.vector_norm(flat, dim=-1).float() * torch.linalg.vector_norm(anchor, dim=-1).float()
     related = (1 + (flat @ anchor.transpose(1, 2))[..., 0].float() / length) / 2
     share = attention + related / related.sum(-1, keepdim=True)
-    return 0.5 * history + 0.5 * share * flat.abs().sum(-1).float()
+    score = share * flat.abs().sum(-1).float()
+    return (score if history is None else 0.5 * history + 0.5 * score), attention
 
 
 def choose_groups(score: Tensor, budget: int, block: int) -> Tensor:
@@ -204,30 +209,37 @@ SUMS: dict[str, Callable] = {"index_add": _index_add, "scatter_add": _scatter_ad
 BAG: dict[str, Callable] = {"embedding_bag": _embedding_bag}
 
 
-def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tensor:
-    """FlowCut's default through a LLaVA's CLIP tower as a careful user of torch writes it: image features [B, T, D].
+def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> tuple[Tensor, Tensor]:
+    """FlowCut's default as a careful user of torch writes it: features [B, T, D] of a LLaVA's tower, patches [B, T].
 
-    Stock layers, statistics by the fastest vectorised form, pruning after the layer, one count for the batch.
+    Stock layers, statistics by the fastest vectorised form, pruning after the layer, one count for the batch. The
+    anchor is CLIP's class token; SigLIP has none, and gets the mean token.
 
     Args:
-        attention: "sdpa" keeps the stock attention; "eager" takes the class token's row from the N x N map of every
-            scored layer, as the released code does.
+        pixels: [B, 3, S, S] of images, or of tiles, each of which keeps the policy's budget.
+        attention: "sdpa" keeps the stock attention; "eager", for CLIP, takes the class token's row from the N x N map
+            of every scored layer, as the released code does.
     """
     tower = model.model.vision_tower
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    hidden, protect = tower.embeddings(pixels), 0
+    if hasattr(tower, "pre_layrnorm"):
+        hidden, protect = tower.pre_layrnorm(hidden), 1
     layers = tower.encoder.layers
-    patches, feature_layer = hidden.shape[1] - 1, len(layers) + model.config.vision_feature_layer
+    patches, feature_layer = hidden.shape[1] - protect, len(layers) + model.config.vision_feature_layer
     heads, budget = layers[0].self_attn.num_heads, policy.budget(patches)
+    where = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
     history: Tensor | None = None
     for number, layer in enumerate(layers[: feature_layer + 1]):
         step = policy.encoder_step(number, feature_layer, patches, budget)
-        if step is None or hidden.shape[1] - 1 <= budget:
+        if step is None or hidden.shape[1] - protect <= budget:
             hidden = layer(hidden, None)
             continue
         normed, module = layer.layer_norm1(hidden), layer.self_attn
-        query, key, value = (
-            p(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj)
-        )
+
+        def project(linear: Any, x: Tensor = normed) -> Tensor:
+            return linear(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        query, key, value = project(module.q_proj), project(module.k_proj), project(module.v_proj)
         if attention == "eager":
             logits = (query @ key.transpose(-1, -2)) * module.scale
             weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -236,12 +248,17 @@ def encoder(model: Any, pixels: Tensor, policy: FlowCut, attention: str) -> Tens
             mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         hidden = hidden + module.out_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        row, related, norm, entropy = stats(query[:, :, :1], key, value, dots_block, Relevance.COSINE)
-        if attention == "eager":
-            row = weights[:, :, 0].float().mean(1)
-        score = fuse(row, related, norm, history)
+        if protect:
+            row, related, norm, entropy = stats(query[:, :, :1], key, value, dots_block, Relevance.COSINE)
+            if attention == "eager":
+                row = weights[:, :, 0].float().mean(1)
+            score = fuse(row, related, norm, history)
+        else:
+            mean = normed.mean(1, keepdim=True)
+            score, row = score_by_mean(project(module.q_proj, mean), key, value, project(module.v_proj, mean), history)
+            entropy = -torch.special.xlogy(row, row).sum(-1, keepdim=True) / math.log(row.shape[1])
         if step.prunes:
-            index = choose(score, entropy[:, 0], step.budget, step.divisor)
-            hidden, score = gather((hidden, score), index)
+            index = choose(score, entropy[:, 0], step.budget, step.divisor, protect)
+            hidden, score, where = gather((hidden, score, where), index)
         history = score
-    return model.model.multi_modal_projector(hidden[:, 1:])
+    return model.model.multi_modal_projector(hidden[:, protect:]), where[:, protect:] - protect

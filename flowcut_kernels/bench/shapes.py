@@ -10,16 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
 
 @dataclass(frozen=True)
@@ -50,28 +44,29 @@ WEIGHTS = {"paper-like": PAPER, "golden-like": GOLDEN_LIKE}
 
 @dataclass(frozen=True)
 class Shape:
-    """A vision-language model to time: configurations, images per prompt, and what to keep of a prompt."""
+    """A vision-language model to time: configurations, its picture, and what to keep of it."""
 
     name: str
     vision: Any
     text: Any
-    views: int  # crops of one picture, each a row of the encoder's batch
+    views: int  # of the picture, each a row of the encoder's batch: 1, or an overview and tiles of two by two
     tokens: tuple[int, ...]  # visual tokens kept per prompt
     gains: Gains = PAPER
-
-    @property
-    def has_class_token(self) -> bool:
-        return isinstance(self.vision, CLIPVisionConfig)
+    kind: str = "Llava"  # class of transformers without "ForConditionalGeneration"
 
     @property
     def patches(self) -> int:
-        """Visual tokens of a prompt before pruning."""
+        """Of the picture's views; a model may put newline tokens between their rows."""
         return self.views * patches_of(self.vision)
+
+    def build(self, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """The model, its weights made on `device`."""
+        return llava(self.vision, self.text, self.gains, kind=self.kind, device=device, dtype=dtype)
 
 
 def real(name: str, toy: bool = False) -> Shape:
     """One of REAL at full size, or with the same structure at a size for a dry run."""
-    vision, text, views, tokens, gains = REAL[name]
+    vision, text, views, tokens, gains, kind = REAL[name]
     if toy:
         small = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=6)
         vision = type(vision)(**(vision.to_dict() | small | dict(image_size=8 * vision.patch_size)))
@@ -80,7 +75,7 @@ def real(name: str, toy: bool = False) -> Shape:
             vocab_size=64,
         )  # fmt: skip
         tokens = tuple(views * kept for kept in (24, 8))
-    return Shape(name, vision, text, views, tokens, gains)
+    return Shape(name, vision, text, views, tokens, gains, kind)
 
 
 def quarter_llava() -> Shape:
@@ -135,12 +130,14 @@ def llava(
     text: Any = None,
     gains: Gains = PAPER,
     *,
+    kind: str = "Llava",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A LlavaForConditionalGeneration made on `device`; without `text` its decoder hardly exists.
+    """A LlavaForConditionalGeneration, or another `kind` of it, made on `device`; without `text` hardly any decoder.
 
-    It reads layer -2 of a CLIP tower, without the class token, and the last layer of a SigLIP tower.
+    It reads layer -2 of a CLIP tower, without the class token, and the last layer of a SigLIP tower. Kinds that tile a
+    picture know one of two by two tiles.
     """
     clip = isinstance(vision, CLIPVisionConfig)
     text = text or LlamaConfig(
@@ -151,13 +148,15 @@ def llava(
         num_key_value_heads=1,
         vocab_size=64,
     )
-    config = LlavaConfig(
+    own: dict[str, Any] = dict(image_seq_length=patches_of(vision))
+    if kind != "Llava":
+        own = dict(image_grid_pinpoints=[[2 * vision.image_size] * 2], video_token_index=text.vocab_size - 2)
+    config = getattr(transformers, f"{kind}Config")(
         vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1,
-        image_seq_length=patches_of(vision), vision_feature_layer=-2 if clip else -1,
-        vision_feature_select_strategy="default" if clip else "full",
+        vision_feature_layer=-2 if clip else -1, vision_feature_select_strategy="default" if clip else "full", **own,
     )  # fmt: skip
     with NoInit(), torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         fill(model.model.vision_tower, gains)
         rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
@@ -220,9 +219,9 @@ def random_pixels(config: Any, batch: int, seed: int = 33) -> Tensor:
 
 
 REAL: dict[str, tuple] = {
-    "llava-1.5-7b": (clip_large(), llama_7b(), 1, (192, 128, 64), PAPER),
-    "llava-next-7b": (clip_large(), llama_7b(), 5, (640, 320, 160), PAPER),
-    "llava-onevision-7b": (siglip_so400m(), _qwen2_7b(), 5, (1820, 910, 365), PAPER_MEAN),
+    "llava-1.5-7b": (clip_large(), llama_7b(), 1, (192, 128, 64), PAPER, "Llava"),
+    "llava-next-7b": (clip_large(), llama_7b(), 5, (640, 320, 160), PAPER, "LlavaNext"),
+    "llava-onevision-7b": (siglip_so400m(), _qwen2_7b(), 5, (1820, 910, 365), PAPER_MEAN, "LlavaOnevision"),
 }
 
 

@@ -17,10 +17,10 @@ from ..trace import Stage
 from .contenders import NAMES, contender
 from .free import FreeSelection
 from .kv import bytes_of
-from .prefill import TEXT, cpu_shape, prompt
+from .prefill import TEXT, cpu_shape, prompts
 from .quality import unreachable
 from .report import Section
-from .shapes import Shape, llava, quarter_llava, random_pixels, real, twin
+from .shapes import Shape, quarter_llava, real, twin
 from .timing import Clock, Samples, interleave, peak_memory
 
 Tick = Callable[..., object]
@@ -61,12 +61,13 @@ def measure(
     """
     device = torch.device(device)
     tick("making the model")
-    stock = llava(shape.vision, shape.text, shape.gains, device=device, dtype=dtype)
+    stock = shape.build(device, dtype)
     layers = shape.text.num_hidden_layers
     millions = sum(p.numel() for p in stock.model.language_model.parameters()) / 1e6
     rows, cells = [], [(name, budget) for budget in tokens for name in policies]
     for batch in batches:
-        arena = Arena(stock, shape, prompt(stock, batch), random_pixels(shape.vision, batch).to(device, dtype), backend)
+        given = prompts(stock, shape, batch)
+        arena = Arena(stock, shape, given["input_ids"], given["pixel_values"], backend)
         rows += arena.run(cells, steps, repeats, tick)
     return Section(
         "policies",

@@ -211,6 +211,7 @@ TABLES: dict[str, list[Column]] = {
         Column("B", _cell("batch")),
         Column("tokens", lambda r: f"{r['stock_tokens']}→{r['tokens']}", False),
         Column("stock, eager : stock", _cell("eager_ratio", times)),
+        Column("torch FlowCut : stock", _cell("torch_ratio", times)),
         Column("of the limit", _cell("of_limit", percent)),
         Column("memory beyond weights", lambda r: _sizes(r["stock_peak_bytes"], r["peak_bytes"])),
     ],

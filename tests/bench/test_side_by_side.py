@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import flowcut_kernels as fk
-from flowcut_kernels.bench import compare, report, shapes, side_by_side
+from flowcut_kernels.bench import compare, report, side_by_side
 from flowcut_kernels.bench.commands import app
 from flowcut_kernels.bench.contenders import NAMES, contender
 from flowcut_kernels.bench.free import FreeSelection
-from flowcut_kernels.bench.prefill import prompt
+from flowcut_kernels.bench.prefill import prompts
 from flowcut_kernels.bench.timing import Samples
 
 TOY = "compare --toy --steps 1 --repeats 1 --threads 1"
@@ -30,8 +30,9 @@ def run(command: str, *extra: object):
 
 @pytest.fixture(scope="module")
 def arena():
-    stock = shapes.llava(SHAPE.vision, SHAPE.text, SHAPE.gains)
-    return side_by_side.Arena(stock, SHAPE, prompt(stock, 2), shapes.random_pixels(SHAPE.vision, 2), None)
+    stock = SHAPE.build("cpu", torch.float32)
+    given = prompts(stock, SHAPE, 2)
+    return side_by_side.Arena(stock, SHAPE, given["input_ids"], given["pixel_values"], None)
 
 
 def test_command(tmp_path):
