@@ -372,10 +372,13 @@ def look(
             some = []
             for choice in chosen:
                 try:
-                    given = choice.policy(budget(shown), layers, shown.tokens)
+                    each = max(1, budget(shown) // shown.budgets)
+                    given = choice.policy(each, layers, shown.tokens // shown.budgets)
                     some.append(looking.look(loaded, processor, shown, given, choice.label))
                 except (TypeError, ValueError) as error:
-                    raise typer.BadParameter(f"--policy {choice.label}: {error}") from error
+                    if policy:
+                        raise typer.BadParameter(f"--policy {choice.label}: {error}") from error
+                    print(f"without {choice.label}: {error}")  # nobody asked for it
             looked.append((shown, some))
         tick("drawing")
         for shown, some in looked:
@@ -386,7 +389,7 @@ def look(
     for shown, some in looked:
         print(f"{shown.name}: {shown.tokens} tokens" + (f", {shown.prompt!r}: {shown.answer!r}" if layers else ""))
         for seen in some:
-            cuts = " → ".join(str(stage.kept[0]) for stage in seen.stages)
+            cuts = " → ".join(str(cut.kept) for cut in seen.cuts)
             print(f"  {seen.label}: {cuts} kept" + (f", {seen.answer!r}" if layers else ""))
     print(f"wrote {page} and {sum(len(some) for _, some in looked)} PNGs beside it")
 

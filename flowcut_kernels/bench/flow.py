@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..analyze import Flow, analyze
-from .look import as_picture
+from .look import as_pictures
 from .report import Section
 
 SHOWN = 5  # layers with pictures, spread over the depth
@@ -39,7 +39,7 @@ def measure(
         "criteria: the same of its attention with the value norm; previous: with its attention a layer earlier",
     ]
     section = Section("flow", "Information flow by layer", command, rows, facts, notes)
-    return section, flow, as_picture(inputs["pixel_values"], image_processor)
+    return section, flow, as_pictures(batch, image_processor)[0].numpy()
 
 
 def draw(picture: np.ndarray, flow: Flow, section: Section, path: Path) -> Path:

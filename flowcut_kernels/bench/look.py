@@ -6,8 +6,9 @@ import ast
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..calibrate import encode_images
-from ..models import patched, supported_models, trace
+from ..models import ADAPTERS, patched, supported_models, trace
+from ..models._features import Kind
+from ..models.idefics3 import Idefics3
 from ..policies import Policy
 from ..trace import Stage
 from .contenders import INSIDE, KNOWN, contender
@@ -83,23 +86,36 @@ def _value(keyword: ast.keyword) -> Any:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What is left of the N tokens of each of an image's T tiles."""
+
+    place: str  # a stage's name
+    layer: int
+    kept: int  # tokens, as the trace counts them there
+    alive: Tensor  # bool [T, N]
+    merged: Tensor | None = None  # bool [T, N] tokens that stand for others too
+    scores: Tensor | None = None  # float [T, N] by which it was cut, NaN for tokens that were gone before
+    entropy: float | None = None  # ratio, of several tiles the mean
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return WHERE[self.place] if self.place == "features" else f"{WHERE[self.place]}, layer {self.layer}"
+
+
+@dataclass(frozen=True)
 class Seen:
-    """What became of the N tokens of an image's first tile under a policy, in raster order."""
+    """What became of the N tokens of each of an image's T tiles under a policy, in raster order."""
 
     label: str
     policy: Policy
-    grid: tuple[int, int]  # rows and columns of tokens, N together
-    tiles: int  # of the image, of which this is the first
+    grid: tuple[int, int]  # rows and columns of a tile's tokens, N together
     layers: list[Layer]  # of the encoder
-    stages: list[Stage]  # cuts, as far as their tokens are those of the grid
-    hidden: int  # other cuts, behind the encoder
+    cuts: list[Cut]
     decoder_layers: int  # of the language model; 0: there is none
     answer: str | None  # to the prompt, if there was one
-
-    @property
-    def left(self) -> int:
-        """Tokens in the end."""
-        return self.stages[-1].kept[0] if self.stages else math.prod(self.grid)
+    newlines: int = 0  # tokens that the model puts among those of the tiles
+    resized: bool = False  # whether a token of the language model is a mean of several of the tiles'
 
 
 def load_model(name: str):
@@ -137,35 +153,58 @@ def decoder_layers(model: Any) -> int | None:
 
 
 @dataclass(frozen=True)
+class View:
+    """Tiles of an image side by side, as the model is given them."""
+
+    name: str  # empty where an image has one view
+    picture: np.ndarray  # uint8 [H, W, 3]
+    tiles: tuple[tuple[int, ...], ...]  # their numbers, by rows and columns
+
+    def lay(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x [T, N] of the tokens of all tiles, `grid` of them in a tile, in raster order of this picture."""
+        return _side_by_side(x[torch.tensor(self.tiles)].unflatten(2, grid)).flatten()
+
+    def grid(self, tile: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens, `tile` of them in a tile."""
+        return len(self.tiles) * tile[0], len(self.tiles[0]) * tile[1]
+
+
+@dataclass(frozen=True)
 class Shown:
     """An image as a model is given it."""
 
     name: str
-    picture: np.ndarray  # uint8 [H, W, 3] the first tile, after resizing and cropping
+    views: list[View]
     inputs: dict[str, Any]  # of the processor
     prompt: str | None
     tokens: int  # visual tokens of the image, unpruned
     answer: str | None  # with all tokens, if there is a prompt
+    budgets: int = 1  # equal parts of the image, each of which a policy gives a budget of its own
 
 
 @torch.inference_mode()
 def show(model: Any, processor: Any, image: Image.Image, name: str, prompt: str | None = None) -> Shown:
     """What `model` gets of an image and says to `prompt`; without one, nobody asks."""
-    image = image.convert("RGB")
+    image, reader = image.convert("RGB"), images_of(processor)
     if prompt is None:
-        batch = images_of(processor)([image], return_tensors="pt")
+        read = partial(reader, return_tensors="pt")
     else:
         prompt = prompt.replace(processor.image_token, "").strip()
-        batch = processor(images=[image], text=[_worded(processor, prompt)], return_tensors="pt")
+        read = partial(processor, text=[_worded(processor, prompt)], return_tensors="pt")
+    batch = read(images=[image])
     inputs: dict[str, Any] = {
         key: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
         for key, x in batch.items()
     }
-    tokens = patches_of(getattr(model.config, "vision_config", model.config))
-    if prompt is not None:
+    views = views_of(image, lambda image: as_pictures(read(images=[image]), reader))
+    tiles = sum(len(row) for view in views for row in view.tiles)
+    if prompt is None:
+        tokens = tiles * patches_of(getattr(model.config, "vision_config", model.config))
+    else:
         tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    picture = as_picture(inputs["pixel_values"], images_of(processor))
-    return Shown(name, picture, inputs, prompt, tokens, prompt and _answer(model, processor, inputs))
+    alone = any(isinstance(adapter, Idefics3) and adapter.model_class is type(model) for adapter in ADAPTERS)
+    answer = prompt and _answer(model, processor, inputs)
+    return Shown(name, views, inputs, prompt, tokens, answer, budgets=tiles if alone else 1)
 
 
 def _worded(processor: Any, prompt: str) -> str:
@@ -186,7 +225,7 @@ def look(model: Any, processor: Any, shown: Shown, policy: Policy, label: str) -
     """What `policy` finds and cuts in every layer, and what the model then says to the prompt.
 
     Raises:
-        ValueError: a model or settings that the policy does not fit, or a model that packs images of any size.
+        ValueError: a model or settings that the policy does not fit.
     """
     answer = None
     with patched(model, policy, record=True), watched(model, policy) as seen:
@@ -195,70 +234,172 @@ def look(model: Any, processor: Any, shown: Shown, policy: Policy, label: str) -
         else:
             answer = _answer(model, processor, shown.inputs)
         stages = trace(model).stages
-    grid, layers, depth = seen.grid, seen.layers, decoder_layers(model) or 0
-    inside, behind = ([s for s in stages if (s.name == "encoder") == want] for want in (True, False))
-    if behind:
-        scores = behind[0].scores
-        assert scores is not None
-        side = math.isqrt(math.prod(grid) // scores.shape[1]) or 1  # of a square of patches that became one token
-        if seen.tiles > 1 or side**2 * scores.shape[1] != math.prod(grid) or any(n % side for n in grid):
-            return Seen(label, policy, grid, seen.tiles, layers, inside, len(behind), depth, answer)
-        if side > 1:
-            layers, grid = [_merged(layer, grid, side) for layer in layers], (grid[0] // side, grid[1] // side)
-    return Seen(label, policy, grid, seen.tiles, layers, stages, 0, depth, answer)
+    grid, layers, kind = seen.grid, seen.layers, seen.kind
+    side = kind.side if kind is not None and seen.block == 1 else 1
+    if side > 1:  # patches by themselves, where nothing is dropped
+        layers, grid = [_merged(layer, grid, side) for layer in layers], (grid[0] // side, grid[1] // side)
+    tiles = len(layers[0].attention)
+    alive = torch.ones(tiles, math.prod(grid), dtype=torch.bool)
+    behind = [stage for stage in stages if stage.name != "encoder"]
+    cuts = [_cut(stage, alive.shape) for stage in stages if stage.name == "encoder"]
+    newlines, resized = 0, False
+    if kind is not None and (behind or not cuts):
+        made = _Assembly(kind, shown.inputs, alive.shape, len(behind[0].kept) if behind else shown.budgets)
+        used = made.back(torch.ones(len(made.places), max(made.places))) > 0
+        newlines, resized = made.newlines, sum(made.places) - made.newlines < int(used.sum())
+        if not cuts and not used.all():  # tokens of a tile's padding, which the model leaves out
+            cuts.append(Cut("features", -1, shown.tokens, used))
+        cuts += [_cut(stage, alive.shape, made) for stage in behind]
+    for i, cut in enumerate(cuts):
+        alive = alive & cut.alive
+        cuts[i] = dataclasses.replace(cut, alive=alive)
+    return Seen(label, policy, grid, layers, cuts, decoder_layers(model) or 0, answer, newlines, resized)
+
+
+def _cut(stage: Stage, shape: Sequence[int], made: _Assembly | None = None) -> Cut:
+    """A stage in terms of the tokens of tiles, from which its own were `made`."""
+    indices, scores = stage.indices.cpu(), None if stage.scores is None else stage.scores.float().cpu()
+    tokens = max(made.places) if made else shape[1]
+
+    def marks(some: Tensor) -> Tensor:
+        found = torch.zeros(len(indices), tokens + 1)  # the rest of a shorter row writes to a spare column
+        found.scatter_(1, indices.where(some, tokens).clamp_max(tokens), 1)
+        return (made.back(found) if made else found[:, :-1]) > 0
+
+    if made and scores is not None:
+        scores = made.back(scores.nan_to_num(0, 0, 0)) / made.back(scores.isfinite().float())  # 0 / 0: has none
+    return Cut(
+        stage.name, stage.layer, sum(stage.kept), marks(indices >= 0),
+        None if stage.recycled is None else marks(stage.recycled.cpu() & (indices >= 0)), scores,
+        None if stage.entropy is None else float(stage.entropy.mean()),
+    )  # fmt: skip
+
+
+class _Assembly:
+    """How a model makes its visual tokens from those of an image's tiles: stitched, unpadded, resized, newlines added.
+
+    Ones and newlines of zero are sent through the model's own code, and gradients tell what became of each token.
+    """
+
+    def __init__(self, kind: Kind, inputs: dict[str, Any], shape: Sequence[int], images: int) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self.tokens = torch.ones(*shape, 1, requires_grad=True)
+            parts = self.tokens.split(shape[0] // images)
+            self.made = [x[:, 0] for x in kind.assemble(parts, inputs, self.tokens.new_zeros(1))]
+        self.places = [len(x) for x in self.made]
+        self.newlines = sum(int((x == 0).sum()) for x in self.made)
+
+    def back(self, weights: Tensor) -> Tensor:
+        """[T, N] for each token of the tiles: `weights` [B, n] of the visual tokens it has a part in, times that."""
+        with torch.inference_mode(False), torch.enable_grad():
+            total = sum((x * w[: len(x)].clone()).sum() for x, w in zip(self.made, weights, strict=True))
+            return torch.autograd.grad(total, self.tokens, retain_graph=True)[0][..., 0]
 
 
 def _merged(layer: Layer, grid: tuple[int, int], side: int) -> Layer:
     """Of squares of side x side patches, the means."""
 
     def mean(x: Tensor) -> Tensor:
-        return x.unflatten(0, (grid[0] // side, side, grid[1] // side, side)).mean((1, 3)).flatten()
+        return x.unflatten(1, (grid[0] // side, side, grid[1] // side, side)).mean((2, 4)).flatten(1)
 
     score = None if layer.score is None else mean(layer.score)
     return Layer(mean(layer.attention), mean(layer.relevance), mean(layer.value_norm), layer.entropy, score)
 
 
-def as_picture(pixels: torch.Tensor, image_processor) -> np.ndarray:
-    """The first tile of what `image_processor` made, [.., 3, H, W], as uint8 [H, W, 3]."""
+def _side_by_side(x: Tensor) -> Tensor:
+    """Tiles [rows, columns, h, w, ...] as one picture [rows * h, columns * w, ...]."""
+    return x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def as_pictures(batch: Any, image_processor: Any) -> Tensor:
+    """Tiles of the image that `image_processor` made `batch` of, as uint8 [T, H, W, 3]."""
+    pixels = batch["pixel_values"]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (image_processor.image_mean, image_processor.image_std))
-    picture = (pixels.flatten(0, -4)[0].float() * std + mean).clamp(0, 1).permute(1, 2, 0)
-    return (picture * 255).round().byte().numpy()
+    if "image_grid_thw" in batch:  # of packed patches [R, 3 * images * p * p], block by block
+        side, size = image_processor.merge_size, image_processor.patch_size
+        _, rows, columns = batch["image_grid_thw"][0].tolist()
+        patches = pixels.view(rows // side, columns // side, side, side, 3, -1, size, size)[..., 0, :, :]
+        pixels = patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * size, columns * size)
+    pictures = (pixels.flatten(0, -4).float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return (pictures * 255).round().byte()
 
 
-def overlay(picture: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """`picture` with the tokens that are not kept washed out."""
-    mask = np.zeros(math.prod(grid), bool)
-    mask[kept] = True
+def views_of(image: Image.Image, read: Callable[[Image.Image], Tensor]) -> list[View]:
+    """The tiles that `read` cuts an image into, side by side where they lie in it, then each that shows all of it.
+
+    Side by side they read as one picture, which needs no selector and fits any width. Where they lie is asked of the
+    processor itself: it gets a picture of the same size whose red says how far right and whose green how far down,
+    and whose blue is missing in what it pads with.
+    """
+    pictures = read(image)
+    if len(pictures) == 1:
+        return [View("", pictures[0].numpy(), ((0,),))]
+    right, down = np.meshgrid(*(np.linspace(0, 255, n) for n in image.size))
+    ramps = np.stack([right, down, np.full_like(right, 255)], -1).round().astype(np.uint8)
+    place, inside = read(Image.fromarray(ramps)).float().flatten(1, 2).split((2, 1), 2)
+    inside = inside > 127
+    span = place.where(inside, 0).amax(1) - place.where(inside, 255).amin(1)
+    middle = (place * inside).sum(1) / inside.sum(1)
+    whole = (span > 0.9 * 255).all(1)
+    parts, overviews = ((whole == want).nonzero()[:, 0].tolist() for want in (False, True))
+    rows = _rows(parts, middle)
+    views = [View("overview", pictures[i].numpy(), ((i,),)) for i in overviews]
+    if rows is None:
+        return [View(f"tile {i + 1}", pictures[i].numpy(), ((i,),)) for i in parts] + views
+    together = _side_by_side(pictures[torch.tensor(rows)]).numpy()
+    return [View(f"{len(rows)} × {len(rows[0])} tiles", together, tuple(map(tuple, rows))), *views]
+
+
+def _rows(parts: list[int], middle: Tensor) -> list[list[int]] | None:
+    """Tiles whose middles are `middle` [T, 2] (right, down) as rows of a grid; None where they make none."""
+    right = middle[parts, 0]
+    ends = [*(right.diff() < 0).nonzero()[:, 0].tolist(), len(parts) - 1]
+    columns = ends[0] + 1
+    if len(parts) % columns:
+        return None
+    places = middle[parts].unflatten(0, (-1, columns))
+    rows, lines = places[..., 1], places[..., 0].T
+    even = all(bool((x.amax(1) - x.amin(1) < 5).all()) for x in (rows, lines))
+    return torch.tensor(parts).view(-1, columns).tolist() if even else None
+
+
+def overlay(picture: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """`picture` with the tokens washed out that are not `alive` (bool [rows, columns])."""
     # Pixels are spread over rows and columns as evenly as they go.
-    row, column = (np.arange(n) * cells // n for n, cells in zip(picture.shape, grid, strict=False))
-    alive = mask.reshape(grid)[row[:, None], column][..., None]
+    row, column = (np.arange(n) * cells // n for n, cells in zip(picture.shape, alive.shape, strict=False))
     grey = picture.mean(-1, keepdims=True)
     faded = 0.22 * grey + 0.78 * 250
-    return np.where(alive, picture, faded).astype(np.uint8)
+    return np.where(alive[row[:, None], column][..., None], picture, faded).astype(np.uint8)
 
 
 def draw(shown: Shown, seen: Seen, path: Path) -> Path:
-    """The image and one panel per cut, as a PNG."""
+    """The image and one panel per cut, as a PNG; views one below the other."""
     from .plots import INK, MUTED, figure_grid, save
 
-    picture, tokens = shown.picture, math.prod(seen.grid)
-    figure, panels = figure_grid(len(seen.stages) + 1, picture.shape[1] / picture.shape[0])
-    drawn = [("what the encoder sees", f"{tokens} tokens", picture)]
-    for stage in seen.stages:
-        kept = stage.indices[0, : stage.kept[0]].cpu().numpy()
-        entropy = f", entropy {float(stage.entropy[0]):.2f}" if stage.entropy is not None else ""
-        drawn.append((f"after {place_of(stage)}", f"{stage.kept[0]} kept{entropy}", overlay(picture, kept, seen.grid)))
-    for panel, (head, detail, image) in zip(panels, drawn, strict=False):
-        panel.imshow(image, interpolation="nearest")
-        panel.set_title(head, fontsize=11, color=INK, loc="left", pad=16)
-        panel.text(0, 1.02, detail, transform=panel.transAxes, fontsize=9, color=MUTED, va="bottom")
-    figure.suptitle(f"{seen.label}: {seen.left} of {tokens} tokens", x=0.005, ha="left", fontsize=13, color=INK)
+    def panel(alive: Tensor | None = None) -> np.ndarray:
+        pictures = [
+            view.picture
+            if alive is None
+            else overlay(view.picture, view.lay(alive, seen.grid).view(view.grid(seen.grid)).numpy())
+            for view in shown.views
+        ]
+        width = max(picture.shape[1] for picture in pictures)
+        sides = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+        return np.concatenate([np.pad(x, side, constant_values=255) for x, side in zip(pictures, sides, strict=True)])
+
+    whole, tokens = panel(), seen.layers[0].attention.numel()
+    figure, panels = figure_grid(len(seen.cuts) + 1, whole.shape[1] / whole.shape[0])
+    drawn = [("what the encoder sees", f"{tokens} tokens", whole)]
+    for cut in seen.cuts:
+        entropy = f", entropy {cut.entropy:.2f}" if cut.entropy is not None else ""
+        drawn.append((f"after {cut.where}", f"{cut.kept} kept{entropy}", panel(cut.alive)))
+    for axes, (head, detail, image) in zip(panels, drawn, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(head, fontsize=11, color=INK, loc="left", pad=16)
+        axes.text(0, 1.02, detail, transform=axes.transAxes, fontsize=9, color=MUTED, va="bottom")
+    left = seen.cuts[-1].kept if seen.cuts else tokens
+    figure.suptitle(f"{seen.label}: {left} of {tokens} tokens", x=0.005, ha="left", fontsize=13, color=INK)
     return save(figure, path)
-
-
-def place_of(stage: Stage) -> str:
-    """Where a cut is, in words."""
-    return f"{WHERE[stage.name]}, layer {stage.layer}" if stage.layer >= 0 else WHERE[stage.name]
 
 
 def opened(paths: Sequence[Path]) -> dict[str, Image.Image]:

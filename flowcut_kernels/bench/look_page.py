@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
 
-from .look import WHERE, Seen, Shown
+from .look import WHERE, Seen, Shown, View
 
 CRITERIA = ("attention", "relevance", "value_norm")
 
@@ -33,7 +33,7 @@ def write_page(model: str, looked: list[tuple[Shown, list[Seen]]], path: Path) -
     data = dict(
         steps=steps,
         scale=[to_hex(colormaps["viridis"](i / 16)) for i in range(17)],
-        images=[[_story(seen, steps) for seen in some] for _, some in looked],
+        images=[[_story(shown, seen, steps) for seen in some] for shown, some in looked],
     )
     environment = Environment(
         loader=PackageLoader("flowcut_kernels.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -44,31 +44,28 @@ def write_page(model: str, looked: list[tuple[Shown, list[Seen]]], path: Path) -
         steps=steps,
         data=data,
         average=_average,
-        looked=[(shown, _png(shown), some, _notes(some)) for shown, some in looked],
+        looked=[(shown, [(view, _png(view)) for view in shown.views], some, _notes(shown, some)) for shown, some in looked],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _average(seen: Seen) -> str | None:
-    """Tokens over the layers of the language model; None where that is known only afterwards, or not of this tile."""
-    if seen.tiles > 1 or seen.hidden:
-        return None
+def _average(shown: Shown, seen: Seen) -> str | None:
+    """Tokens over the layers of the language model; None where that is known only afterwards."""
     try:
-        return f"{seen.policy.average_tokens(seen.decoder_layers, math.prod(seen.grid)):.4g}"
+        each = seen.policy.average_tokens(seen.decoder_layers, shown.tokens // shown.budgets)
     except ValueError:
         return None
+    return f"{shown.budgets * each:.4g}"
 
 
 def _steps(looked: list[Seen]) -> list[dict[str, Any]]:
     """Where the slider stops: layers of the encoder, and what is behind it as far as somebody cuts there."""
-    stages = [stage for seen in looked for stage in seen.stages]
+    cuts = [cut for seen in looked for cut in seen.cuts]
     depth = {"encoder": max(len(seen.layers) for seen in looked)}
-    depth["features"] = int(any(stage.name == "features" for stage in stages))
-    depth["llm"] = (
-        max((seen.decoder_layers for seen in looked), default=0) if any(s.name == "llm" for s in stages) else 0
-    )
+    depth["features"] = int(any(cut.place == "features" for cut in cuts))
+    depth["llm"] = max(seen.decoder_layers for seen in looked) if any(cut.place == "llm" for cut in cuts) else 0
     return [
         dict(place=name, layer=layer, words=WHERE[name] if name == "features" else f"{WHERE[name]}, layer {layer}")
         for name, count in depth.items()
@@ -76,55 +73,69 @@ def _steps(looked: list[Seen]) -> list[dict[str, Any]]:
     ]
 
 
-def _story(seen: Seen, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _story(shown: Shown, seen: Seen, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """What became of each token, step by step: the policy's numbers in the form that the page's script reads."""
-    tokens = math.prod(seen.grid)
+    tokens = seen.layers[0].attention.shape
     places = [(step["place"], step["layer"]) for step in steps]
-    score: list[Any] = [None] * len(steps)
+    score: list[Tensor | None] = [None] * len(steps)
     entropy: list[float | None] = [None] * len(steps)
     for i, layer in enumerate(seen.layers):
-        score[i], entropy[i] = _short(layer.score), float(f"{layer.entropy:.4g}")
-    gone, merged = torch.full((2, tokens), -1).unbind()
-    kept = [tokens] * len(steps)
-    for stage in seen.stages:
-        step = places.index((stage.name, max(stage.layer, 0)))
-        index = stage.indices[0, : stage.kept[0]].cpu()
-        left = torch.zeros(tokens, dtype=torch.bool).index_fill(0, index, True)
-        gone[(gone < 0) & ~left] = step
-        if stage.recycled is not None:
-            merged[index[stage.recycled[0, : len(index)].cpu()]] = step
-        if stage.name != "encoder" and stage.scores is not None:
-            score[step] = _short(stage.scores[0])
-        if stage.entropy is not None:
-            entropy[step] = float(f"{float(stage.entropy[0]):.4g}")
-        kept[step:] = [stage.kept[0]] * (len(steps) - step)
+        score[i], entropy[i] = layer.score, float(layer.entropy.mean())
+    gone, merged = torch.full((2, *tokens), -1).unbind()
+    kept = [tokens.numel()] * len(steps)
+    for cut in seen.cuts:
+        step = places.index((cut.place, max(cut.layer, 0)))
+        gone[(gone < 0) & ~cut.alive] = step
+        if cut.merged is not None:
+            merged[cut.merged] = step
+        if cut.place != "encoder":
+            score[step] = cut.scores
+        if cut.entropy is not None:
+            entropy[step] = cut.entropy
+        kept[step:] = [cut.kept] * (len(steps) - step)
+    criteria = {name: [getattr(layer, name) for layer in seen.layers] for name in CRITERIA}
+
+    def part(view: View) -> dict[str, Any]:
+        """The same of the tokens of one view, in raster order."""
+        left = view.lay(gone, seen.grid)
+        return dict(
+            grid=view.grid(seen.grid), tile=seen.grid, gone=left.tolist(),
+            kept=[int(((left < 0) | (left > step)).sum()) for step in range(len(steps))],
+            merged=view.lay(merged, seen.grid).tolist(),
+            **{
+                name: [None if x is None else _short(view.lay(x, seen.grid)) for x in values]
+                for name, values in (criteria | dict(score=score)).items()
+            },
+        )  # fmt: skip
+
     return dict(
-        label=seen.label, grid=seen.grid, kept=kept, entropy=entropy, gone=gone.tolist(), merged=merged.tolist(),
-        score=score, **{name: [_short(getattr(layer, name)) for layer in seen.layers] for name in CRITERIA},
+        label=seen.label, kept=kept, entropy=[None if x is None else float(f"{x:.4g}") for x in entropy],
+        views=[part(view) for view in shown.views],
     )  # fmt: skip
 
 
-def _short(values: Tensor | None) -> list[float | None] | None:
+def _short(values: Tensor) -> list[float | None]:
     """Four digits of each, None where there is no number."""
-    if values is None:
-        return None
     return [float(f"{x:.4g}") if math.isfinite(x) else None for x in values.tolist()]
 
 
-def _png(shown: Shown) -> str:
+def _png(view: View) -> str:
     file = io.BytesIO()
-    Image.fromarray(shown.picture).save(file, "PNG")
+    Image.fromarray(view.picture).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _notes(some: list[Seen]) -> list[str]:
-    notes = []
-    if some[0].tiles > 1:
-        notes.append(f"The model cuts this image into {some[0].tiles} tiles, of which the first is shown.")
-    for seen in some:
-        if seen.hidden:
-            notes.append(
-                f"{seen.label}: cuts behind the encoder ({seen.hidden}) are not shown, as tokens are no tile's patches "
-                "there."
-            )
+def _notes(shown: Shown, some: list[Seen]) -> list[str]:
+    """What a reader must know of an image in several tiles."""
+    if len(some[0].layers[0].attention) == 1:
+        return []
+    notes = ["A tile attends to itself alone: attention is shared out within each, and its entropy is their mean."]
+    newlines = max(seen.newlines for seen in some)
+    if newlines:
+        notes.append(f"The model puts {newlines} newlines among the tokens. They count among those left, and are not drawn.")
+    if any(seen.resized for seen in some):
+        notes.append(
+            "The model resizes what the tiles became: behind the encoder a token is a mean of up to four, which are "
+            "drawn as long as it is there."
+        )
     return notes

@@ -87,37 +87,26 @@ def test_hooks_see_what_the_policy_sees_and_change_nothing(tower):
         second = fk.trace(model)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(a.indices, b.indices) for a, b in zip(first.stages, second.stages, strict=True))
-    assert seen.grid == (8, 8) and seen.tiles == 1 and len(seen.layers) == len(noted) + 1  # and the layer that is read
+    assert seen.grid == (8, 8) and len(seen.layers) == len(noted) + 1  # and the layer that is read
     alive = torch.arange(PATCHES)
     for number, (layer, (attention, relevance, norm, entropy)) in enumerate(zip(seen.layers, noted, strict=False)):
-        for found, want in ((layer.attention, attention), (layer.relevance, relevance), (layer.value_norm, norm)):
+        for (found,), want in ((layer.attention, attention), (layer.relevance, relevance), (layer.value_norm, norm)):
             torch.testing.assert_close(found[alive], want, rtol=1e-4, atol=1e-6)
             assert found.isfinite().sum() == len(alive)
-        assert layer.entropy == pytest.approx(entropy, abs=1e-5)
-        assert layer.entropy == pytest.approx(second.entropy[number].item(), abs=1e-5)
+        assert layer.entropy.item() == pytest.approx(entropy, abs=1e-5)
+        assert layer.entropy.item() == pytest.approx(second.entropy[number].item(), abs=1e-5)
         cut = next((stage for stage in second.stages if stage.layer == number), None)
         assert layer.score is not None and layer.score.isfinite().sum() == len(alive)
         if cut is not None:
-            torch.testing.assert_close(layer.score, cut.scores[0], equal_nan=True)
+            torch.testing.assert_close(layer.score, cut.scores, equal_nan=True)
             alive = cut.indices[0, : cut.kept[0]]
     assert len(second.stages) > 1 and len(alive) == 9 and seen.layers[-1].score is None
 
 
-def test_tiles(tmp_path):
-    """Of an image that a model cuts up, the first tile, and no cuts that are of all of them."""
-    model = llava_next()
-    sizes = torch.tensor([[2 * 56, 2 * 56]])
-    batch = dict(pixel_values=torch.stack([images(5)]), image_sizes=sizes)
-    shown = looking.Shown("x", np.zeros((56, 56, 3), np.uint8), batch, None, PATCHES, None)
-    seen = looking.look(model, None, shown, fk.FlowCut(target_tokens=40, recycle_cell=2), "hybrid")
-    assert seen.tiles == 5 and seen.grid == (8, 8) and {stage.name for stage in seen.stages} == {"encoder"}
-    assert seen.hidden == 1 and looking.draw(shown, seen, tmp_path / "x.png").exists()
-
-
 def test_squares_are_tokens():
-    layer = looking.Layer(*(torch.arange(16.0).view(4, 4).flatten(),) * 3, entropy=0.5)
+    layer = looking.Layer(*(torch.arange(16.0)[None],) * 3, entropy=torch.tensor([0.5]))
     merged = looking._merged(layer, (4, 4), 2)
-    assert merged.attention.tolist() == [2.5, 4.5, 10.5, 12.5] and merged.score is None
+    assert merged.attention.tolist() == [[2.5, 4.5, 10.5, 12.5]] and merged.score is None
 
 
 def test_saved_tower(tmp_path):
@@ -135,10 +124,11 @@ def test_saved_tower(tmp_path):
         pytest.skip(str(error))
     shown = looking.show(model, processor, Image.new("RGB", (112, 112), (255, 0, 0)), "red")
     seen = looking.look(model, processor, shown, fk.UniformTokens(target_tokens=4), "uniform")
-    assert shown.picture.shape == (112, 112, 3)
-    assert shown.picture[..., 0].min() > 250 and shown.picture[..., 1:].max() < 5
-    drawn = looking.overlay(shown.picture, seen.stages[0].indices[0].numpy(), seen.grid)
-    assert (drawn == shown.picture).all(-1).sum() == 4 * 14 * 14
+    picture = shown.views[0].picture
+    assert picture.shape == (112, 112, 3)
+    assert picture[..., 0].min() > 250 and picture[..., 1:].max() < 5
+    drawn = looking.overlay(picture, seen.cuts[0].alive.view(seen.grid).numpy())
+    assert (drawn == picture).all(-1).sum() == 4 * 14 * 14
     assert seen.answer is None and looking.decoder_layers(model) is None
 
 
@@ -149,7 +139,7 @@ def test_command_writes_the_page_and_pngs(made, expected):
     for path in pngs:
         with Image.open(path) as image:
             assert image.width > 600 and len(image.getcolors(2**20) or range(99)) > 20
-    assert " → ".join(str(stage.kept[0]) for stage in expected.stages) + " kept" in output
+    assert " → ".join(str(cut.kept) for cut in expected.cuts) + " kept" in output
     page = (folder / "look.html").read_text()
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page) and "default-src 'none'" in page
     assert str(folder) not in page and str(folder.parent) not in page
@@ -207,12 +197,11 @@ def test_slider_by_keys(made, visit):
 def test_criteria_of_a_token(way, made, expected, visit):
     """The three criteria and the score as computed here, where a layer cuts: of a token that stays, one that goes."""
     page = visit(made[0] / "look.html", width=360 if way == "tap" else 1280, has_touch=way == "tap")
-    cut = expected.stages[0]
+    cut = expected.cuts[0]
     layer = expected.layers[cut.layer]
     page.evaluate("at => { slider.value = at; draw(); }", cut.layer)
     (rows, columns), canvas = expected.grid, page.locator("canvas").first
-    stays = int(cut.indices[0, 5])
-    goes = max(set(range(rows * columns)) - set(cut.indices[0].tolist()))
+    stays, goes = int(cut.alive[0].nonzero()[5]), int((~cut.alive[0]).nonzero()[-1])
     for token, fate in ((stays, "kept"), (goes, "dropped after")):
         row, column = divmod(token, columns)
         box = canvas.bounding_box()
@@ -222,7 +211,7 @@ def test_criteria_of_a_token(way, made, expected, visit):
         elif way == "tap":
             canvas.tap(position=where)
         else:
-            page.evaluate("sections[0].token = 0")
+            page.evaluate("sections[0].groups[0].token = 0")
             canvas.focus()
             for key, times in (("ArrowDown", row), ("ArrowRight", column)):
                 for _ in range(times):
@@ -232,7 +221,7 @@ def test_criteria_of_a_token(way, made, expected, visit):
         assert panel.locator(".cell").inner_text().startswith(f"row {row + 1}, column {column + 1}: {fate}")
         for name in ("attention", "relevance", "value_norm", "score"):
             read = float(panel.locator(f"dd[data-key={name}]").inner_text())
-            assert read == pytest.approx(float(getattr(layer, name)[token]), rel=6e-3), name
+            assert read == pytest.approx(float(getattr(layer, name)[0, token]), rel=6e-3), name
 
 
 @pytest.mark.parametrize("context", [{}, dict(color_scheme="dark")], ids=["light", "dark"])
