@@ -247,7 +247,8 @@ def look(model: Any, processor: Any, shown: Shown, policy: Policy, label: str) -
         made = _Assembly(kind, shown.inputs, alive.shape, len(behind[0].kept) if behind else shown.budgets)
         used = made.back(torch.ones(len(made.places), max(made.places))) > 0
         newlines, resized = made.newlines, sum(made.places) - made.newlines < int(used.sum())
-        if not cuts and not used.all():  # tokens of a tile's padding, which the model leaves out
+        features = bool(behind) and behind[0].name == "features"
+        if not cuts and not features and not used.all():  # tokens of a tile's padding, which the model leaves out
             cuts.append(Cut("features", -1, shown.tokens, used))
         cuts += [_cut(stage, alive.shape, made) for stage in behind]
     for i, cut in enumerate(cuts):
@@ -347,14 +348,13 @@ def views_of(image: Image.Image, read: Callable[[Image.Image], Tensor]) -> list[
     if rows is None:
         return [View(f"tile {i + 1}", pictures[i].numpy(), ((i,),)) for i in parts] + views
     together = _side_by_side(pictures[torch.tensor(rows)]).numpy()
-    return [View(f"{len(rows)} × {len(rows[0])} tiles", together, tuple(map(tuple, rows))), *views]
+    return [View(f"{len(rows)} by {len(rows[0])} tiles", together, tuple(map(tuple, rows))), *views]
 
 
 def _rows(parts: list[int], middle: Tensor) -> list[list[int]] | None:
     """Tiles whose middles are `middle` [T, 2] (right, down) as rows of a grid; None where they make none."""
-    right = middle[parts, 0]
-    ends = [*(right.diff() < 0).nonzero()[:, 0].tolist(), len(parts) - 1]
-    columns = ends[0] + 1
+    ends = (middle[parts, 0].diff() < 5).nonzero()[:, 0].tolist()  # where the next one lies no further right
+    columns = ends[0] + 1 if ends else len(parts)
     if len(parts) % columns:
         return None
     places = middle[parts].unflatten(0, (-1, columns))
@@ -384,7 +384,8 @@ def draw(shown: Shown, seen: Seen, path: Path) -> Path:
             for view in shown.views
         ]
         width = max(picture.shape[1] for picture in pictures)
-        sides = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+        gaps = [0, *[width // 24] * (len(pictures) - 1)]
+        sides = [((gap, 0), (0, width - x.shape[1]), (0, 0)) for gap, x in zip(gaps, pictures, strict=True)]
         return np.concatenate([np.pad(x, side, constant_values=255) for x, side in zip(pictures, sides, strict=True)])
 
     whole, tokens = panel(), seen.layers[0].attention.numel()
@@ -397,8 +398,8 @@ def draw(shown: Shown, seen: Seen, path: Path) -> Path:
         axes.imshow(image, interpolation="nearest")
         axes.set_title(head, fontsize=11, color=INK, loc="left", pad=16)
         axes.text(0, 1.02, detail, transform=axes.transAxes, fontsize=9, color=MUTED, va="bottom")
-    left = seen.cuts[-1].kept if seen.cuts else tokens
-    figure.suptitle(f"{seen.label}: {left} of {tokens} tokens", x=0.005, ha="left", fontsize=13, color=INK)
+    left = seen.cuts[-1].kept if seen.cuts else shown.tokens
+    figure.suptitle(f"{seen.label}: {left} of {shown.tokens} tokens", x=0.005, ha="left", fontsize=13, color=INK)
     return save(figure, path)
 
 

@@ -44,7 +44,9 @@ def write_page(model: str, looked: list[tuple[Shown, list[Seen]]], path: Path) -
         steps=steps,
         data=data,
         average=_average,
-        looked=[(shown, [(view, _png(view)) for view in shown.views], some, _notes(shown, some)) for shown, some in looked],
+        looked=[
+            (shown, [(view, _png(view)) for view in shown.views], some, _notes(shown, some)) for shown, some in looked
+        ],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -132,7 +134,9 @@ def _notes(shown: Shown, some: list[Seen]) -> list[str]:
     notes = ["A tile attends to itself alone: attention is shared out within each, and its entropy is their mean."]
     newlines = max(seen.newlines for seen in some)
     if newlines:
-        notes.append(f"The model puts {newlines} newlines among the tokens. They count among those left, and are not drawn.")
+        notes.append(
+            f"The model puts {newlines} newlines among the tokens. They count among those left, and are not drawn."
+        )
     if any(seen.resized for seen in some):
         notes.append(
             "The model resizes what the tiles became: behind the encoder a token is a mean of up to four, which are "

@@ -97,9 +97,8 @@ class _Eye:
         attention, relevance, norm, entropy = self.statistics(
             query, key, value, value_anchor, state.lengths, scale=parts.attention.scale, protect=state.protect
         )
-        self.seen.layers.append(
-            Layer(*(_of_tiles(x, state) for x in (attention[:, 0], relevance[:, 0], norm)), entropy[:, 0])
-        )
+        attention, relevance, norm = (_of_tiles(x, state) for x in (attention[:, 0], relevance[:, 0], norm))
+        self.seen.layers.append(Layer(attention, relevance, norm, entropy[:, 0]))
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         state: EncoderState = kwargs["pruning"]
@@ -146,16 +145,13 @@ class _PackedEye(_Eye):
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *(rows.rotary or kwargs["position_embeddings"]))
         segments = rows.segments
+        query, value_anchor = segments.mean(query), segments.mean(value)
+        key, value = (segments.pad(x).transpose(1, 2) for x in (key, value))
         attention, relevance, norm, entropy = self.statistics(
-            segments.mean(query),
-            *(segments.pad(x).transpose(1, 2) for x in (key, value)),
-            segments.mean(value),
-            None if segments.even else segments.tensor,
-            scale=parts.attention.scaling,
+            query, key, value, value_anchor, None if segments.even else segments.tensor, scale=parts.attention.scaling
         )
-        self.seen.layers.append(
-            Layer(*(_of_packed(x, state) for x in (attention[:, 0], relevance[:, 0], norm)), entropy[:1, 0])
-        )
+        attention, relevance, norm = (_of_packed(x, state) for x in (attention[:, 0], relevance[:, 0], norm))
+        self.seen.layers.append(Layer(attention, relevance, norm, entropy[:1, 0]))
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         state: PackedState = kwargs["packing"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PATCHES, TOWERS, images, llava_next
+from tiny import PATCHES, TOWERS, images
 
 import flowcut_kernels as fk
 from flowcut_kernels.ops import anchor_stats
