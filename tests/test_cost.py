@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,14 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen2Config,
     SiglipVisionConfig,
 )
 
 import flowcut_kernels as fk
-from flowcut_kernels.cost import Schedule, decoder_flops, encoder_flops, projector_flops
+from flowcut_kernels.cost import Schedule, decoder_flops, encoder_flops, weights
 from flowcut_kernels.ops import score_select
 
 
@@ -248,7 +251,6 @@ def test_table():
         (dict(policy=fk.VFlowOpt(retain_ratio=0.5, counts="release")), ValueError, "counts='exact'"),
         (dict(entropy=1.5), ValueError, "entropy=1.5"),
         (dict(logits_to_keep=-1), ValueError, "logits_to_keep=-1"),
-        (dict(model=tiny.llava(text_config=MistralConfig, text=dict(sliding_window=16))), ValueError, "window=16"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, message):
@@ -257,11 +259,32 @@ def test_bad_input(change, error, message):
         fk.cost(**arguments)
 
 
-def test_families_without_a_formula():
-    model = tiny.llava()
-    model.model.language_model.config.model_type = "gemma"
-    with pytest.raises(ValueError, match="model_type='gemma'"):
+@pytest.mark.parametrize(
+    ("family", "text", "message"),
+    [
+        (MixtralConfig, dict(num_local_experts=2), "MixtralDecoderLayer, which has experts"),
+        (Phi3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)), "Phi3DecoderLayer, which proj"),
+    ],
+)
+def test_layers_without_a_formula(family, text, message):
+    model = tiny.llava(text_config=family, text=text)
+    with pytest.raises(ValueError, match=f"no formula for {message}"):
         fk.cost(model, fk.FlowCut(8), prompt())
+
+
+def test_sliding_window():
+    """All pairs are counted. The cache holds what later tokens see: views, until the next token makes them anew."""
+    model, inputs = tiny.llava(text_config=MistralConfig, text=dict(sliding_window=16)), prompt()
+    cost = fk.cost(model, POLICIES["shares"], inputs)
+    for side, context in (
+        (cost.full, nullcontext()),
+        (cost.pruned, fk.patched(model, POLICIES["shares"], backend="reference")),
+    ):
+        with context:
+            assert run(model, inputs, logits_to_keep=1)[0] == predicted(side)[0]
+            layers = model(**inputs).past_key_values.layers
+        assert sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)) == side.kv_bytes
+    assert cost.full.kv_bytes < fk.cost(tiny.llava(text=TEXT), POLICIES["shares"], inputs).full.kv_bytes
 
 
 # The papers' figures. Vicuna's tokenizer makes 62 tokens of LLaVA's POPE prompt with an object of two: 35 up to the
@@ -332,12 +355,17 @@ def test_flowcut_on_llava_next():
     between 16:9 and 3:2; the paper does not give the shapes of the images behind its figure.
     """
 
-    def unpruned(visual: int) -> float:
-        decoder = decoder_flops(VICUNA, Schedule.stock(32, visual + TEXT_TOKENS))
-        return 5 * encoder_flops(CLIP, Schedule.stock(24, 577)) + projector_flops(CLIP, VICUNA, 5 * 576) + decoder
+    model = llava_7b()
+    inner, head = model.model, 2 * weights(model.lm_head)
 
-    view = fk.cost(llava_7b(), fk.FlowCut(64), pope()).pruned
-    decoder = decoder_flops(VICUNA, Schedule.cut(32, 320 + TEXT_TOKENS, {1: 160 + TEXT_TOKENS}))
+    def unpruned(visual: int) -> float:
+        decoder = decoder_flops(inner.language_model, Schedule.stock(32, visual + TEXT_TOKENS)) + head
+        tower = encoder_flops(inner.vision_tower, Schedule.stock(24, 577), 576)
+        return 5 * (tower + 2 * 576 * weights(inner.multi_modal_projector)) + decoder
+
+    view = fk.cost(model, fk.FlowCut(64), pope()).pruned
+    rows = Schedule.cut(32, 320 + TEXT_TOKENS, {1: 160 + TEXT_TOKENS})
+    decoder = decoder_flops(inner.language_model, rows) + head
     assert 5 * (view.encoder_flops + view.projector_flops) + decoder == pytest.approx(4.29e12, rel=0.03)
     assert unpruned(2880) == pytest.approx(44.7e12, rel=0.01)
     assert unpruned(2004) == pytest.approx(31.03e12, rel=0.001)

@@ -230,7 +230,7 @@ def _rows(
     for budget in tokens:
         split[budget] = spent(runs[str(budget)], pixels.device, max(1, repeats // 2))
     return [
-        _row(pixels, budget, times, seen[budget], split[budget], flop_ratio(seen[budget], stock.config.vision_config))
+        _row(pixels, budget, times, seen[budget], split[budget], flop_ratio(seen[budget], stock.model.vision_tower))
         | dict(
             patches=patches_of(stock.config.vision_config),
             stock_peak_bytes=peaks["stock"],
@@ -276,15 +276,15 @@ def _row(pixels: Tensor, budget: int, times: dict[str, Samples], seen: Trace, sp
     )
 
 
-def flop_ratio(seen: Trace, config) -> float:
+def flop_ratio(seen: Trace, tower: Any) -> float:
     """FLOPs of the traced schedule over those of the stock encoder, whose last layer nobody reads; mean over images."""
-    patches, layers = patches_of(config), config.num_hidden_layers
-    whole = encoder_flops(config, Schedule.stock(layers, patches + 1))
+    patches, layers = patches_of(tower.config), tower.config.num_hidden_layers
+    whole = encoder_flops(tower, Schedule.stock(layers, patches + 1), patches)
     parts = []
     batch = len(seen.stages[0].kept)
     for image in range(batch):
         kept = {stage.layer: stage.kept[image] + 1 for stage in seen.stages}
-        parts.append(encoder_flops(config, Schedule.cut(layers - 1, patches + 1, kept)))
+        parts.append(encoder_flops(tower, Schedule.cut(layers - 1, patches + 1, kept), patches))
     return math.fsum(parts) / batch / whole
 
 

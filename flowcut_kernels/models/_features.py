@@ -142,6 +142,7 @@ class Kind:
     leading = 0  # features of each in front that are no patches and are never dropped
     shrinks = True  # prompts; False: features have every place, and dropped ones leave inside the language model
     side = 1  # edge in patches of a token, that the model merges
+    grid = ""  # the argument that says how many patches each has, where the encoder takes any number
     assembles = False  # whether the features of a visual are put together of its tiles'; else they are one tile's
 
     def __init__(self, model: Any, token_id: int) -> None:
@@ -211,8 +212,8 @@ class PrunedFeatures(Bound):
         as_tuple = arguments.get("return_dict") is False
         layouts = self._layouts(pixels, arguments)
         output, known = self._make(arguments, layouts)
-        full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
-        self.encoded = Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
+        self.encoded, kept = self._expected(layouts), [self._kept(layout) for layout in layouts]
+        full = self.encoded.full
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
             self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
@@ -246,6 +247,17 @@ class PrunedFeatures(Bound):
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
         return None if budget is None else min(budget, left) + layout.besides
 
+    def _expected(self, layouts: list[Layout]) -> Encoded:
+        """What is known of visuals that are not encoded yet."""
+        full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
+        return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
+
+    def foresee(self, arguments: dict[str, Any]) -> None:
+        """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
+        pixels, output = self.given(arguments)
+        if pixels is not None and output is None:
+            self.encoded = self._expected(self._layouts(pixels, arguments))
+
     def _asked(self, layouts: list[Layout]) -> EncoderPass:
         """What is to be left of each tile."""
         tokens: list[int] = []
@@ -264,7 +276,8 @@ class PrunedFeatures(Bound):
                 voids.append(none if whole or layout.void is None else layout.void)
         void = torch.cat(voids) if voids else None
         leads = self.kind.leading + max((layout.leads for layout in layouts), default=0)
-        return EncoderPass(self.kind.side, tokens, budgets, void, leads=leads)
+        masked = any(layout.masked for layout in layouts)
+        return EncoderPass(self.kind.side, tokens, budgets, void, masked, leads=leads)
 
     def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
         """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""

@@ -63,6 +63,8 @@ class Idefics3Tiles(ShuffledTiles):
     """Tiles of each row of a batch, which is filled up with tiles of zeros."""
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        if pixels.is_meta:
+            raise ValueError("pixel_values on the meta device do not say which tiles are filling: give their values")
         real = (pixels != 0).flatten(2).any(-1)
         whole, mask = self.layout(pixels), arguments.get("pixel_attention_mask")
         if mask is None or bool(mask[real].all()):

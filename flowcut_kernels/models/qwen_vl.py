@@ -73,12 +73,17 @@ class QwenVL:
             )
         if depth < 2:
             raise ValueError(f"{name} of {depth} layer has none to prune before its last")
+        deepstack = zip(
+            getattr(visual, "deepstack_visual_indexes", ()), getattr(visual, "deepstack_merger_list", ()), strict=True
+        )
+        mergers = [(depth - 1, visual.merger), *deepstack]
         encoder = PackedEncoder(
             visual,
             policy,
             block=visual.spatial_merge_size**2,
             feature_layer=depth - 1,
             windows=None if full is None else _windows,
+            mergers=mergers,
             pixel_mean=self.mean,
             pixel_std=self.std,
             record=record,
@@ -88,8 +93,7 @@ class QwenVL:
         for i, block in enumerate(visual.blocks):
             windowed = full is not None and i not in full
             replacements.append((block, "forward", PackedBlock(block, _parts, i, windowed)))
-        mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
-        return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for merger in mergers)]
+        return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for _, merger in mergers)]
 
 
 QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

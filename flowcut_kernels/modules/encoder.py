@@ -61,6 +61,7 @@ class EncoderPass:
     tokens: list[int] | None = None  # of each tile, without void ones; None: all
     budgets: list[int] | None = None  # tokens to leave of each tile; None: what the policy leaves of an image
     void: Tensor | None = None  # bool [B, N] tokens that the model throws away: they go before the first cut
+    masked: bool = False  # nothing may attend to those: they go before the first layer
     pixels: Pixels | None = None  # where the policy wants them
     align: tuple[int, ...] = ()  # indices of hidden states whose rows are to be known
     leads: int = 0  # rows of a tile in front of its patches that the projector is given too

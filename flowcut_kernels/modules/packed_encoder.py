@@ -481,6 +481,7 @@ class PackedEncoder:
     feature_layer: int  # 0-based layer whose output is merged
     # encoder, grid_thw and further arguments -> order of the tokens [T] and cumulative patches of the windows
     windows: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
+    mergers: Sequence[tuple[int, nn.Module]] = ()  # and the layers whose output they merge
     pixel_mean: Sequence[float] = ()  # of the usual image processor, on a scale of 0..1
     pixel_std: Sequence[float] = ()
     record: bool = False
@@ -507,7 +508,7 @@ class PackedEncoder:
                 "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
-        self.state = state = self._started(grid_thw, hidden_states.device, kwargs)
+        self.state = state = self.started(grid_thw, hidden_states.device, kwargs)
         if self.policy.wants_pixels:
             images = hidden_states.view(-1, *self.patch_shape).transpose(1, 2).flatten(0, 1)
             state.pixels = Pixels(images, self.pixel_mean, self.pixel_std, images.shape[-1])
@@ -519,7 +520,9 @@ class PackedEncoder:
         self.importance = state.importance if self.policy.prunes_features else None
         return output
 
-    def _started(self, grid_thw: Tensor, device: torch.device, kwargs: dict[str, Any]) -> PackedState:
+    def started(self, grid_thw: Tensor, device: torch.device, kwargs: dict[str, Any]) -> PackedState:
+        """The state of a pass over images or videos of (frames, rows, columns) of patches; `kwargs` of the stock
+        forward are given what it would work out again."""
         frames = Frame.of(grid_thw.tolist(), round(self.block**0.5), self.policy)
         rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device))
         checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)

@@ -165,8 +165,14 @@ class Policy:
         """Score the tokens of a layer and choose which rows go on."""
         raise NotImplementedError
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
-        """FLOPs of the matrix products by which `encoder_select` chooses among `tokens` patches of `width` channels."""
+    def encoder_scoring_flops(
+        self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
+    ) -> int:
+        """FLOPs of the matrix products by which `encoder_select` chooses among `tokens` patches of `width` channels.
+
+        Args:
+            anchor: those of `view.anchor`, by the same name.
+        """
         return 0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -140,5 +141,7 @@ class AttentionTokens(_OneCut):
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         return _ATTENTION.encoder_select(step, view)
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
-        return _ATTENTION.encoder_scoring_flops(step, tokens, protect, width, heads)
+    def encoder_scoring_flops(
+        self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
+    ) -> int:
+        return _ATTENTION.encoder_scoring_flops(step, tokens, protect, width, heads, anchor)

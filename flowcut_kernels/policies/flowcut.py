@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -245,9 +246,11 @@ class FlowCut(Policy):
         scores = self.cumulative and layer < self.schedule[-1][0]
         return EncoderStep(Select.SCORE_ONLY, static=True) if scores else None
 
+    def _anchor(self, protect: int) -> str:
+        return self.anchor if self.anchor != "auto" else ("cls" if protect else "mean")
+
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
-        anchor = self.anchor if self.anchor != "auto" else ("cls" if view.protect else "mean")
-        query, value_anchor = view.anchor(anchor)
+        query, value_anchor = view.anchor(self._anchor(view.protect))
         relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
         score, index, lengths, entropy = anchor_stats_select(
             query,
@@ -272,11 +275,10 @@ class FlowCut(Policy):
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
-        # The mean token's query and value are rows of their own, the class token's query where a layer prunes.
-        mean = self.anchor == "mean" or (self.anchor == "auto" and not protect)
-        own = 2 if mean else int(step.prunes)
-        return 2 * own * width**2 + self._statistics_flops(protect + tokens, width, width)
+    def encoder_scoring_flops(
+        self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
+    ) -> int:
+        return anchor(self._anchor(protect)) + self._statistics_flops(protect + tokens, width, width)
 
     @property
     def prunes_features(self) -> bool:

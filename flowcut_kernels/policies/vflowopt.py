@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -201,7 +202,9 @@ class VFlowOpt(Policy):
         # What n hubs receive exceeds n thresholds, but not what all patches receive: n < patches / t.
         return patches if self.hub_threshold < 1 else math.ceil(patches / self.hub_threshold) - 1
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
+    def encoder_scoring_flops(
+        self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
+    ) -> int:
         # All queries by all keys, which the kernels do twice, and those of the hubs: as many as there can be.
         rows = protect + tokens
         return 2 * width * rows * (2 * rows + protect + self._most_hubs(tokens))

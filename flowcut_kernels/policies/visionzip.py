@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,7 +145,9 @@ class VisionZip(Policy):
         absent = torch.arange(targets.shape[1], device=key.device) >= count
         return similar.masked_fill(absent[:, None], float("-inf")).argmax(-1)
 
-    def encoder_scoring_flops(self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int) -> int:
+    def encoder_scoring_flops(
+        self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
+    ) -> int:
         rows = protect + tokens
         return 2 * rows * (width + self.contextual(step.budget) * width // heads)
 
