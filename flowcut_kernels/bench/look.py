@@ -343,9 +343,10 @@ def views_of(image: Image.Image, read: Callable[[Image.Image], Tensor]) -> list[
     middle = (place * inside).sum(1) / inside.sum(1)
     whole = (span > 0.9 * 255).all(1)
     parts, overviews = ((whole == want).nonzero()[:, 0].tolist() for want in (False, True))
-    rows = _rows(parts, middle)
-    views = [View("overview", pictures[i].numpy(), ((i,),)) for i in overviews]
-    if rows is None:
+    rows = _rows(parts, middle) if parts else []
+    name = "overview" if len(overviews) == 1 else "overview, tile {}"  # a small image may be one tile besides
+    views = [View(name.format(i + 1), pictures[i].numpy(), ((i,),)) for i in overviews]
+    if not rows:
         return [View(f"tile {i + 1}", pictures[i].numpy(), ((i,),)) for i in parts] + views
     together = _side_by_side(pictures[torch.tensor(rows)]).numpy()
     return [View(f"{len(rows)} by {len(rows[0])} tiles", together, tuple(map(tuple, rows))), *views]

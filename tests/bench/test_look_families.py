@@ -186,6 +186,10 @@ def test_tiles_of_no_grid_are_shown_one_by_one():
         lambda image: torch.stack([torch.tensor(np.array(image.resize((8, 8), 0, crop))) for crop in crops]),
     )
     assert [view.name for view in views] == ["tile 1", "tile 2", "overview"]
+    views = looking.views_of(
+        Image.new("RGB", (50, 30)), lambda image: torch.tensor(np.array([image.resize((16, 16))] * 2))
+    )
+    assert [(view.name, view.tiles) for view in views] == [("overview, tile 1", ((0,),)), ("overview, tile 2", ((1,),))]
 
 
 def test_packed_frames_of_two():
