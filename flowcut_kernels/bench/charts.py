@@ -401,9 +401,10 @@ def first_token(section: Section, rows: list[Row]) -> Chart | None:
         some = groups.setdefault((precision(row), row["batch"], row["model"], row["stock_tokens"]), [stock])
         # What ran beside its own stock model is shown as a share of that one.
         drift = some[0]["first_seconds"] / row["stock_first_seconds"]
-        some.append({part: row[part] * drift for part in parts} | dict(name=f"{row['tokens']} tokens", row=row))
+        name = f"{row['tokens']} tokens ({row['tokens'] / row['stock_tokens']:.0%})"
+        some.append({part: row[part] * drift for part in parts} | dict(name=name, row=row))
     named = [(f"{kind}, batch {batch}", some) for (kind, batch, *_), some in groups.items()]
-    return _first_tokens(named, "Time to the first token", "tokens")
+    return _first_tokens(named, "Time to the first token against visual tokens", "visual tokens")
 
 
 def side_by_side(section: Section, rows: list[Row]) -> Chart | None:
@@ -428,13 +429,17 @@ def _first_tokens(groups: list[tuple[str, list[Row]]], title: str, head: str) ->
     def bar(row: Row, stock: Row) -> Bar:
         encoder, first = (axis.at(row[part] / stock["first_seconds"]) for part in ("encoder_seconds", "first_seconds"))
         marks = [Mark("bar", 0, encoder), Mark("bar", encoder, first, "second")]
-        measured = row.get("row", row)
-        faster = f" ({measured['speedup']:.2f}x as fast)" if "row" in row else ""
-        return Bar(row["name"], marks, duration(measured["first_seconds"]) + faster)
+        if "row" not in row:
+            return Bar(row["name"], marks, duration(row["first_seconds"]))
+        measured = row["row"]
+        _, low, high = _interval(measured, "speedup", "speedup_low", "speedup_high")
+        marks.append(Mark("range", axis.clamped(1 / high), axis.clamped(1 / low), "even"))
+        return Bar(row["name"], marks, f"{duration(measured['first_seconds'])} ({measured['speedup']:.2f}x as fast)")
 
     return Bars(
         title,
-        "The stock model's time is 100 %. Pruning saves in the encoder, and then in the prefill of the language model.",
+        "The stock model's time is 100 %. Pruning saves in the encoder, and then in the prefill of the language model. "
+        "Whiskers: quartiles.",
         (head, "1st token"),
         _percent(axis),
         [(heading, [bar(row, some[0]) for row in some]) for heading, some in groups],

@@ -64,11 +64,10 @@ def main_job(out: Path, threads: int | None, device: str, backend: str | None, t
         report = job.measure(typed(), device=device, backend=backend, toy=toy, tick=tick)
         tick("drawing")
         plots.draw(report, out)
-        kept = job.sample(out / "kept.png")
     console = terminal()
     show_report(report, console, details=False)
     report.save(out / "report.json")
-    write_page(report, out / "report.html", {"quality": [(kept, "A scene, and what FlowCut keeps of it")]})
+    write_page(report, out / "report.html")
     console.print(f"{report.seconds:.0f} s; wrote {out}/report.html, report.json and plots")
     if report.failed:
         raise typer.Exit(1)

@@ -10,24 +10,33 @@ from typing import Any, NamedTuple
 from .charts import Bars, charts
 from .names import COLOURS, LOOKS
 from .report import Report, Section
+from .scene import drawn, panels
 from .tables import alarming, cells, duration, starts, views
 
-FEW = 0.12  # the share of the visual tokens that the first figure is about
+FEW = 0.12  # the share of the visual tokens that the first figures are about
+RANDOM = "random weights"
+# What a section is about, for those who see one for the first time.
+LEADS = {
+    "quality": "A small LLaVA, trained to answer questions about scenes of handwritten digits, stands in for large "
+    "models. It ranks methods; it predicts the score of no published benchmark.",
+    "prefill": "From an image to the first token of the answer, with random weights: time depends on how many tokens "
+    "are kept, not on what they show.",
+    "encoder": "The vision tower alone, with random weights: does choosing tokens take time beyond the arithmetic that "
+    "is left?",
+    "ops": "The kernels that rate, choose, move and merge tokens. Each is checked before it is timed.",
+}
 
 
 class Finding(NamedTuple):
-    """A figure that matters, and the sentence it belongs to."""
+    """A figure that matters, the sentence it belongs to, and of what model it holds."""
 
     figure: str
     sentence: str
+    model: str = ""
 
 
-def write_page(report: Report, path: Path, pictures: dict[str, list[tuple[Path, str]]] | None = None) -> None:
-    """Write `report` as one file without references to any other.
-
-    Args:
-        pictures: section name -> PNGs shown in it, each with what it shows in words.
-    """
+def write_page(report: Report, path: Path) -> None:
+    """Write `report` as one file without references to any other; what it shows follows from the report alone."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -39,10 +48,6 @@ def write_page(report: Report, path: Path, pictures: dict[str, list[tuple[Path, 
         undefined=StrictUndefined,
     )
     style, script = (Markup(environment.get_template(f"report.{kind}").render()) for kind in ("css", "js"))
-    shown = {
-        name: [(base64.b64encode(file.read_bytes()).decode(), what) for file, what in files]
-        for name, files in (pictures or {}).items()
-    }
     page = environment.get_template("report.html.j2").render(
         report=report,
         machine=report.machine,
@@ -55,7 +60,9 @@ def write_page(report: Report, path: Path, pictures: dict[str, list[tuple[Path, 
         starts=starts,
         cells=cells,
         alarming=alarming,
-        pictures=shown,
+        leads=LEADS,
+        drawn=drawn,
+        panels=panels,
         colours=COLOURS,
         style=style,
         script=script,
@@ -87,12 +94,12 @@ def findings(report: Report) -> list[Finding]:
     found = []
     for name, make in makers.items():
         section = report.section(name)
-        rows = [row for row in section.rows if row.get("ok", True)] if section else []
-        found += make(rows)
+        if section:
+            found += make([row for row in section.rows if row.get("ok", True)], section.facts)
     return found
 
 
-def _quality(rows: list[dict]) -> list[Finding]:
+def _quality(rows: list[dict], facts: dict) -> list[Finding]:
     rows = [row for row in rows if row.get("accuracy")]
     full = next((row for row in rows if row["policy"] == "all tokens"), None)
     ours = next((row for row in rows if row["policy"] == "FlowCut" and row["share"] <= FEW), None)
@@ -103,27 +110,33 @@ def _quality(rows: list[dict]) -> list[Finding]:
             f"{ours['accuracy'] / full['accuracy']:.1%}",
             f"of the accuracy is left when FlowCut keeps {ours['tokens']} of {full['tokens']} visual tokens "
             f"({ours['share']:.0%}): {ours['accuracy']:.1%} right answers against {full['accuracy']:.1%}.",
+            "a small trained stand-in",
         )
     ]
 
 
-def _prefill(rows: list[dict]) -> list[Finding]:
+def _prefill(rows: list[dict], facts: dict) -> list[Finding]:
     rows = [row for row in rows if row.get("speedup")]
     if not rows:
         return []
-    kept = _range([row["tokens"] for row in rows], "{:.0f}")
-    shares = [1 - row["kv_bytes"] / row["stock_kv_bytes"] for row in rows]
+    shares = [row["tokens"] / row["stock_tokens"] for row in rows]
+    share = max((few for few in shares if few <= FEW), default=min(shares))
+    rows = [row for row, its in zip(rows, shares, strict=True) if its == share]
+    saved = _range([100 * (1 - row["kv_bytes"] / row["stock_kv_bytes"]) for row in rows], "{:.0f}")
     first = f" ({duration(rows[0]['stock_first_seconds'])} → {duration(rows[0]['first_seconds'])})" * (len(rows) == 1)
-    return [
-        Finding(
-            _range([row["speedup"] for row in rows], "{:.2f}") + "x",
-            f"as fast from image to first token{first} with {kept} of {rows[0]['stock_tokens']} visual tokens kept.",
-        ),
-        Finding(_range([100 * share for share in shares], "{:.0f}") + "%", "of the KV cache saved by the same."),
-    ]
+    what = (
+        f"as fast from image to first token{first} with {rows[0]['tokens']} of {rows[0]['stock_tokens']} visual tokens "
+        f"({share:.0%}), and {saved}% of the KV cache saved."
+    )
+    return [Finding(_range([row["speedup"] for row in rows], "{:.2f}") + "x", what, _decoder(facts))]
 
 
-def _policies(rows: list[dict]) -> list[Finding]:
+def _decoder(facts: dict) -> str:
+    millions = facts.get("text_parameters_millions") or facts.get("parameters_millions")
+    return f"{RANDOM}, a language model of {millions:,.0f} M parameters" if millions else RANDOM
+
+
+def _policies(rows: list[dict], facts: dict) -> list[Finding]:
     rows = [row for row in rows if row.get("speedup")]
     ours = min((row for row in rows if row["policy"] == "FlowCut"), key=lambda row: row["tokens"], default=None)
     if not ours:
@@ -132,26 +145,26 @@ def _policies(rows: list[dict]) -> list[Finding]:
     best = max(same, key=lambda row: row["speedup"])
     rest = "the fastest of all" if best is ours else f"the fastest is {best['policy']} with {best['speedup']:.2f}x"
     what = f"as fast from image to first token with FlowCut and {ours['tokens']:g} tokens on average, {rest}."
-    return [Finding(f"{ours['speedup']:.2f}x", what)]
+    return [Finding(f"{ours['speedup']:.2f}x", what, _decoder(facts))]
 
 
-def _encoder(rows: list[dict]) -> list[Finding]:
+def _encoder(rows: list[dict], facts: dict) -> list[Finding]:
     rows = [row for row in rows if row.get("overhead")]
     worst = max((row["overhead"] for row in rows), default=None)
-    what = "of the time that the encoder's remaining FLOPs predict, choosing tokens included"
-    return [Finding(f"{worst:.2f}x", f"{what}{', in the worst row' * (len(rows) > 1)}.")] if worst else []
+    what = "the time that the pruned encoder's FLOPs predict, choosing tokens included"
+    return [Finding(f"{worst:.2f}x", f"{what}{' (the worst row)' * (len(rows) > 1)}.", RANDOM)] if worst else []
 
 
-def _kv(rows: list[dict]) -> list[Finding]:
+def _kv(rows: list[dict], facts: dict) -> list[Finding]:
     rows = [row for row in rows if row.get("speedup")]
     if not rows:
         return []
     best = max(rows, key=lambda row: row["visual"])
     what = f"faster decoding with {best['tokens']} of {best['visual']} visual tokens in the cache."
-    return [Finding(f"{best['speedup']:.2f}x", what)]
+    return [Finding(f"{best['speedup']:.2f}x", what, _decoder(facts))]
 
 
-def _ops(rows: list[dict]) -> list[Finding]:
+def _ops(rows: list[dict], facts: dict) -> list[Finding]:
     ratios = [row["speedup"] for row in rows if row["op"] == "anchor_stats" and row.get("speedup")]
     what = "faster than the best of several vectorised torch forms: anchor_stats, which reads K and V once."
     return [Finding(_range(ratios, "{:.1f}") + "x", what)] if ratios else []

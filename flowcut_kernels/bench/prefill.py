@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import patched, trace
+from ..models import patch, patched, trace
 from ..policies import FlowCut
-from ..policies.base import Policy
 from . import plain
 from .free import FreeSelection
+from .kv import bytes_of
 from .report import Section
 from .shapes import PAPER, Shape, clip_large, patches_of, random_pixels, small_llama, twin
-from .timing import Clock, interleave, peak_memory
+from .timing import Clock, Run, interleave, peak_memory
 
 Tick = Callable[..., object]
+PARTS = ("encoder", "first", "decode")  # what is timed of a model; first: up to the first token
 TEXT = 32  # prompt words after the image
 BASELINE_NOTE = (
     "torch FlowCut: vectorised torch that prunes after the layer; limit: the same schedule with rows chosen for free, "
@@ -75,20 +76,17 @@ def measure(
         rows = [bad(d, b, t, failed[0]) for d in dtypes for b in batches for t in shape.tokens]
     millions = 0.0
     for dtype in dtypes if not failed else ():
+        tick(f"making the model, {_short(dtype)}")
         stock = shape.build(device, dtype)
         millions = sum(p.numel() for p in stock.model.language_model.parameters()) / 1e6
-        pruned = twin(stock)
         for batch in batches:
-            for budget in shape.tokens:
-                tick(
-                    f"{_short(dtype)} B={batch} {shape.patches}→{budget}", len(rows) / len(batches) / len(shape.tokens)
-                )
-                try:
-                    rows.append(_row(stock, pruned, shape, batch, budget, steps, repeats, baselines, backend))
-                except torch.OutOfMemoryError as error:  # one size must not cost the others
-                    failed.append(f"B={batch}, {budget} tokens: {error}")
-                    rows.append(bad(dtype, batch, budget, "out of memory"))
-        del stock, pruned
+            tick(f"{_short(dtype)} B={batch} warm-up")
+            try:
+                rows += _rows(stock, shape, batch, steps, repeats, baselines, backend, tick)
+            except torch.OutOfMemoryError as error:  # one size must not cost the others
+                failed.append(f"B={batch}: {error}")
+                rows += [bad(dtype, batch, budget, "out of memory") for budget in shape.tokens]
+        del stock
     cuts = " ".join(str(kept) for row in rows[-1:] for kept in row.get("schedule", "-"))
     return Section(
         "prefill",
@@ -161,7 +159,6 @@ def refcheck(shape: Shape, dtype: torch.dtype, device: torch.device, backend: st
     model, views = shallow(shape).build(device, dtype), shape.views
     keep = max(1, patches_of(shape.vision) // 9)
     inputs = prompts(model, shape)
-    shown = {name: value for name, value in inputs.items() if name != "input_ids"}
     plain_logits = model(**inputs, logits_to_keep=1).logits
     with patched(model, FlowCut(retain_ratio=1.0), backend=backend):
         if not torch.equal(model(**inputs, logits_to_keep=1).logits, plain_logits):
@@ -170,7 +167,7 @@ def refcheck(shape: Shape, dtype: torch.dtype, device: torch.device, backend: st
     policy = FlowCut(target_tokens=views * keep, interval=1, batch="max")
     with patched(model, policy, backend=backend):
         output = model(**inputs, logits_to_keep=1)
-        visual = torch.cat(list(model.get_image_features(**shown).pooler_output))[None]
+        visual = torch.cat(list(model.get_image_features(**_shown(inputs)).pooler_output))[None]
     wanted = views * keep + TEXT
     if output.past_key_values.get_seq_length() != wanted:
         return f"the cache holds {output.past_key_values.get_seq_length()} tokens, not {wanted}"
@@ -190,69 +187,82 @@ def refcheck(shape: Shape, dtype: torch.dtype, device: torch.device, backend: st
     return "ok"
 
 
-def _row(
-    stock, pruned, shape: Shape, batch: int, budget: int, steps: int, repeats: int, baselines: bool, backend: str | None
-) -> dict:
-    device, inputs = stock.device, prompts(stock, shape, batch)
-    shown = {name: value for name, value in inputs.items() if name != "input_ids"}
-    token = inputs["input_ids"][:, -1:]
-    policy = FlowCut(target_tokens=budget)
-    with torch.inference_mode(), patched(pruned, policy, record=True, backend=backend):
-        pruned.get_image_features(**shown)
-        stages = trace(pruned).stages
-    models: dict[str, tuple[Any, Policy | None]] = {"stock": (stock, None), "ours": (pruned, policy)}
+def runs_of(model: Any, inputs: dict[str, Tensor], steps: int) -> tuple[dict[str, Run], dict[str, int | None]]:
+    """What is timed of a model, by part, decoding `steps` tokens; and the bytes of its cache and of its peak."""
+    first = partial(model, **inputs, use_cache=True, logits_to_keep=1)
+    with torch.inference_mode():
+        output, peak = peak_memory(first, model.device)
+    cache, token = output.past_key_values, inputs["input_ids"][:, -1:]
+    prefilled = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def decode() -> None:
+        for layer, (keys, values) in zip(cache.layers, prefilled, strict=True):
+            layer.keys, layer.values = keys, values
+        for _ in range(steps):
+            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    encoder = partial(model.get_image_features, **_shown(inputs))
+    return dict(encoder=encoder, first=first, decode=decode), dict(kv_bytes=bytes_of(cache), peak_bytes=peak)
+
+
+def _shown(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a prompt, what the encoder gets."""
+    return {name: value for name, value in inputs.items() if name != "input_ids"}
+
+
+def _rows(
+    stock: Any, shape: Shape, batch: int, steps: int, repeats: int, baselines: bool, backend: str | None, tick: Tick
+) -> list[dict[str, Any]]:
+    """A row per budget; their rounds share one measurement of the stock model."""
+    device, dtype, inputs = stock.device, _short(stock.dtype), prompts(stock, shape, batch)
+    runs: dict[str, Run] = {}
+
+    def enter(name: str, model: Any, parts: Sequence[str] = PARTS) -> dict[str, int | None]:
+        made, held = runs_of(model, inputs, steps)
+        runs.update({f"{name} {part}": made[part] for part in parts})
+        return held
+
+    common = dict(model=shape.name, dtype=dtype, batch=batch, stock_tokens=inputs["input_ids"].shape[1] - TEXT,
+                  ok=True, refcheck="ok")  # fmt: skip
+    common |= {f"stock_{key}": value for key, value in enter("stock", stock).items()}
     if baselines:
-        eager, free = twin(stock), twin(stock)
+        eager = twin(stock)
         eager.set_attn_implementation("eager")
-        models |= {"eager": (eager, None), "limit": (free, FreeSelection.like(policy, stages, device))}
-    runs: dict[str, Callable[[], object]] = {}
-    sizes, peaks = {}, {}
-    with ExitStack() as stack:
-        for name, (model, chosen) in models.items():
-            if chosen is not None:
-                stack.enter_context(patched(model, chosen, backend=backend))
-
-            def first(model=model):
-                return model(**inputs, use_cache=True, logits_to_keep=1)
-
-            with torch.inference_mode():
-                cache, peaks[name] = peak_memory(first, device)
-                cache = cache.past_key_values
-            sizes[name] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            prefilled = [(layer.keys, layer.values) for layer in cache.layers]
-
-            def decode(model=model, cache=cache, prefilled=prefilled):
-                for layer, (keys, values) in zip(cache.layers, prefilled, strict=True):
-                    layer.keys, layer.values = keys, values
-                for _ in range(steps):
-                    model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-            runs[f"{name} first"] = first
-            if name in ("stock", "ours"):
-                runs[f"{name} encoder"] = partial(model.get_image_features, **shown)
-                runs[f"{name} decode"] = decode
+        enter("eager", eager, ["first"])
+    rows = []
+    for budget in shape.tokens:
+        policy, pruned = FlowCut(target_tokens=budget), twin(stock)
+        with torch.inference_mode(), patched(pruned, policy, record=True, backend=backend):
+            pruned.get_image_features(**_shown(inputs))
+            stages = trace(pruned).stages
+        schedule = [stage.kept[0] for stage in stages if stage.name == "encoder"]
+        held = enter(str(budget), patch(pruned, policy, backend=backend))
+        rows.append(common | held | dict(tokens=budget, schedule=schedule))
         if baselines:
+            free = FreeSelection.like(policy, stages, device)
+            enter(f"limit {budget}", patch(twin(stock), free, backend=backend), ["first"])
             by_view = FlowCut(target_tokens=budget // shape.views, batch="max")
-            runs["plain first"] = partial(plain_first, stock, shape, by_view, inputs)
-        times = interleave(runs, repeats=repeats, clock=Clock(device), warmup=1)
-    row = dict(model=shape.name, dtype=_short(stock.dtype), batch=batch,
-               stock_tokens=inputs["input_ids"].shape[1] - TEXT, tokens=budget,
-               ok=True, refcheck="ok", stock_kv_bytes=sizes["stock"], kv_bytes=sizes["ours"],
-               stock_peak_bytes=peaks["stock"], peak_bytes=peaks["ours"],
-               schedule=[stage.kept[0] for stage in stages if stage.name == "encoder"])  # fmt: skip
-    for name, prefix in (("stock", "stock_"), ("ours", "")):
-        seconds = {part: times[f"{name} {part}"].median for part in ("encoder", "first")}
-        seconds["llm"] = max(seconds["first"] - seconds["encoder"], 0.0)
-        seconds["decode"] = times[f"{name} decode"].median / steps
-        row |= {f"{prefix}{part}_seconds": value for part, value in seconds.items()}
-        row[f"{prefix}first_spread"] = times[f"{name} first"].spread
-    speedup = times["stock first"].per(times["ours first"])
-    row |= dict(speedup=speedup.median, speedup_low=speedup.quartiles[0], speedup_high=speedup.quartiles[1])
-    if baselines:
-        row["eager_ratio"] = times["eager first"].per(times["stock first"]).median
-        row["torch_ratio"] = times["plain first"].per(times["stock first"]).median
-        row["of_limit"] = times["limit first"].per(times["ours first"]).median
-    return row
+            runs[f"plain {budget} first"] = partial(plain_first, stock, shape, by_view, inputs)
+    done = itertools.count(1)
+    times = interleave(
+        runs, repeats=repeats, clock=Clock(device), warmup=1,
+        tick=lambda: tick(f"{dtype} B={batch} round {next(done)} of {repeats}"),
+    )  # fmt: skip
+    for row in rows:
+        ours = str(row["tokens"])
+        for name, prefix in (("stock", "stock_"), (ours, "")):
+            seconds = {part: times[f"{name} {part}"].median for part in ("encoder", "first")}
+            seconds["llm"] = max(seconds["first"] - seconds["encoder"], 0.0)
+            seconds["decode"] = times[f"{name} decode"].median / steps
+            row |= {f"{prefix}{part}_seconds": value for part, value in seconds.items()}
+            row[f"{prefix}first_spread"] = times[f"{name} first"].spread
+        speedup = times["stock first"].per(times[f"{ours} first"])
+        row |= dict(speedup=speedup.median, speedup_low=speedup.quartiles[0], speedup_high=speedup.quartiles[1])
+        if baselines:
+            row["eager_ratio"] = times["eager first"].per(times["stock first"]).median
+            row["torch_ratio"] = times[f"plain {ours} first"].per(times["stock first"]).median
+            row["of_limit"] = times[f"limit {ours} first"].per(times[f"{ours} first"]).median
+    return rows
 
 
 def _short(dtype: torch.dtype) -> str:

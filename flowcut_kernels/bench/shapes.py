@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,8 +174,8 @@ def llava(
 def fill(tower: nn.Module, gains: Gains) -> None:
     """Draw every weight of a CLIP tower from numpy's frozen stream: the same numbers on every machine."""
     points = np.array(gains.qk)
-    for name, parameter in tower.named_parameters():
-        shape = tuple(parameter.shape)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
         offset, bound = 0.0, math.sqrt(3.0)
         if "norm" in name or "layrnorm" in name:
             offset, bound = (1.0, 0.1) if name.endswith("weight") else (0.0, 0.05)
@@ -198,7 +199,13 @@ def fill(tower: nn.Module, gains: Gains) -> None:
             bound *= gain / np.sqrt(shape[1])
         # The recipe's names carry the prefix that older checkpoints have.
         full = name if name.startswith("vision_model.") else f"vision_model.{name}"
-        parameter.copy_(draw(full, gains.seed, shape, bound, offset))
+        return draw(full, gains.seed, shape, bound, offset)
+
+    parameters = dict(tower.named_parameters())
+    with ThreadPoolExecutor() as pool:  # numpy draws without holding the interpreter
+        values = pool.map(drawn, parameters, [tuple(p.shape) for p in parameters.values()])
+        for parameter, value in zip(parameters.values(), values, strict=True):
+            parameter.copy_(value)
 
 
 def draw(name: str, seed: int, shape: tuple[int, ...], bound: float, offset: float = 0.0) -> Tensor:

@@ -16,16 +16,14 @@ from ..policies.base import Policy
 from ..trace import Stage
 from .contenders import NAMES, contender
 from .free import FreeSelection
-from .kv import bytes_of
-from .prefill import TEXT, cpu_shape, prompts
+from .prefill import PARTS, TEXT, cpu_shape, prompts, runs_of
 from .quality import unreachable
 from .report import Section
 from .shapes import Shape, quarter_llava, real, twin
-from .timing import Clock, Samples, interleave, peak_memory
+from .timing import Clock, Run, Samples, interleave
 
 Tick = Callable[..., object]
 STOCK = "stock"
-PARTS = ("encoder", "first", "decode")
 
 
 def shape_for(device: torch.device | str, toy: bool = False) -> Shape:
@@ -140,7 +138,7 @@ class Arena:
         """The prompts up to their first token."""
         return model(input_ids=self.ids, pixel_values=self.pixels, use_cache=True, logits_to_keep=1)
 
-    def _enter(self, policy: Policy, row: dict[str, Any], steps: int) -> dict[str, Callable[[], object]] | None:
+    def _enter(self, policy: Policy, row: dict[str, Any], steps: int) -> dict[str, Run] | None:
         """What is timed of a policy; None where the check of it fails, as `row` then says."""
         layers, patches = self.shape.text.num_hidden_layers, self.shape.patches
         row |= dict(
@@ -163,22 +161,11 @@ class Arena:
         row |= dict(flop_ratio=predicted.pruned.flops / predicted.full.flops)
         return self._runs(patch(model, policy, backend=self.backend), row, steps) | dict(free=partial(self.read, free))
 
-    def _runs(self, model: Any, row: dict[str, Any], steps: int) -> dict[str, Callable[[], object]]:
+    def _runs(self, model: Any, row: dict[str, Any], steps: int) -> dict[str, Run]:
         """What is timed of a model; its memory is noted in `row`."""
-        first = partial(self.read, model)
-        with torch.inference_mode():
-            output, row["peak_bytes"] = peak_memory(first, self.pixels.device)
-        cache, token = output.past_key_values, self.ids[:, -1:]
-        row["kv_bytes"] = bytes_of(cache)
-        prefilled = [(layer.keys, layer.values) for layer in cache.layers]
-
-        def decode() -> None:
-            for layer, (keys, values) in zip(cache.layers, prefilled, strict=True):
-                layer.keys, layer.values = keys, values
-            for _ in range(steps):
-                model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-        return dict(encoder=partial(model.get_image_features, self.pixels), first=first, decode=decode)
+        runs, held = runs_of(model, dict(input_ids=self.ids, pixel_values=self.pixels), steps)
+        row |= held
+        return runs
 
     @torch.inference_mode()
     def refcheck(self, model: Any, policy: Policy) -> tuple[str, list[Stage]]:

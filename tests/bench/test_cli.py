@@ -101,7 +101,14 @@ def test_main_job_writes_a_self_contained_page(untrained, tmp_path):
     done = run("--toy", "--threads", 1, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "report.json").read_text())
-    assert [s["name"] for s in content["sections"]] == ["quality", "encoder", "prefill", "ops"]
+    sections = {s["name"]: s for s in content["sections"]}
+    assert list(sections) == ["quality", "prefill", "encoder", "ops"]
+    budgets = sections["prefill"]["rows"]
+    assert [row["tokens"] for row in budgets] == [16, 8]
+    assert len({row["stock_first_seconds"] for row in budgets}) == 1  # of one and the same rounds
+    scene = sections["quality"]["facts"]["scene"]
+    survived = np.array([list(map(int, row)) for row in scene["patches"]])
+    assert [int((survived > i).sum()) for i in range(len(scene["cuts"]))] == [cut["kept"] for cut in scene["cuts"]]
     assert {"cpu", "torch", "flowcut_kernels", "threads"} <= set(content["machine"])
     for name in ("accuracy.png", "encoder.png", "operators.png", "entropy-quality.png"):
         assert Image.open(tmp_path / name).width > 600
@@ -120,6 +127,9 @@ def test_main_job_writes_a_self_contained_page(untrained, tmp_path):
     assert references and all(value.startswith("data:image/png;base64,") for value in references)
     assert not re.search(r"url\(|@import|https?://", page)
     assert "flowcut-bench quality" in page and str(tmp_path) not in page
+    # All that it shows is in the JSON beside it.
+    assert run("report", tmp_path / "report.json", "--out", tmp_path / "again").exit_code == 0
+    assert (tmp_path / "again" / "report.html").read_text() == page
 
 
 def test_wrong_operator_fails_without_a_timing(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """report.html: what a reader sees in a browser is what the JSON says, wherever the page is read."""
 
+import io
 import json
 import math
 import re
@@ -11,9 +12,11 @@ import pytest
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
+import numpy as np
+from PIL import Image
 from typer.testing import CliRunner
 
-from flowcut_kernels.bench import charts, contenders, names, page, report, tables
+from flowcut_kernels.bench import charts, contenders, mini_vlm, names, page, report, tables
 from flowcut_kernels.bench.commands import app
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -143,10 +146,11 @@ def test_bars_stand_where_the_json_says(written, visit):
         assert text.startswith(f"{value:+.1f} (")
         assert dot is None if value < -10 else (dot - zero) / scale == pytest.approx(value, abs=0.2)
 
-    (row,) = sections.section("prefill").rows
-    stock, pruned = found["Time to the first token"][1]
-    assert pruned[0] == f"{tables.duration(row['first_seconds'])} ({row['speedup']:.2f}x as fast)"
-    assert stock[0] == tables.duration(row["stock_first_seconds"])
+    rows = sections.section("prefill").rows
+    stock, *pruned = found["Time to the first token against visual tokens"][1]
+    assert stock[0] == tables.duration(rows[0]["stock_first_seconds"])
+    for row, (text, *_) in zip(rows, pruned, strict=True):
+        assert text == f"{tables.duration(row['first_seconds'])} ({row['speedup']:.2f}x as fast)"
     scale, zero = unit("Encoder time against the stock tower")
     ends = [bar for _, bar, *_ in found["Encoder time against the stock tower"][1]]
     ratios = [100 * row["time_ratio"] for row in sections.section("encoder").rows]
@@ -212,6 +216,49 @@ def test_sections_nobody_knows_get_a_table(visit, tmp_path):
     assert first == ["a", "3", "2.1 ms", "0.3333", "-", "ok"] and second[-2:] == ["not reachable", "FAILED: so"]
 
 
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (360, "dark")])
+def test_scene_is_drawn_from_what_the_json_says(visit, tmp_path, width, scheme):
+    """Kept patches show the scene, dropped ones fade into the page, in every panel."""
+    (asked,) = mini_vlm.questions("dev", 1)
+    facts = dict(split="dev", seed=0, question=asked.prompt.removeprefix("<image> "), answer=asked.answer,
+                 said_by_stock="1", said="2", cuts=[dict(layer=1, kept=12), dict(layer=3, kept=4)],
+                 patches=["2211", "1111", "1111", "0022"])  # fmt: skip
+    rows = [dict(policy="FlowCut", tokens=4, share=0.25, accuracy=0.5, low=0.4, high=0.6, kinds={}, ok=True)]
+    section = report.Section("quality", "", "", rows, dict(patches=16, scene=facts))
+    seen = visit(write(tmp_path, section), width=width, color_scheme=scheme)
+    assert f"“{facts['question']}”: right is {asked.answer}. With all" in seen.locator(".scene p").inner_text()
+    panels = seen.locator(".scene li").all()
+    assert [panel.inner_text() for panel in panels] == ["all 16 patches", "12 after layer 1", "4 after layer 3"]
+    ground = np.array(
+        [int(x) for x in re.findall(r"\d+", seen.evaluate("getComputedStyle(document.body).background"))[:3]]
+    )
+    for cut, panel in enumerate(panels):
+        shown = Image.open(io.BytesIO(panel.locator("svg").screenshot())).convert("RGB").resize((160, 160))
+        for number, digit in enumerate("".join(facts["patches"])):
+            box = [40 * (number % 4) + 8, 40 * (number // 4) + 8]  # the middle of a patch
+            mean, scene = (np.asarray(x.convert("RGB").crop((*box, box[0] + 24, box[1] + 24))).mean((0, 1)) for x in
+                           (shown, asked.image))  # fmt: skip
+            wanted = scene if int(digit) >= cut else 0.2 * scene + 0.8 * ground
+            assert np.abs(mean - wanted).max() < 8, (cut, number)
+
+    facts |= dict(answer="another one", said=HOSTILE)
+    seen = visit(write(tmp_path, section), width=width)
+    assert "another one by now" in seen.locator(".scene p").inner_text() and seen.locator("image").count() == 0
+
+
+def test_first_token_is_told_at_the_budget_of_the_accuracy():
+    """With what it was measured on, beside the number."""
+    rows = [dict(tokens=tokens, stock_tokens=576, speedup=speedup, stock_first_seconds=2.0, first_seconds=2 / speedup,
+                 stock_kv_bytes=100, kv_bytes=16)
+            for tokens, speedup in ((192, 1.6), (64, 2.5), (16, 3.0))]  # fmt: skip
+    section = report.Section("prefill", "", "", rows, dict(text_parameters_millions=135.5))
+    (finding,) = page.findings(report.Report(MACHINE, "", [section]))
+    assert finding.figure == "2.50x" and "(2 s → 800 ms) with 64 of 576 visual tokens (11%)" in finding.sentence
+    assert finding.model == "random weights, a language model of 136 M parameters"
+    section.rows = rows[:1]
+    assert page.findings(report.Report(MACHINE, "", [section]))[0].figure == "1.60x"
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("cpu-*.json")))
 def test_every_committed_result_has_a_page(name, tmp_path):
     found = report.load(RESULTS / f"{name}.json")
@@ -251,7 +298,7 @@ def test_policies_side_by_side_and_what_cannot_be_reached():
     (finding,) = page.findings(report.Report(MACHINE, "", [report.Section("policies", "", "", rows)]))
     assert finding.figure == "2.10x" and "64 tokens on average, the fastest of all" in finding.sentence
     assert heading == "64 tokens on average, batch 1" and [bar.label for bar in bars] == ["stock", "FlowCut", "FastV"]
-    assert [bar.marks[-1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x as fast)"
+    assert [bar.marks[1].end for bar in bars] == [100, 50, 75] and bars[1].text == "2 s (2.10x as fast)"
 
     rows = [dict(variant="criteria=attention", tokens=8, share=0.1, ok=True, over_default=-0.05, over_default_low=-0.06,
                  over_default_high=-0.04)]  # fmt: skip
