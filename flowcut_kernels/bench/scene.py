@@ -23,12 +23,10 @@ def kept(share: float = 0.11, split: str = "dev", seed: int = 0) -> dict[str, An
     (asked,) = mini_vlm.questions(split, 1, seed)
     shown = show(model, processor, asked.image, "scene", asked.prompt)
     seen = look(model, processor, shown, FlowCut(retain_ratio=share), "FlowCut")
-    survived = torch.zeros(seen.grid, dtype=torch.int64)
-    for stage in seen.stages:
-        survived.view(-1)[stage.indices[0, : stage.kept[0]].cpu()] += 1
+    survived = torch.stack([cut.alive[0] for cut in seen.cuts]).sum(0).view(seen.grid)
     return dict(
         split=split, seed=seed, question=shown.prompt, answer=asked.answer, said_by_stock=shown.answer,
-        said=seen.answer, cuts=[dict(layer=stage.layer, kept=stage.kept[0]) for stage in seen.stages],
+        said=seen.answer, cuts=[dict(layer=cut.layer, kept=cut.kept) for cut in seen.cuts],
         patches=["".join(map(str, row)) for row in survived.tolist()],
     )  # fmt: skip
 
