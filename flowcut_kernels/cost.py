@@ -161,8 +161,9 @@ def cost(
     Raises:
         TypeError: an unsupported model class, something that is no policy, or inputs of another type.
         ValueError: inputs without images or not for the unpruned model, a number out of its range, what `patch`
-            refuses, layers with experts or without a projection of keys by itself or with queries and values, or a
-            policy that knows what it keeps only afterwards (``VFlowOpt.release``).
+            refuses, layers with experts or whose keys come from another projection than ``k_proj`` or ``qkv``, several
+            modules with matrices before the language model, or a policy that knows what it keeps only afterwards
+            (``VFlowOpt.release``).
     """
     arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(arguments, Mapping):
@@ -317,7 +318,10 @@ class _Vision:
         others = [x for x in self.model.model.children() if x is not language and encoders.isdisjoint(x.modules())]
         made = {type(x).__name__: weights(x) for x in others if weights(x)}
         if len(made) > 1:
-            raise ValueError(f"cost: no formula for what goes through {' and what through '.join(made)}")
+            raise ValueError(
+                f"cost: no formula for {type(self.model).__name__} with {' and '.join(made)}: which of them images and "
+                "videos go through is not known"
+            )
         return sum(made.values())
 
     def bare_pass(self, arguments: Mapping[str, Any]) -> EncoderPass:

@@ -11,7 +11,7 @@ import torch
 from test_cost import COUNTED
 from test_idefics3 import masked
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import Family, Image, Video, families, gemma3, internvl
+from zoo import Family, Image, Video, families, gemma3, internvl, llava_next_video
 
 import flowcut_kernels as fk
 from flowcut_kernels.cost import Side
@@ -28,13 +28,13 @@ class VFlowOpt(fk.VFlowOpt):
         return super().encoder_scoring_flops(step, tokens, protect, width, heads, anchor) - 2 * width * rows**2
 
 
-FLOWCUT = fk.FlowCut(retain_ratio=0.3, adaptive=False)
+FLOWCUT, FASTV = fk.FlowCut(retain_ratio=0.3, adaptive=False), fk.FastV(retain_ratio=0.3)
 POLICIES = (
     FLOWCUT,
     VFlowOpt(retain_ratio=0.5, hub_threshold=1e9, entropy_weight=0.5, llm_stages=STAGES),
-    fk.FastV(retain_ratio=0.3),
+    FASTV,
 )
-BEFORE = FLOWCUT, VFlowOpt(retain_ratio=0.5, hub_threshold=1e9)  # the language model alone
+BEFORE = FLOWCUT, VFlowOpt(retain_ratio=0.5, hub_threshold=1e9)  # these leave the language model's layers alone
 
 
 @torch.no_grad()
@@ -63,6 +63,7 @@ def check(model: Any, inputs: dict[str, Any], *policies: fk.policies.base.Policy
         cost = fk.cost(model, policy, inputs, compact_cache=compact)
         assert predicted(cost.full) == stock
         with fk.patched(model, policy, backend="reference", compact_cache=compact):
+            assert fk.cost(model, policy, inputs, compact_cache=compact) == cost
             encoded, *rest = counted(model, inputs)
         expected, *others = predicted(cost.pruned)
         assert (others, expected) == (rest, pytest.approx(encoded, rel=0.02) if windows else encoded)
@@ -122,7 +123,8 @@ def test_normed_queries():
 
 def test_masked_tokens():
     """They leave before the first layer, of tiles that are pruned at all."""
-    check(FAMILIES["idefics3"].model(dtype=torch.float64), masked(FAMILIES["idefics3"]), fk.FlowCut(4, adaptive=False))
+    family = FAMILIES["idefics3"]
+    check(family.model(dtype=torch.float64), masked(family), fk.FlowCut(4, adaptive=False), FASTV)
 
 
 def test_sliding_windows_of_a_language_model():
@@ -131,6 +133,12 @@ def test_sliding_windows_of_a_language_model():
     check(model, inputs, *BEFORE)
     whole = fk.cost(gemma3.model(), FLOWCUT, inputs)
     assert fk.cost(model, FLOWCUT, inputs).full.kv_bytes < whole.full.kv_bytes
+
+
+def test_two_modules_before_a_language_model():
+    model = llava_next_video.model(spatial_pool_mode="conv")
+    with pytest.raises(ValueError, match="LlavaNextVideoMultiModalProjector and LlavaNextVideoPooler: which"):
+        fk.cost(model, FLOWCUT, given(llava_next_video.FAMILY))
 
 
 def test_pixels_without_values():
