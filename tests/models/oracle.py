@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from test_feature_stage import Item, pruned_by_hand, staged
+from test_llm_baselines import clusters_of
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -31,7 +32,7 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, **_):
     """transformers' attention function, written out; a module's ``watch`` looks on and says which keys are left."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     watch = vars(module).get("watch")
-    live = None if watch is None else watch.see(module, query, key, value, scaling)
+    live = None if watch is None else watch.see(module, query, key, value, scaling, attention_mask)
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).mT * scaling
     if attention_mask is not None:
@@ -97,12 +98,15 @@ class Tower:
         self.alive = [torch.ones(len(tile.tokens), dtype=torch.bool) for tile in tiles]
         self.history: list[Tensor | None] = [None] * len(tiles)
         self.importance: list[Tensor] = []
+        self.merged: dict[int, list[Tensor]] = {}  # place in what the projector puts out -> rows, of which means add up
         self.seen: list[list[Tensor]] = []
+        last = layers - 2  # the layer of the first cut:
+        self.first = last % 2 if isinstance(policy, fk.FlowCut) else last + isinstance(policy, fk.VisionZip)
 
-    def see(self, module, query, key, value, scaling) -> Tensor:
+    def see(self, module, query, key, value, scaling, mask) -> Tensor:
         """bool [B, N]: keys that are left."""
-        start, last = sum(len(x[0]) for x in self.seen), self.layers - 2
-        if not start and self.layer == (last % 2 if isinstance(self.policy, fk.FlowCut) else last):  # the first cut
+        start = sum(len(x[0]) for x in self.seen)
+        if not start and self.layer == self.first:
             for i, (tile, void) in enumerate(zip(self.tiles, self.voids, strict=True)):
                 if self.history[i] is not None:
                     self.history[i] = self.history[i][~void[self.alive[i]]]
@@ -123,6 +127,9 @@ class Tower:
                     self.importance.append(self._importance(tile, query, key))
             elif isinstance(self.policy, fk.FlowCut):
                 self._flow(i, tile, query, key, value, layer)
+            elif isinstance(self.policy, fk.VisionZip):
+                if last:
+                    self._zip(i, tile, query, key)
             elif layer == self.layers - 2 and self.budgets[i] < self.alive[i].sum():
                 tokens = self.alive[i].nonzero().flatten()
                 if isinstance(self.policy, fk.AttentionTokens):
@@ -136,6 +143,16 @@ class Tower:
                     chosen = self.policy._tokens((int(alive.any(1).sum()), int(alive.any(0).sum())), self.budgets[i])
                 self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, tokens[chosen], True)
             self.live[tile.rows[~self.alive[i]].flatten()] = False
+
+    def read(self, module, args, out: Tensor) -> None:
+        self.output = out.flatten(0, 1)
+
+    def merge(self, module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The input of the projector with the tokens that were made of several."""
+        features = args[0].clone()
+        for place, parts in self.merged.items():
+            features.view(-1, features.shape[-1])[place] = sum(self.output[rows].mean(0) for rows in parts)
+        return features, *args[1:]
 
     def _flow(self, i: int, tile: Tile, query: Tensor, key: Tensor, value: Tensor, layer: int) -> None:
         remaining = self.layers - 2 - layer
@@ -159,6 +176,29 @@ class Tower:
             score = score[kept]
         self.history[i] = score
 
+    def _zip(self, i: int, tile: Tile, query: Tensor, key: Tensor) -> None:
+        tokens, budget, own = self.alive[i].nonzero().flatten(), self.budgets[i], self.policy.class_token
+        if budget >= len(tokens):
+            return
+        rows = tile.rows[:, 0]
+        most = min(round(self.policy.contextual_share * budget), budget - own)
+        seen = torch.cat([tile.protected, rows[tokens]])
+        score = attention_of(query[tile.protected[0]], key[seen], self.scaling)[len(tile.protected) :]
+        order = tokens[score.argsort(descending=True, stable=True)].tolist()
+        kept, rest = order[: budget - most - own], sorted(order[budget - most - own :])
+        targets = rest[:: max(len(rest) // max(most, 1), 1)][:most]
+        others = [n for n in rest if n not in targets]
+        members: dict[int, list[int]] = {target: [] for target in targets}
+        for n in others if targets else []:
+            means = key[rows[[n, *targets]]].mean(1)
+            members[targets[int(torch.cosine_similarity(means[:1], means[1:]).argmax())]].append(n)
+        for target, part in members.items():
+            self.merged[int(tile.tokens[target])] = [rows[[target]], *([rows[part]] if part else [])]
+        if own:
+            self.merged[int(tile.tokens[others[0]])] = [tile.protected]
+        left = torch.tensor([*kept, *targets, *others[:own]])
+        self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, left, True)
+
     def _importance(self, tile: Tile, query: Tensor, key: Tensor) -> Tensor:
         """VFlowOpt's, of every token: attention of the hubs' mean row, or what is received where there is none."""
         rows, first = torch.cat([tile.protected, tile.rows.flatten()]), len(tile.protected)
@@ -170,21 +210,120 @@ class Tower:
         return found.view(len(tile.tokens), -1).mean(1)
 
 
+@dataclass
+class Shown:
+    """An image or a video in the language model."""
+
+    columns: Tensor  # int64 [n] that enter
+    full: int  # tokens before pruning
+    importance: Tensor | None  # [n]
+    raters: list[int] = field(default_factory=list)  # columns
+    merged: Tensor | None = None  # int64 columns that go through a layer once more, to be clustered behind it
+
+
 class Text:
-    """A pass of the language model: columns that are gone by a layer are keys to nobody."""
+    """A pass of the language model over one row: columns that are gone by a layer are keys to nobody."""
 
-    def __init__(self, choose: Callable[..., Tensor | None], at_entrance: bool) -> None:
-        self.choose, self.at_entrance = choose, at_entrance
-        self.cuts: dict[int, Tensor] = {}  # bool [L] gone after a layer, or at its entrance
+    def __init__(self, policy: fk.policies.base.Policy, images: list[Shown], text: Tensor) -> None:
+        """`text`: bool [L] columns of the prompt that show no image."""
+        self.policy, self.images, self.text = policy, images, text
+        self.asks = int(text.nonzero().max()) if text.any() else len(text) - 1
+        self.cuts: dict[float, Tensor] = {}  # bool [L'] gone after a layer, or at its entrance
 
-    def see(self, module, query, key, value, scaling) -> Tensor:
+    def watch(self, decoder: nn.Module) -> list[Any]:
+        """Hooks besides `see`, which the attention calls."""
+        for layer in decoder.layers:
+            layer.self_attn.watch = self
+        if not isinstance(self.policy, fk.SparseVLM):
+            return []
+        return [
+            decoder.register_forward_pre_hook(
+                lambda _, args, given: self.rate(given["inputs_embeds"][0]), with_kwargs=True
+            ),
+            *(
+                layer.register_forward_pre_hook(lambda _, args, i=i: (self.enter(i, args[0]), *args[1:]))
+                for i, layer in enumerate(decoder.layers)
+            ),
+        ]
+
+    def rate(self, embeds: Tensor) -> None:
+        """SparseVLM's raters, by the embeddings [L', D] that enter."""
+        for image in self.images:
+            words = [c for c in range(int(image.columns.max()) + 1, len(self.text)) if self.text[c]]
+            relevance = (embeds[image.columns] @ embeds[words].T).softmax(1).mean(0)
+            image.raters = [c for c, m in zip(words, relevance, strict=True) if m > relevance.mean()]
+            image.raters = image.raters or [len(self.text) - 1]
+
+    def see(self, module, query, key, value, scaling, mask) -> Tensor:
+        """bool [1, L']: columns that are left as keys of a layer."""
         layer, live = module.layer_idx, torch.ones(key.shape[2], dtype=torch.bool)
         for gone in self.cuts.values():
             live &= ~gone
-        gone = self.choose(layer, live, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
-        if gone is not None:
+        seen = live & (mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0)  # [L', L']
+        gone, chosen = torch.zeros_like(live), False
+        for image in self.images:
+            kept = self.choose(image, layer, live, seen, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
+            if kept is not None:
+                chosen = True
+                gone[image.columns] = True
+                gone[kept] = False
+        if chosen:
             self.cuts[layer] = gone
-        return live[None] & ~gone if gone is not None and self.at_entrance else live[None]
+        return (live & ~gone if isinstance(self.policy, fk.PyramidDrop) else live)[None]
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """SparseVLM's clusters, of the layer before: means in the place of one of them."""
+        for image in self.images:
+            others, image.merged = image.merged, None
+            if others is None:
+                continue
+            found = clusters_of(hidden[0, others])
+            hidden = hidden.clone()
+            gone = torch.zeros(hidden.shape[1], dtype=torch.bool).index_fill(0, others, True)
+            gone[others[list(found)]] = False
+            means = [hidden[0, others[part]].mean(0) for part in found.values()]
+            hidden[0, others[list(found)]] = torch.stack(means)
+            self.cuts[layer - 0.5] = gone | self.cuts.get(layer - 0.5, gone)
+        return hidden
+
+    def kept(self, layer: int, full: int) -> int | None:
+        """Tokens that stay of an image, where a layer chooses."""
+        policy = self.policy
+        if isinstance(policy, (fk.PyramidDrop, fk.SparseVLM)):
+            if layer not in policy.layers:
+                return None
+            stage = policy.layers.index(layer)
+            if isinstance(policy, fk.SparseVLM):
+                return round((*policy.surplus, 1)[stage] * policy.budget(full))
+            share = (stage + 1) / len(policy.layers)
+            return max(round(full * (policy.budget(full) / full) ** share), policy.budget(full))
+        last = policy.layer - 1 if isinstance(policy, fk.FastV) else getattr(policy, "llm_layer", None)
+        return policy.budget(full) if layer == last else None
+
+    def choose(
+        self, image: Shown, layer: int, live: Tensor, seen: Tensor, query: Tensor, key: Tensor, value: Tensor,
+        scaling: float,
+    ) -> Tensor | None:  # fmt: skip
+        """int64 columns of an image that go on from a layer."""
+        if isinstance(self.policy, fk.VFlowOpt):
+            cuts = staged(Item(image.columns, image.importance, []), image.columns.tolist(), self.policy.llm_stages)
+            return torch.tensor(cuts[layer]) if layer in cuts else None
+        left, count = image.columns[live[image.columns]], self.kept(layer, image.full)
+        if count is None or count >= len(left):
+            return None
+        if isinstance(self.policy, fk.FlowCut):
+            score, _ = flow_score(query[self.asks], key[left], value[left], value[self.asks], 0, scaling)
+        else:  # attention over all that they see
+            score = torch.zeros(len(live), dtype=key.dtype)
+            for asks in image.raters if isinstance(self.policy, fk.SparseVLM) else [self.asks]:
+                keys = seen[asks].nonzero().flatten()
+                score[keys] += attention_of(query[asks], key[keys], scaling)
+            score = score[left]
+        order = left[score.argsort(descending=True, stable=True)]
+        if isinstance(self.policy, fk.SparseVLM):
+            best, count = count, count + int(0.3 * (len(left) - count)) + 1
+            image.merged = order[best:count].sort().values
+        return order[:count]
 
 
 @dataclass
@@ -236,22 +375,34 @@ class Oracle:
             after = positions.amax() + 1 + torch.arange(more)
             positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         inputs |= dict(attention_mask=live[None].long(), position_ids=positions, use_cache=False)
-        watch = Text(self._chooser(ids[0], visuals, live), isinstance(self.policy, fk.PyramidDrop))
-        layers = self.model.get_decoder().layers
+        watch = self._text(ids[0], visuals)
+        decoder = self.model.get_decoder()
+        hooks = watch.watch(decoder)
         try:
             for kind, made in visuals.items():
                 setattr(self.inner, f"get_{kind}_features", lambda *_, output=made.output, **__: output)
-            for layer in layers:
-                layer.self_attn.watch = watch
             logits = self.model(**inputs).logits[0]
         finally:
-            for layer in layers:
-                vars(layer.self_attn).pop("watch", None)
+            for hook in hooks:
+                hook.remove()
+            for layer in decoder.layers:
+                del layer.self_attn.watch
             for kind in visuals:
                 vars(self.inner).pop(f"get_{kind}_features", None)
         for gone in watch.cuts.values():
             live = live & ~gone
         return logits[live], live.nonzero().flatten()
+
+    def _text(self, ids: Tensor, visuals: dict[str, Visuals]) -> Text:
+        """What the language model drops of a prompt's columns `ids`."""
+        images = []
+        for kind, made in visuals.items():
+            columns = (ids == self.token_ids[kind]).nonzero().flatten()
+            for i in range(int(made.visual.max()) + 1):
+                mine = made.visual == i
+                importance = None if made.importance is None else made.importance[mine & made.kept]
+                images.append(Shown(columns[mine & made.kept], int(mine.sum()), importance))
+        return Text(self.policy, images, ~torch.isin(ids, torch.tensor([*self.token_ids.values()])))
 
     def visuals(self, inputs: dict[str, Any], kind: str) -> Visuals:
         """The features of a kind, and which of their places in the prompt are left."""
@@ -378,13 +529,17 @@ class Oracle:
         modules = [self.family.attention(layer) for layer in layers(self.model)]
         watch = Tower(self.policy, tiles, voids, budgets, len(modules))
         handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
+        if isinstance(self.policy, fk.VisionZip):  # what is read of the tower changes before it is projected
+            last, projector = layers(self.model)[len(modules) - 1], self.family.projector(self.model)
+            handles += [last.register_forward_hook(watch.read), projector.register_forward_pre_hook(watch.merge)]
         try:
             for module in modules:
                 module.watch = watch
             return *self._call(inputs, kind, change), watch
         finally:
-            for module, handle in zip(modules, handles, strict=True):
+            for handle in handles:
                 handle.remove()
+            for module in modules:
                 del module.watch
 
     def _call(
@@ -410,57 +565,6 @@ class Oracle:
                 hook.remove()
         pieces = [torch.nn.functional.pad(x.flatten(0, -2), (0, 0, 0, self.later)) for x in output.pooler_output]
         return torch.cat(pieces), output
-
-    def _chooser(self, ids: Tensor, visuals: dict[str, Visuals], live: Tensor) -> Callable[..., Tensor | None]:
-        """What the language model drops in a layer."""
-        images = []  # columns of each that enter, tokens before pruning, importance
-        for kind, made in visuals.items():
-            columns = (ids == self.token_ids[kind]).nonzero().flatten()
-            for i in range(int(made.visual.max()) + 1):
-                mine = made.visual == i
-                importance = None if made.importance is None else made.importance[mine & made.kept]
-                images.append((columns[mine & made.kept], int(mine.sum()), importance))
-        text = torch.ones(len(ids), dtype=torch.bool)
-        for token_id in self.token_ids.values():
-            text &= ids != token_id
-        asks = int(text.nonzero().max()) if text.any() else len(ids) - 1
-
-        policy = self.policy
-
-        def count(layer: int, full: int) -> int | None:
-            """Tokens that stay of an image, where a layer chooses."""
-            if isinstance(policy, fk.PyramidDrop):
-                if layer not in policy.layers:
-                    return None
-                share = (policy.layers.index(layer) + 1) / len(policy.layers)
-                return max(round(full * (policy.budget(full) / full) ** share), policy.budget(full))
-            last = policy.layer - 1 if isinstance(policy, fk.FastV) else getattr(policy, "llm_layer", None)
-            return policy.budget(full) if layer == last else None
-
-        def choose(layer: int, there: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float):
-            gone, chosen = torch.zeros_like(live), False
-            for columns, full, importance in images:
-                kept = None
-                if isinstance(policy, fk.VFlowOpt):
-                    cuts = staged(Item(columns, importance, []), columns.tolist(), policy.llm_stages)
-                    kept = torch.tensor(cuts[layer]) if layer in cuts else None
-                elif count(layer, full) is not None:
-                    left = columns[there[columns]]
-                    if isinstance(policy, fk.FlowCut):
-                        score, _ = flow_score(query[asks], key[left], value[left], value[asks], 0, scaling)
-                    else:  # attention over all that the last token of the prompt sees
-                        seen = (live & there)[: asks + 1].nonzero().flatten()
-                        score = torch.zeros(len(there), dtype=key.dtype)
-                        score[seen] = attention_of(query[asks], key[seen], scaling)
-                        score = score[left]
-                    kept = left[score.argsort(descending=True, stable=True)[: count(layer, full)]]
-                if kept is not None:
-                    chosen = True
-                    gone[columns] = True
-                    gone[kept] = False
-            return gone if chosen else None
-
-        return choose
 
 
 def laid_out(features: Tensor, like: Any, later: int) -> Any:

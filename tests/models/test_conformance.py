@@ -16,7 +16,7 @@ from accelerate.hooks import remove_hook_from_module
 from oracle import Oracle
 from torch.testing import assert_close
 from transformers import pipeline
-from zoo import Family, Image, Video, families, parts_of
+from zoo import POLICIES, Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
 from flowcut_kernels.tune import Objective
@@ -104,6 +104,9 @@ PRUNING = {
     "one token": fk.FlowCut(1),
     "fastv": fk.FastV(7, layer=1),
     "pyramiddrop": fk.PyramidDrop(7, layers=(1, 3)),
+    "sparsevlm": fk.SparseVLM(5, layers=(0, 1), surplus=(2,)),
+    "visionzip": fk.VisionZip(13, contextual_share=0.4),
+    "random": fk.RandomTokens(13),
 }
 # RMSNorm, rotary tables and the logits of generate are fp32 in an fp64 model.
 CLOSE = dict(rtol=1e-4, atol=5e-5)
@@ -113,15 +116,27 @@ def policies_of(family: Family) -> dict[str, fk.policies.base.Policy]:
     """What the family takes, before the language model alone where that cannot be cut."""
     found = {name: policy for name, policy in PRUNING.items() if isinstance(policy, family.policies)}
     if not family.prunes_llm:
-        found.pop("flowcut llm", None)
+        found.pop("flowcut llm")
         found["vflowopt"] = dataclasses.replace(PRUNING["vflowopt"], llm_stages=())
+    if "visionzip" in found and "video" in family.kinds:  # whose frames bring their class tokens along
+        found["visionzip"] = dataclasses.replace(PRUNING["visionzip"], class_token=False)
     return found
 
 
-def pruning(family: Family, name: str) -> fk.policies.base.Policy:
-    if name not in policies_of(family):
-        pytest.skip("not defined for this family")
-    return policies_of(family)[name]
+def test_every_policy_is_here():
+    assert {type(policy) for policy in PRUNING.values()} == {*POLICIES}
+
+
+def test_what_is_not_defined_is_refused(family):
+    """With the reason, and the model is as it was."""
+    model, served = family.model(), policies_of(family)
+    for name, policy in PRUNING.items():
+        if served.get(name) == policy:
+            continue
+        words = family.refuses.get(type(policy)) or family.refuses.get(fk.FastV) or "set class_token=False"
+        with pytest.raises(ValueError, match=words):
+            fk.patch(model, policy)
+        assert "_flowcut_patch" not in vars(model) and not any("forward" in vars(x) for x in model.modules())
 
 
 def first_policy(family: Family) -> fk.policies.base.Policy:
@@ -129,11 +144,19 @@ def first_policy(family: Family) -> fk.policies.base.Policy:
     return next(iter(policies_of(family).values()))
 
 
-@pytest.mark.parametrize("policy", PRUNING)
+def served() -> Iterator[Any]:
+    """Families and names of policies. Random tokens are a uniform grid but for the choice: two families will do."""
+    for family in families():
+        for name in policies_of(family):
+            if name != "random" or str(family) in ("llava_next", "qwen2_5_vl"):  # voids, windows
+                yield pytest.param(family, name, id=f"{family}-{name}")
+
+
+@pytest.mark.parametrize(("family", "policy"), [*served()], indirect=["family"])
 @torch.no_grad()
 def test_every_logit(family, policy):
     """Of a batch padded on either side and of every decoding step: those of each row alone, by the oracle."""
-    policy, model = pruning(family, policy), family.model(dtype=torch.float64)
+    policy, model = policies_of(family)[policy], family.model(dtype=torch.float64)
     oracle = Oracle(family, policy)
     for name, rows in prompts(family).items():
         inputs = {side: given(family, rows, side, torch.float64) for side in ("left", "right")}

@@ -15,8 +15,6 @@ from torch.nn.functional import silu
 from torch.testing import assert_close
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-from zoo import Image as Picture
-from zoo import families
 
 import flowcut_kernels as fk
 
@@ -46,6 +44,21 @@ def model_of(attention: str = "sdpa", dtype=torch.float64):
 def given(rows: list, side: str = "left", dtype=torch.float64) -> dict:
     inputs = inputs_for(rows, side)
     return {name: x.to(dtype) if name == "pixel_values" else x for name, x in inputs.items()}
+
+
+def clusters_of(x: Tensor) -> dict[int, list[int]]:
+    """The rows of x [n, D] around int(n / 10) + 1 of them, by density peaks."""
+    number = int(len(x) / 10) + 1
+    d = (x[:, None] - x[None]).norm(dim=-1) / x.shape[1] ** 0.5
+    density = [torch.exp(-(d[i].sort().values[:number] ** 2).mean()) for i in range(len(x))]
+    rank = [
+        density[i] * min([d[i, j] for j in range(len(x)) if density[j] > density[i]], default=d.max())
+        for i in range(len(x))
+    ]
+    members: dict[int, list[int]] = {c: [] for c in sorted(range(len(x)), key=lambda i: -rank[i].item())[:number]}
+    for i in range(len(x)):
+        members[i if i in members else min(sorted(members), key=lambda c: d[i, c].item())].append(i)
+    return members
 
 
 class Oracle:
@@ -119,21 +132,11 @@ class Oracle:
             score = weights[:, asked].mean((0, 1))[self.rows(image)]
             order = [image.columns[i] for i in score.argsort(descending=True)]
             others = sorted(order[count : count + int(0.3 * (len(order) - count)) + 1])
-            number = int(len(others) / 10) + 1
             x = self.x[[row[c] for c in others]]
-            d = (x[:, None] - x[None]).norm(dim=-1) / x.shape[1] ** 0.5
-            density = [torch.exp(-(d[i].sort().values[:number] ** 2).mean()) for i in range(len(x))]
-            rank = [
-                density[i] * min([d[i, j] for j in range(len(x)) if density[j] > density[i]], default=d.max())
-                for i in range(len(x))
-            ]
-            centres = sorted(range(len(x)), key=lambda i: -rank[i].item())[:number]
-            members: dict[int, list[int]] = {c: [] for c in centres}
-            for i in range(len(x)):
-                members[i if i in members else min(sorted(centres), key=lambda c: d[i, c].item())].append(i)
-            for c, part in members.items():
+            found = clusters_of(x)
+            for c, part in found.items():
                 changed[row[others[c]]] = x[part].mean(0)
-            left = sorted(order[:count] + [others[c] for c in centres])
+            left = sorted(order[:count] + [others[c] for c in found])
             gone |= set(image.columns) - set(left)
             image.columns = left
         live = ~torch.isin(self.columns, torch.tensor(sorted(gone), dtype=torch.long))
@@ -281,23 +284,6 @@ def test_an_image_keeps_the_same_tokens_in_any_company(policy):
             model(**given([row]) | dict(pixel_values=given(rows)["pixel_values"][b : b + 1]))
             assert torch.equal(fk.trace(model).stages[-1].indices[0], together.indices[b])
     assert (together.indices.diff(dim=1) > 0).all()
-
-
-@pytest.mark.parametrize("family", [family for family in families() if fk.FastV in family.policies], ids=str)
-@torch.no_grad()
-def test_samples_of_every_family(family):
-    """Images of different sizes are read in a batch as they are alone, clusters and raters included."""
-    model, sizes = family.model(dtype=torch.float64), [Picture(*size, seed=i) for i, size in enumerate(family.sizes)]
-    rows = [[3, sizes[0], 5, 6, 7], [3, 9, sizes[1], 8, sizes[2], 4], [3, 11, 12]]
-    with fk.patched(model, fk.SparseVLM(5, layers=(0, 1), surplus=(2,))):
-
-        def logits(rows: list[list]) -> Tensor:
-            inputs = family.prompt(rows)
-            pixels = {name: x.double() for name, x in inputs.items() if name.startswith("pixel_values")}
-            return model(**inputs | pixels).logits[:, -1]
-
-        for row, together in zip(rows, logits(rows), strict=True):
-            assert_close(logits([row])[0], together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [fk.FastV(PATCHES), fk.PyramidDrop(PATCHES, layers=(1,))], ids=str)

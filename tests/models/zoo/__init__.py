@@ -53,6 +53,10 @@ class Video:
 
 
 Part = int | Image | Video
+POLICIES = tuple(getattr(fk, name) for name in fk.policies.__all__ if name != "Policy")
+# Of `Family.refuses`
+NO_CLASS_TOKEN = {fk.VisionZip: "VisionZip asks for a class token, which .* lacks"}
+SQUARES = {fk.VisionZip: "VisionZip keeps single patches, but .* squares of 2 x 2 patches, which are merged"}
 
 
 class Tile(NamedTuple):
@@ -81,10 +85,8 @@ class Family:
     # The same -> rows and columns of the grids that an image's tokens make up in the language model, newlines included
     grids: Callable[[Any, dict[str, Any], str], list[list[tuple[int, int]]]] | None = None  # None: the tiles'
     kinds: tuple[str, ...] = ("image",)
-    policies: tuple[type[fk.policies.base.Policy], ...] = (
-        fk.FlowCut, fk.VFlowOpt, fk.AttentionTokens, fk.RandomTokens, fk.UniformTokens, fk.FastV, fk.PyramidDrop
-    )  # fmt: skip
-    prunes_llm: bool = True  # FlowCut(llm_layer=...) and llm_stages
+    # Policies that are not defined for it, and words of the reason with which `patch` refuses them
+    refuses: dict[type[fk.policies.base.Policy], str] = field(default_factory=dict)
     video_layers: Callable[[Any], Sequence[nn.Module]] | None = None  # the same where frames have their own tower
     written_type: int = 0  # token type of what the model writes
     # (model, inputs) -> position_ids of an unpruned prompt, which kept tokens keep (M-RoPE); None: contiguous ones
@@ -95,6 +97,16 @@ class Family:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def policies(self) -> tuple[type[fk.policies.base.Policy], ...]:
+        """All others."""
+        return tuple(policy for policy in POLICIES if policy not in self.refuses)
+
+    @property
+    def prunes_llm(self) -> bool:
+        """Whether its language model can be cut: FlowCut(llm_layer=...) and llm_stages."""
+        return fk.FastV in self.policies
 
 
 def families() -> list[Family]:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import flowcut_kernels as fk
-from zoo import Family, Image, Part, batched_tiles, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, write
 from zoo.paligemma import plain
 
 EDGE, GRID = SIDE * PATCH, (SIDE // 2, SIDE // 2)
@@ -64,6 +64,8 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), GRID, block=4)],
-    policies=(fk.FlowCut, fk.VFlowOpt, fk.AttentionTokens, fk.RandomTokens, fk.UniformTokens),
-    prunes_llm=False,
+    refuses=NO_CLASS_TOKEN
+    | dict.fromkeys(
+        (fk.FastV, fk.PyramidDrop, fk.SparseVLM), "drops tokens inside the language model, .*Gemma3TextModel"
+    ),
 )

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from zoo import Family, Image, Part, Tile, batched_tiles, parts_of, spell, tokenizer, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, batched_tiles, parts_of, spell, tokenizer, write
 
 EDGE = SIDE * PATCH
 TOKENS = (SIDE // 2) ** 2
@@ -80,6 +80,7 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.connector,
     tiles=tiles,
+    refuses=NO_CLASS_TOKEN,
     sizes=((56, 56), (35, 70), (80, 20)),
     processor=processor,
 )

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from zoo import Family, Image, Part, Tile, batched_tiles, parts_of, spell, write
+from zoo import SQUARES, Family, Image, Part, Tile, batched_tiles, parts_of, spell, write
 
 EDGE = SIDE * PATCH
 TOKENS = (SIDE // 2) ** 2
@@ -73,6 +73,7 @@ FAMILY = Family(
     attention=lambda layer: layer.attention,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
+    refuses=SQUARES,
     skips={}
     if "mm_encoder_outputs" in inspect.signature(InternVLForConditionalGeneration.forward).parameters
     else dict.fromkeys(

@@ -15,7 +15,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
 )
 
-from zoo import Family, Image, Part, Tile, Video, batched_tiles, llava_next, parts_of, spell, write
+from zoo import SQUARES, Family, Image, Part, Tile, Video, batched_tiles, llava_next, parts_of, spell, write
 
 EDGE, POOL = SIDE * PATCH, 2
 SIZE = dict(height=EDGE, width=EDGE)
@@ -80,4 +80,5 @@ FAMILY = Family(
     tiles=tiles,
     grids=grids,
     kinds=("image", "video"),
+    refuses=SQUARES,
 )

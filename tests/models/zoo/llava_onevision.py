@@ -11,7 +11,7 @@ from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcesso
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from zoo import Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
 
 EDGE = SIDE * PATCH
 IMAGES = LlavaOnevisionImageProcessorPil(
@@ -85,4 +85,5 @@ FAMILY = Family(
     tiles=tiles,
     grids=grids,
     kinds=("image", "video"),
+    refuses=NO_CLASS_TOKEN,
 )

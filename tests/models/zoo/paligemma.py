@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from zoo import Family, Image, Part, batched_tiles, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, write
 
 EDGE = SIDE * PATCH
 
@@ -72,6 +72,7 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), (SIDE, SIDE))],
+    refuses=NO_CLASS_TOKEN,
     written_type=1,
     skips=dict(test_conversation="a prompt is all prefix: what was written before would be a part of it"),
 )

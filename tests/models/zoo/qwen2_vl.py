@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-from zoo import Family, Image, Part, Tile, Video, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, Video, parts_of, spell, write
 
 SIDE = 2  # patches of a token's edge
 PATCHES = Qwen2VLImageProcessorPil(
@@ -82,6 +82,7 @@ def family(name: str) -> Family:
         projector=lambda model: model.model.visual.merger,
         tiles=tiles,
         kinds=("image", "video"),
+        refuses=NO_CLASS_TOKEN,
         positions=positions,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import tiny
 import torch
 
+import flowcut_kernels as fk
 from zoo import Family
 from zoo import llava as plain
 
@@ -23,4 +24,5 @@ FAMILY = Family(
     attention=plain.FAMILY.attention,
     projector=plain.FAMILY.projector,
     tiles=plain.FAMILY.tiles,
+    refuses={fk.VisionZip: "VisionZip merges tokens of one layer's output, but .* are read"},
 )
