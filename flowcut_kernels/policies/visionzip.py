@@ -124,7 +124,8 @@ class VisionZip(Policy):
         into = torch.full_like(place, -1)
         if most:
             nearest = self._nearest(view.key, targets, contextual)
-            into = torch.where(merged, place.gather(1, targets.gather(1, nearest)), -1)
+            # A tile too small for a contextual token has no target: what it merges goes nowhere.
+            into = torch.where(merged & (contextual > 0), place.gather(1, targets.gather(1, nearest)), -1)
         source = torch.where(classes.gather(1, order), 0, order)
         lengths = torch.where(lengths < 0, -1, kept.sum(1)).int()
         return Selection(

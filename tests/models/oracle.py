@@ -224,10 +224,11 @@ class Shown:
 class Text:
     """A pass of the language model over one row: columns that are gone by a layer are keys to nobody."""
 
-    def __init__(self, policy: fk.policies.base.Policy, images: list[Shown], text: Tensor) -> None:
-        """`text`: bool [L] columns of the prompt that show no image."""
-        self.policy, self.images, self.text = policy, images, text
-        self.asks = int(text.nonzero().max()) if text.any() else len(text) - 1
+    def __init__(self, policy: fk.policies.base.Policy, images: list[Shown], text: Tensor, live: Tensor) -> None:
+        """`text`: bool [L] columns of the prompt that show no image; `live`: bool [L'] of the row those that enter."""
+        self.policy, self.images, self.text, self.live = policy, images, text, live
+        self.last = int(live[: len(text)].nonzero().max())
+        self.asks = int(text.nonzero().max()) if text.any() else self.last
         self.cuts: dict[float, Tensor] = {}  # bool [L'] gone after a layer, or at its entrance
 
     def watch(self, decoder: nn.Module) -> list[Any]:
@@ -252,11 +253,11 @@ class Text:
             words = [c for c in range(int(image.columns.max()) + 1, len(self.text)) if self.text[c]]
             relevance = (embeds[image.columns] @ embeds[words].T).softmax(1).mean(0)
             image.raters = [c for c, m in zip(words, relevance, strict=True) if m > relevance.mean()]
-            image.raters = image.raters or [len(self.text) - 1]
+            image.raters = image.raters or [self.last]
 
     def see(self, module, query, key, value, scaling, mask) -> Tensor:
         """bool [1, L']: columns that are left as keys of a layer."""
-        layer, live = module.layer_idx, torch.ones(key.shape[2], dtype=torch.bool)
+        layer, live = module.layer_idx, self.live.clone()
         for gone in self.cuts.values():
             live &= ~gone
         seen = live & (mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0)  # [L', L']
@@ -315,7 +316,8 @@ class Text:
             score, _ = flow_score(query[self.asks], key[left], value[left], value[self.asks], 0, scaling)
         else:  # attention over all that they see
             score = torch.zeros(len(live), dtype=key.dtype)
-            for asks in image.raters if isinstance(self.policy, fk.SparseVLM) else [self.asks]:
+            for asks in image.raters if isinstance(self.policy, fk.SparseVLM) else [self.last]:
+                asks = int(live[: asks + 1].nonzero().max())  # of a dropped one: the row before it
                 keys = seen[asks].nonzero().flatten()
                 score[keys] += attention_of(query[asks], key[keys], scaling)
             score = score[left]
@@ -375,7 +377,7 @@ class Oracle:
             after = positions.amax() + 1 + torch.arange(more)
             positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1)
         inputs |= dict(attention_mask=live[None].long(), position_ids=positions, use_cache=False)
-        watch = self._text(ids[0], visuals)
+        watch = self._text(ids[0], visuals, live)
         decoder = self.model.get_decoder()
         hooks = watch.watch(decoder)
         try:
@@ -393,7 +395,7 @@ class Oracle:
             live = live & ~gone
         return logits[live], live.nonzero().flatten()
 
-    def _text(self, ids: Tensor, visuals: dict[str, Visuals]) -> Text:
+    def _text(self, ids: Tensor, visuals: dict[str, Visuals], live: Tensor) -> Text:
         """What the language model drops of a prompt's columns `ids`."""
         images = []
         for kind, made in visuals.items():
@@ -402,7 +404,7 @@ class Oracle:
                 mine = made.visual == i
                 importance = None if made.importance is None else made.importance[mine & made.kept]
                 images.append(Shown(columns[mine & made.kept], int(mine.sum()), importance))
-        return Text(self.policy, images, ~torch.isin(ids, torch.tensor([*self.token_ids.values()])))
+        return Text(self.policy, images, ~torch.isin(ids, torch.tensor([*self.token_ids.values()])), live)
 
     def visuals(self, inputs: dict[str, Any], kind: str) -> Visuals:
         """The features of a kind, and which of their places in the prompt are left."""

@@ -50,7 +50,7 @@ def prompts(family: Family) -> dict[str, list[list]]:
     found: dict[str, list[list]] = {
         "one image": [[3, one, 5, 6]],
         "sizes in a batch": [[3, one, 5, 6, 7], [3, 9, other, 8], [third, 4]],
-        "interleaved": [[3, one, 4, 5, other, 6], [7, third, 8]],
+        "interleaved": [[3, one, 4, 5, other, 6], [7, 8, third]],
         "image or none": [[3, one, 5], [3, 11, 12, 13], [3, 9, other, 8, 7]],
         "text alone": [[3, 4, 5, 6], [3, 7]],
     }

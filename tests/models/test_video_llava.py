@@ -45,6 +45,17 @@ def test_frames_share_a_budget():
 
 
 @torch.no_grad()
+def test_a_frame_too_small_for_contextual_tokens():
+    """Of the other frame's two tokens one is contextual; the class tokens of both are the stock model's."""
+    llava, pixels = model(dtype=torch.float64), given([[Video(2)]])["pixel_values_videos"]
+    stock = llava.model.get_video_features(pixels).pooler_output.flatten(0, -2)
+    with fk.patched(llava, fk.VisionZip(3, contextual_share=0.4, class_token=False), record=True):
+        features = llava.model.get_video_features(pixels).pooler_output.flatten(0, -2)
+        assert fk.trace(llava).stages[0].recycled.sum(1).tolist() == [1, 0]
+    assert_close(features[[0, 3]], stock[[0, PATCHES + 1]])
+
+
+@torch.no_grad()
 def test_trace_of_the_last_pass():
     """Of either tower, where one alone has work, and of the videos where both do."""
     llava = model()
