@@ -25,51 +25,53 @@ def calibrate(
     Args:
         model: an unpatched instance of one of :func:`supported_models`.
         policy: the policy to freeze; a schedule it has already is replaced.
-        inputs: one batch of processor output or pixel values, or several of them; only images are looked at.
+        inputs: one batch of processor output or pixel values, or several of them, of the sizes that are to come; only
+            images are looked at.
 
     Returns:
         ``policy`` with ``schedule``: for every cut the mean over all images of what they kept, rounded half to even.
+        Images of different sizes, or of several tiles, which have budgets of their own: the mean share of what each had
+        above its budget, to four digits; such a schedule fits images of any size.
 
     Raises:
         TypeError: a policy that adapts to nothing, or inputs of another type.
-        ValueError: no images, images of several tiles with shares of their own, or a model that is patched.
+        ValueError: no images, or a model that is patched.
     """
     if not isinstance(policy, FlowCut):
         raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
     batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
-    patches = 0
-    kept: list[dict[int, int]] = []  # per image, layer -> patches it kept there
+    if not batches:
+        raise ValueError("calibrate: inputs is empty; give at least one batch of images")
+    seen: list[
+        tuple[int, int, dict[int, int]]
+    ] = []  # per image or tile: tokens, what was left, and layer -> kept there
     with torch.no_grad(), patched(model, replace(policy, schedule=None), record=True):
         for number, batch in enumerate(batches):
             encode_images(model, batch, f"calibrate: inputs[{number}]")
             stages = [stage for stage in trace(model).stages if stage.name == "encoder"]
-            images = len(stages[0].kept) if stages else 0
-            if stages and stages[0].scores is not None:
-                sizes = set(stages[0].scores.isfinite().sum(1).tolist()) | ({patches} - {0})
-                if len(sizes) > 1:
-                    raise ValueError(
-                        f"calibrate: images of {sorted(sizes)} tokens, but a schedule fits one number; give images of "
-                        "one size"
-                    )
-                patches = sizes.pop()
-            kept += [{stage.layer: stage.kept[image] for stage in stages} for image in range(images)]
-    if not batches:
-        raise ValueError("calibrate: inputs is empty; give at least one batch of images")
-    schedule: list[tuple[int, int]] = []
-    last = patches
-    for layer in sorted({layer for counts in kept for layer in counts}):
-        # A batch that reached its budget early has no later stages.
-        counts = [counts.get(layer, min(counts.values())) for counts in kept]
-        mean = round(sum(counts) / len(counts))
+            if not stages:
+                continue
+            assert stages[0].scores is not None
+            for image, tokens in enumerate(stages[0].scores.isfinite().sum(1).tolist()):
+                left = stages[-1].kept[image]
+                if left < tokens:
+                    seen.append((tokens, left, {stage.layer: stage.kept[image] for stage in stages}))
+    # A batch that reached its budget early has no later stages.
+    layers = sorted({layer for *_, kept in seen for layer in kept})
+    kinds = {(tokens, left) for tokens, left, _ in seen}
+    counts = len(kinds) == 1 and all(left == policy.encoder_budget(tokens) for tokens, left in kinds)
+    schedule: list[tuple[int, float]] = []
+    last: float = min(kinds)[0] if counts else 1.0
+    for layer in layers:
+        mean: float
+        if counts:
+            mean = round(sum(kept.get(layer, left) for _, left, kept in seen) / len(seen))
+        else:
+            shares = [(kept.get(layer, left) - left) / (tokens - left) for tokens, left, kept in seen]
+            mean = round(sum(shares) / len(seen), 4)
         if mean < last:  # a cut that drops nothing is none
             schedule.append((layer, mean))
             last = mean
-    budget = policy.encoder_budget(patches)
-    if schedule and last != budget:
-        raise ValueError(
-            f"calibrate: the tiles of these images keep {last} of {patches} tokens each, but a schedule ends with "
-            f"{budget}, the budget of an image of that many: it serves images of one tile; leave schedule=None"
-        )
     return replace(policy, schedule=tuple(schedule) or None)
 
 

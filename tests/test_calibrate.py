@@ -100,6 +100,10 @@ def test_scores_that_are_not_finite_are_not_hidden():
         (((2, 20), (2, 8)), "rising layers"),
         (((1, 8), (2, 20)), "rising layers"),
         (((1, 20), (2, 9)), "target_tokens=8"),
+        (((1, 0.5), (2, 0.2)), "the last 0.0"),
+        (((1, 1.0), (2, 0.0)), "a share below 1.0"),
+        (((1, 0.5), (2, 8)), "pairs of whole numbers"),
+        (((1, 0.2), (2, 0.5), (3, 0.0)), "falling"),
     ],
 )
 def test_bad_schedules(schedule, message):

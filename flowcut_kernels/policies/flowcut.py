@@ -69,8 +69,10 @@ class FlowCut(Policy):
             of an image's remaining tokens stays, by S (VFlowOpt). Neither goes with ``llm_layer``.
         positions: "keep" the positions of the prompt in the layers after a cut in the language model, or "renumber"
             them without gaps (released code).
-        schedule: (layer, patches kept by its cut) pairs instead of the entropy rule, the budget last. Shapes are then
-            static and nothing is read back; set by :func:`~flowcut_kernels.calibrate`.
+        schedule: (layer, kept by its cut) pairs instead of the entropy rule: patches as whole numbers, the budget last,
+            for images of one size; or for images and tiles of any size shares of what is above their budgets, falling
+            from below 1.0 to 0.0. Shapes are then static and nothing is read back; set by
+            :func:`~flowcut_kernels.calibrate`.
     """
 
     criteria: tuple[str, ...] = CRITERIA
@@ -91,7 +93,7 @@ class FlowCut(Policy):
     recycle_cell: float | None = None
     llm_stages: tuple[tuple[int, float], ...] = ()
     positions: Literal["keep", "renumber"] = "keep"
-    schedule: tuple[tuple[int, int], ...] | None = None
+    schedule: tuple[tuple[int, float], ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,12 +156,17 @@ class FlowCut(Policy):
         except (TypeError, ValueError):
             pairs = ()
         steps = list(pairwise(pairs))
-        whole = all(is_whole(x) for pair in pairs for x in pair)
-        if not pairs or not whole or pairs[0][0] < 0 or pairs[-1][1] < 1:
-            raise ValueError(f"FlowCut: schedule={self.schedule!r} must be (layer, kept) pairs of whole numbers")
+        shares = bool(pairs) and all(isinstance(kept, float) and 0 <= kept < 1 for _, kept in pairs)
+        counts = bool(pairs) and all(is_whole(kept) and kept > 0 for _, kept in pairs)
+        layers = all(is_whole(layer) and layer >= 0 for layer, _ in pairs)
+        if not layers or not (counts or (shares and pairs[-1][1] == 0)):
+            raise ValueError(
+                f"FlowCut: schedule={self.schedule!r} must be (layer, kept) pairs of whole numbers, or of a layer and "
+                "a share below 1.0, the last 0.0"
+            )
         if any(later[0] <= layer or later[1] >= kept for (layer, kept), later in steps):
             raise ValueError(f"FlowCut: schedule={self.schedule!r} must name rising layers and falling counts")
-        if self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
+        if counts and self.target_tokens is not None and pairs[-1][1] != self._left_by_encoder(self.target_tokens):
             raise ValueError(
                 f"FlowCut: schedule={self.schedule!r} must end with target_tokens={self.target_tokens} (times "
                 "encoder_surplus where llm_layer or recycle_cell is set): calibrate again"
@@ -180,7 +187,8 @@ class FlowCut(Policy):
         budget = self.encoder_budget(tokens)
         if self.schedule is None or budget >= tokens:
             return
-        if self.schedule[-1][0] >= feature_layer or self.schedule[0][1] >= tokens or self.schedule[-1][1] != budget:
+        (_, first), (layer, last) = self.schedule[0], self.schedule[-1]
+        if layer >= feature_layer or (not isinstance(last, float) and (first >= tokens or last != budget)):
             raise ValueError(
                 f"FlowCut: schedule={self.schedule} does not fit an encoder of {tokens} patches whose layer "
                 f"{feature_layer} is read, with {budget} to keep: calibrate on this model"
@@ -235,14 +243,16 @@ class FlowCut(Policy):
 
     def _scheduled_step(self, layer: int, tokens: int, budget: int) -> EncoderStep | None:
         assert self.schedule is not None
-        if self.schedule[-1][1] != budget:
+        last = self.schedule[-1][1]
+        if not isinstance(last, float) and last != budget:
             raise ValueError(
                 f"FlowCut: schedule={self.schedule} does not end with the {budget} to keep of the {tokens} tokens of "
-                "an image or a tile: calibrate for images like these, or where they have several tiles leave it None"
+                "an image or a tile: calibrate with images like these among the samples"
             )
         kept = dict(self.schedule).get(layer)
         if kept is not None:
-            return EncoderStep(Select.FIXED, kept, static=True)
+            count = budget + round(kept * (tokens - budget)) if isinstance(kept, float) else kept
+            return EncoderStep(Select.FIXED, count, static=True)
         scores = self.cumulative and layer < self.schedule[-1][0]
         return EncoderStep(Select.SCORE_ONLY, static=True) if scores else None
 

@@ -375,10 +375,16 @@ def test_sliding_windows(family):
 
 @torch.no_grad()
 def test_calibrated(family):
-    """Images of one size: the schedule is what each one keeps, without a look at its entropy."""
+    """Without a look at their entropy images keep what the schedule says, of different sizes a share."""
     model, inputs = family.model(), given(family, [[ONE, 3, dataclasses.replace(ONE, seed=7)]])
     frozen = fk.calibrate(model, POLICY, inputs)
     assert [stage.kept for stage in stages(model, inputs, frozen)] == [[n, n] for _, n in frozen.schedule]
+    inputs = given(family, [[ONE, 3, OTHER]])
+    frozen = fk.calibrate(model, POLICY, [inputs])
+    found = stages(model, inputs, frozen)
+    tokens, ends = found[0].scores.isfinite().sum(1).tolist(), found[-1].kept
+    for stage, (_, share) in zip(found, frozen.schedule, strict=True):
+        assert stage.kept == [end + round(share * (n - end)) for n, end in zip(tokens, ends, strict=True)]
 
 
 @torch.no_grad()

@@ -230,10 +230,24 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("policy", [fk.FlowCut(10), fk.FlowCut(retain_ratio=0.3)], ids=str)
-def test_no_schedule_for_several_tiles(policy):
-    """Its last count is an image's budget, of which tiles get shares."""
+@torch.no_grad()
+def test_schedule_for_several_tiles(policy):
+    """Of what a tile has above its part of the budget the mean share of the samples' tiles stays, whatever comes."""
     model = llava_next.model()
-    inputs = llava_next.prompt([[3, Image(112, 112), 5]])
-    with pytest.raises(ValueError, match=r"calibrate: the tiles of these images keep \d+ of 64 tokens.*schedule=None"):
-        fk.calibrate(model, policy, inputs)
-    assert "_flowcut_patch" not in vars(model)
+    samples = [llava_next.prompt([[3, Image(*size, seed=i), 5]]) for i, size in enumerate(SIZES[1:4])]
+
+    def tiles(policy, inputs):
+        """Of each its tokens, what is left, and what each cut kept."""
+        with fk.patched(model, policy, record=True):
+            model(**inputs)
+            stages = [stage for stage in fk.trace(model).stages if stage.name == "encoder"]
+        kept = [[stage.kept[i] for stage in stages] for i in range(len(stages[0].kept))]
+        return list(zip(stages[0].scores.isfinite().sum(1).tolist(), (cuts[-1] for cuts in kept), kept, strict=True))
+
+    frozen = fk.calibrate(model, policy, samples)
+    seen = [tile for inputs in samples for tile in tiles(policy, inputs) if tile[1] < tile[0]]
+    shares = [sum((cuts[i] - end) / (n - end) for n, end, cuts in seen) / len(seen) for i in range(len(seen[0][2]))]
+    assert [share for _, share in frozen.schedule] == [round(share, 4) for share in shares if share < 1]
+    for n, end, cuts in tiles(frozen, llava_next.prompt([[3, Image(*SIZES[6]), 5]])):
+        assert cuts == [end + round(share * (n - end)) for _, share in frozen.schedule]
+    assert fk.calibrate(model, frozen, samples) == frozen == fk.FlowCut.from_json(frozen.to_json())

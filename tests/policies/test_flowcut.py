@@ -456,7 +456,9 @@ def test_floors_choose_on_grids_of_their_own():
 def test_a_schedule_demands_its_budget():
     policy = fk.FlowCut(retain_ratio=0.25, schedule=((1, 100), (3, 64)))
     assert policy.encoder_step(3, 4, 256, 64) == EncoderStep(Select.FIXED, 64, static=True)
-    with pytest.raises(ValueError, match=r"does not end with the 50 to keep of the 200 tokens .* calibrate for images"):
+    with pytest.raises(
+        ValueError, match=r"does not end with the 50 to keep of the 200 tokens .* calibrate with images like these"
+    ):
         policy.encoder_step(1, 4, 200, 50)
 
 
