@@ -387,7 +387,8 @@ def encoder(section: Section, rows: list[Row]) -> Chart | None:
         lambda row: f"{precision(row)}, batch {row['batch']}",
         "Encoder time against the stock tower",
         f"All {section.facts.get('patches', '')} tokens in the stock tower are 100 %. Choosing tokens is included: "
-        "where the bar ends at the FLOPs mark, it costs nothing. Whiskers: quartiles.",
+        "where the bar ends at the FLOPs mark, it costs nothing. On CPUs it may end before: layers that score run the "
+        "package's own attention, which is faster. Whiskers: quartiles.",
         [(Mark("bar", 0, 100), "FlowCut"), (Mark("limit", 50, 50, "second"), "what its FLOPs predict")],
     )  # fmt: skip
 

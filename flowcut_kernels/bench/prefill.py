@@ -90,7 +90,7 @@ def measure(
     cuts = " ".join(str(kept) for row in rows[-1:] for kept in row.get("schedule", "-"))
     return Section(
         "prefill",
-        f"Image to tokens: {shape.name}",
+        f"Image to first token: {shape.name}",
         command,
         rows,
         facts=dict(model=shape.name, views=shape.views, text_parameters_millions=millions, prompt_words=TEXT,

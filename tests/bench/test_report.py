@@ -117,9 +117,10 @@ def test_bars_stand_where_the_json_says(written, visit):
             const end = kind => {
                 const mark = r.querySelector(".mark." + kind)?.getBoundingClientRect();
                 if (!mark || !track.width) return null;
-                return 100 * ((/bar|thin/.test(kind) ? mark.right : mark.x + mark.width / 2) - track.x) / track.width;
+                const at = /bar|thin|second/.test(kind) ? mark.right : mark.x + mark.width / 2;
+                return 100 * (at - track.x) / track.width;
             };
-            return [r.querySelector(".value").textContent, ...["bar", "thin", "dot", "roof"].map(end)];
+            return [r.querySelector(".value").textContent, ...["bar", "thin", "dot", "roof", "second"].map(end)];
         })])""")
     found = {title: (ticks, rows) for title, ticks, rows in bars}
     sections = report.load(MAIN)
@@ -132,7 +133,7 @@ def test_bars_stand_where_the_json_says(written, visit):
 
     rows = [row for row in sections.section("ops").rows if row["op"] == "anchor_stats" and row["bytes"] > 2**26]
     scale, zero = unit("Operators against the memory's limit")
-    for row, (text, bar, thin, _, roof) in zip(rows, found["Operators against the memory's limit"][1], strict=False):
+    for row, (text, bar, thin, _, roof, _) in zip(rows, found["Operators against the memory's limit"][1], strict=False):
         assert (bar - zero) / scale == pytest.approx(100 * row["of_copy"], abs=1)
         assert (thin - zero) / scale == pytest.approx(100 * row["of_copy"] / row["speedup"], abs=1)
         assert (roof - zero) / scale == pytest.approx(100, abs=1)
@@ -141,7 +142,7 @@ def test_bars_stand_where_the_json_says(written, visit):
     rows = [row for row in sections.section("quality").rows if "over_flowcut" in row]
     rows.sort(key=lambda row: (-row["tokens"], -row["over_flowcut"]))
     scale, zero = unit("Against FlowCut")
-    for row, (text, _, _, dot, _) in zip(rows, found["Against FlowCut"][1], strict=True):
+    for row, (text, _, _, dot, *_) in zip(rows, found["Against FlowCut"][1], strict=True):
         value = 100 * row["over_flowcut"]
         assert text.startswith(f"{value:+.1f} (")
         assert dot is None if value < -10 else (dot - zero) / scale == pytest.approx(value, abs=0.2)
@@ -149,7 +150,11 @@ def test_bars_stand_where_the_json_says(written, visit):
     rows = sections.section("prefill").rows
     stock, *pruned = found["Time to the first token against visual tokens"][1]
     assert stock[0] == tables.duration(rows[0]["stock_first_seconds"])
-    for row, (text, *_) in zip(rows, pruned, strict=True):
+    scale, zero = unit("Time to the first token against visual tokens")
+    for row, (text, encoder, *_, first) in zip(rows, pruned, strict=True):
+        for part, end in (("encoder", encoder), ("first", first)):
+            wanted = 100 * row[f"{part}_seconds"] / row["stock_first_seconds"]
+            assert (end - zero) / scale == pytest.approx(wanted, abs=1)
         assert text == f"{tables.duration(row['first_seconds'])} ({row['speedup']:.2f}x as fast)"
     scale, zero = unit("Encoder time against the stock tower")
     ends = [bar for _, bar, *_ in found["Encoder time against the stock tower"][1]]
