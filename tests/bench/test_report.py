@@ -231,7 +231,10 @@ def test_scene_is_drawn_from_what_the_json_says(visit, tmp_path, width, scheme):
     rows = [dict(policy="FlowCut", tokens=4, share=0.25, accuracy=0.5, low=0.4, high=0.6, kinds={}, ok=True)]
     section = report.Section("quality", "", "", rows, dict(patches=16, scene=facts))
     seen = visit(write(tmp_path, section), width=width, color_scheme=scheme)
-    assert f"“{facts['question']}”: right is {asked.answer}. With all" in seen.locator(".scene p").inner_text()
+    assert (
+        f"“{facts['question']}”: {asked.answer} is right. The model says “1” with all patches"
+        in seen.locator(".scene p").inner_text()
+    )
     panels = seen.locator(".scene li").all()
     assert [panel.inner_text() for panel in panels] == ["all 16 patches", "12 after layer 1", "4 after layer 3"]
     ground = np.array(
