@@ -39,7 +39,10 @@ BEFORE = FLOWCUT, VFlowOpt(retain_ratio=0.5, hub_threshold=1e9)  # these leave t
 
 @torch.no_grad()
 def counted(model: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
-    """FLOPs of all before the language model, and of it with its head; bytes of the keys and values that are held."""
+    """FLOPs of all before the language model, and of it with its head; bytes that are allocated for keys and values.
+
+    Where a window is full, bytes of those that it holds: what they are views of ends with the next token.
+    """
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
     modules = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
@@ -47,8 +50,11 @@ def counted(model: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
     language, head = names[model.get_decoder()], names[model.get_output_embeddings()]
     rotary = sum(flops for name, flops in modules.items() if name.startswith(f"{language}.rotary_emb"))
     prefill = modules[language] + modules[head]
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return modules["Global"] - prefill, prefill - rotary, sum(x.nbytes for x in held)
+    size = 0
+    for layer in cache.layers:
+        full = layer.keys.shape[2] == getattr(layer, "sliding_window", 0) - 1
+        size += sum(x.nbytes if full else x.untyped_storage().nbytes() for x in (layer.keys, layer.values))
+    return modules["Global"] - prefill, prefill - rotary, size
 
 
 def predicted(side: Side) -> tuple[int, int, int]:
