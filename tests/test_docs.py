@@ -1,8 +1,10 @@
-"""Whatever a page shows is run: python blocks as they stand, commands at their smallest, names and links looked up.
+"""Whatever a page shows is run: python blocks as they stand, commands made small, names and links looked up.
 
 A page is one session: its python blocks share their names, in order. Before each of them `model`, `processor`, `image`,
 `prompt` and `inputs` are made anew, as ``docs/README.md`` tells readers: LLaVA-1.5 with all its layers and tokens, but
 a width of 64. Checkpoints by name are such models of their family. A ``text`` block behind python is what that prints.
+
+A command is run with further options that make it small. What another test runs, or CI itself, is in ELSEWHERE.
 """
 
 from __future__ import annotations
@@ -10,16 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import inspect
 import io
-import json
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from argparse import ArgumentParser
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -37,21 +37,12 @@ from flowcut_kernels import info, policies
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
-import typer.main
-from markdown_it import MarkdownIt
+from pages import PAGES, ROOT, blocks, commands_of, inline, tokens
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from flowcut_kernels.bench import commands, families, ops, timing
-
-ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
-    for path in ROOT.glob(pattern)
-    if path.name != "CHANGELOG.md" and path.parent.name != "api"  # history; made from the code
-)
+from flowcut_kernels.bench import commands, families, ops, report, timing
 
 # Checkpoints that pages load -> a family of `flowcut-bench prefill`; with all its layers, but thin.
 CHECKPOINTS = {
@@ -68,68 +59,57 @@ NOT_RUN = {
 }
 # First line of a python block -> the file that it is quoted from.
 QUOTED = {"class PaliGemma:": "flowcut_kernels/models/paligemma.py"}
-# Subcommands of flowcut-bench whose commands are run, once further options have made them small.
+
+
+class Small(NamedTuple):
+    """What makes a command small: options behind those of the page, as of a repeated one the last counts."""
+
+    options: str = ""
+    makes: str = ""  # files that must be there then; reports in front of their tables
+
+
+def measured(options: str) -> Small:
+    return Small(f"{options} --json small.json --csv small.csv", "small.json small.csv")
+
+
+# Beginnings of commands; the longest that fits counts.
 SMALL = {
-    "ops": "--toy --repeats 1 --threads 1 --json small.json",
-    "encoder": "--layers 6 --image-size 112 --hidden 64 --tokens 16 --batch 1 --repeats 1 --threads 1",
-    "kv": "--toy --repeats 1 --steps 1 --threads 1",
-    "look": "",
-    "flow": "",
-    "report": "",
-    "compare A.json B.json": "",
-    "presets": "",
+    "flowcut-bench ops": measured("--toy --repeats 1"),
+    "flowcut-bench encoder": measured("--layers 6 --image-size 112 --hidden 64 --tokens 16,8 --batch 1,2 --repeats 1"),
+    "flowcut-bench prefill": measured(
+        "--layers 6 --text-layers 1 --image-size 112 --hidden 64 --tokens 8 --steps 1 --repeats 1"
+    ),
+    "flowcut-bench prefill --family": measured("--family paligemma-3b --toy --repeats 1 --device cpu"),
+    "flowcut-bench kv": measured("--toy --repeats 1 --steps 2"),
+    "flowcut-bench quality": measured("--questions 8 --shares 0.11"),
+    "flowcut-bench conversation": measured("--questions 16"),
+    "flowcut-bench tune": measured("--budget 0.25 --trials 2 --samples 4 --questions 16"),
+    "flowcut-bench compare": measured("--toy --tokens 24 --steps 1 --repeats 1"),
+    "flowcut-bench compare A.json B.json": Small(),
+    "flowcut-bench compile": measured("--only gather --arch 90"),
+    "flowcut-bench gpu": Small("--dry-run --only kv", "DIR/gpu.json DIR/kv.json"),
+    "flowcut-bench look": Small(makes="*/look.html */*.png"),
+    "flowcut-bench flow": Small(makes="*/*-flow.json */*-flow.png"),
+    "flowcut-bench report": Small(makes="pages/report.html pages/report.json pages/accuracy.png"),
+    "flowcut-bench presets": Small(),
+    "python -m flowcut_kernels.bench.cli": Small(  # the main job
+        "--toy", "flowcut-report/report.html flowcut-report/report.json flowcut-report/accuracy.png"
+    ),
+    "python -m flowcut_kernels.info": Small(),
+    "python -m benchmarks.mini_vlm.train": Small(
+        "--scale 0.0003 --threads 1 --out trained", "trained/model.safetensors"
+    ),
+    "python -m benchmarks.mini_vlm.evaluate": Small("--scenes 8"),
+    "python docs/generate_api.py": Small(makes="docs/api/*.md"),
+    "python docs/fill_tables.py": Small(makes="docs/ops/*.md"),
 }
-# Those that take longer: options are parsed, checked, and handed to the signature of the function that measures.
-SLOW = {
-    "": "the main job: tests/bench/test_cli.py runs it at toy size",
-    "prefill": "tests/bench/test_cli.py",
-    "quality": "tests/bench/test_cli.py",
-    "conversation": "tests/bench/test_cli.py",
-    "tune": "tests/bench/test_cli.py",
-    "compile": "tests/ops/test_compile.py",
-    "compare": "tests/bench/test_side_by_side.py",
-    "gpu": "tests/bench/test_gpu.py runs it dry",
+# Beginnings of commands that are not run here -> where they are. Here they are compared with what they name.
+ELSEWHERE = {
+    "make test": "CI runs it: it has run this test",
+    "make sanitize": "CI runs it, as a part of make test; it compiles for a minute",
+    "pip install": "make test begins with the build, in an environment of its own",
+    "lmms-eval": "tests/integrations/test_lmms_eval.py runs those of docs/lmms_eval.md",
 }
-
-
-class Block(NamedTuple):
-    page: str
-    line: int  # of its first line
-    kind: str
-    text: str
-
-    @property
-    def first(self) -> str:
-        return self.text.split("\n", 1)[0]
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-@cache
-def tokens(page: str) -> list:
-    return MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())
-
-
-def blocks(page: str) -> list[Block]:
-    return [Block(page, t.map[0] + 2, t.info, t.content) for t in tokens(page) if t.type == "fence"]
-
-
-def inline(page: str) -> list[str]:
-    """Code within a page's lines."""
-    return [c.content for t in tokens(page) for c in t.children or () if c.type == "code_inline"]
-
-
-def commands_of(page: str) -> list[str]:
-    """Commands of its shell blocks, and those between backticks."""
-    found = []
-    for block in blocks(page):
-        if block.kind == "bash":
-            lines = block.text.replace("\\\n", " ").splitlines()
-            found += [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
-    return found + [code for code in inline(page) if re.match(r"(flowcut-bench|make|pip|python|lmms-eval) \S", code)]
-
-
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 
 
@@ -229,8 +209,10 @@ def folder(monkeypatch, tmp_path):
     for name, source in (("A.json", "cpu-kv.json"), ("B.json", "cpu-kv-run2.json")):
         shutil.copy(ROOT / "benchmarks" / "results" / source, tmp_path / name)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
-    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(ops, "Copy", lambda device: timing.Copy(device, 2**20))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -244,11 +226,12 @@ def test_command(command, folder, monkeypatch):
         "flowcut-bench ops --repeat 3",
         "flowcut-bench opps",
         "flowcut-bench quality --policies guess",
+        "flowcut-bench tune --budget 25,11",  # although what makes it small has another
         "flowcut-bench look NOTHING",
         "make tset",
         "pip install '.[tine]' --no-build-isolation",
         "python -m benchmarks.mini_vlm.train --sede 1",
-        "lmms-eval --model flowcut --model_args pretrained=llava-hf/llava-1.5-7b-hf,policy=FlowCut,target_token=64",
+        "lmms-eval --model flowcut --model_args policy=FlowCut",
         "unheard of",
     ],
 )
@@ -257,48 +240,93 @@ def test_wrong_commands_are_found(command, folder, monkeypatch):
         check(command, monkeypatch)
 
 
+def test_every_subcommand_is_on_a_page():
+    """And so is run."""
+    found = {command.split()[1] for command in COMMANDS if command.startswith("flowcut-bench ")}
+    assert found == {each.name or each.callback.__name__ for each in commands.app.registered_commands}
+
+
 def check(command: str, monkeypatch) -> None:
     program, *words = shlex.split(command)
-    if program == "flowcut-bench":
-        bench(words, monkeypatch)
-    elif program == "make":
-        done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True)
+    if program == "make":
+        dry = ["make", "--dry-run", "--old-file=.venv/built", *words]
+        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and words, done.stderr
+        for line in [] if command in ELSEWHERE else done.stdout.splitlines():
+            check(line.replace(".venv/bin/python", "python"), monkeypatch)
     elif program == "pip":
         install(words)
     elif program == "lmms-eval":
-        lmms_eval(words)
-    elif words[:1] == ["-m"]:
-        module(words[1], words[2:], monkeypatch)
+        assert command in commands_of("docs/lmms_eval.md"), ELSEWHERE[program]
     else:
-        pytest.fail(f"{command!r} is neither run nor compared with anything")
+        run(command, monkeypatch)
 
 
-def bench(words: list[str], monkeypatch) -> None:
-    app = typer.main.get_command(commands.app)  # made anew, so that what its commands do may be taken away
-    for command in (app, *app.commands.values()):
-        command.callback = lambda **options: None
-    app.main(words, prog_name="flowcut-bench", standalone_mode=False)
+def run(command: str, monkeypatch) -> None:
+    """A command made small: it ends well, and what it prints and writes is there and right."""
+    begins = [begin for begin in SMALL if f"{command} ".startswith(f"{begin} ")]
+    assert begins, f"{command!r}: say in tests/test_docs.py what makes it small, or where it is run"
+    small = SMALL[max(begins, key=len)]
+    program, *words = shlex.split(command)
+    if program == "python":
+        output = python([*words, *small.options.split()], monkeypatch)
+    else:
+        if "--json" in small.options:  # what is replaced must be right, too
+            with monkeypatch.context() as without:
+                without.setattr(commands, "section", lambda *args: None)
+                bench(words)
+        output = bench([*words, *small.options.split()], apart=words[0] == "compile")
+        assert "--json" not in small.options or max(map(len, output.splitlines())) <= 100
+    written = [path for pattern in small.makes.split() for path in sorted(Path().glob(pattern)) or [Path(pattern)]]
+    assert all(path.stat().st_size for path in written) and (written or output.strip())
+    for path in written:
+        if path.parts[0] == "docs":
+            assert path.read_text() == (ROOT / path).read_text(), f"{path} is out of date: run `make docs`"
+        elif path.suffix == ".json":
+            rows = checked(path)
+        elif path.suffix == ".csv":
+            lines = path.read_text().splitlines()
+            assert len(lines) == 1 + rows and lines[0].startswith("section,")
 
-    name = next((word for word in words if not word.startswith("-")), "")
-    if words[:3] == ["compare", "A.json", "B.json"]:
-        name = "compare A.json B.json"
-    assert name in SMALL.keys() | SLOW.keys(), f"flowcut-bench {name}: say in tests/test_docs.py how it is tested"
-    if name in SMALL:
-        monkeypatch.setattr(ops, "Copy", lambda device: timing.Copy(device, 2**20))
-        found = CliRunner().invoke(commands.app, [*words, *SMALL[name].split()])
-        assert found.exit_code == 0, found.output
-        if name == "ops":  # --only may have left none
-            assert json.loads(Path("small.json").read_text())["sections"][0]["rows"]
-    elif name not in ("", "gpu"):
 
-        def bound(title, measure, options, threads, device, *files) -> None:
-            tick = len  # anything that can be called
-            inspect.signature(measure).bind(**options, device=device, command="", tick=tick)
+def python(words: list[str], monkeypatch) -> str:
+    """``python WORDS`` in this process; returns what it prints."""
+    start = runpy.run_module if words[0] == "-m" else runpy.run_path
+    name, *options = words[words[0] == "-m" :]
+    monkeypatch.delitem(sys.modules, name, raising=False)  # it may be imported by now
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        try:
+            start(name, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{name} ends with {end.code}: {written.getvalue()}"
+    return written.getvalue()
 
-        monkeypatch.setattr(commands, "section", bound)
-        found = CliRunner().invoke(commands.app, words)
-        assert found.exit_code == 0, found.output
+
+def bench(words: list[str], apart: bool = False) -> str:
+    """``flowcut-bench WORDS``; returns what it prints.
+
+    Apart: in a process of its own, as where Triton's interpreter runs the kernels there are none to compile.
+    """
+    if apart:
+        variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        program = [sys.executable, "-m", "flowcut_kernels.bench.cli"]
+        done = subprocess.run([*program, *words], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    found = CliRunner().invoke(commands.app, words)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def checked(path: Path) -> int:
+    """Rows of a report, which are there and right; it is the same when read and saved, and names no folder."""
+    made = report.load(path)
+    assert not made.failed and made.sections
+    assert all(section.rows and all(row["ok"] for row in section.rows) for section in made.sections)
+    made.save(Path("again.json"))
+    assert path.read_text() == Path("again.json").read_text() and str(Path.cwd()) not in path.read_text()
+    return sum(len(section.rows) for section in made.sections)
 
 
 def install(words: list[str]) -> None:
@@ -318,37 +346,6 @@ def install(words: list[str]) -> None:
         asked = {need.name: need for need in map(Requirement, needs)}
         assert asked.keys() <= build.keys()
         assert all(not need.specifier or need.specifier == build[name].specifier for name, need in asked.items())
-
-
-def lmms_eval(words: list[str]) -> None:
-    """tests/integrations runs this command; options that it does not use are unknown here, too."""
-    tested = (ROOT / "tests" / "integrations" / "test_lmms_eval.py").read_text()
-    options = dict(zip(words[::2], [*words[1::2], None], strict=False))
-    assert all(f'"{option}"' in tested for option in options) and options["--model"] == "flowcut"
-    given = dict(pair.split("=") for pair in options["--model_args"].split(","))
-    assert given.pop("pretrained") in CHECKPOINTS
-    policy = given.pop("policy")
-    if policy != "none":
-        getattr(fk, policy)(**{name: json.loads(value) for name, value in given.items()})
-
-
-def module(name: str, words: list[str], monkeypatch) -> None:
-    """A module's command line: run where it is quick, else parsed."""
-    monkeypatch.syspath_prepend(ROOT)
-    if name == "flowcut_kernels.info":
-        info.main()
-        return
-    assert name.startswith("benchmarks.mini_vlm."), f"python -m {name}: say in tests/test_docs.py how it is run"
-    parse, end = ArgumentParser.parse_args, "no further"
-
-    def parsed(parser, *args):
-        parse(parser, *args)
-        sys.exit(end)
-
-    monkeypatch.setattr(ArgumentParser, "parse_args", parsed)
-    monkeypatch.setattr(sys, "argv", [name, *words])
-    with pytest.raises(SystemExit, match=end):
-        runpy.run_module(name, run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -57,12 +57,15 @@ def per_kind(right: np.ndarray, asked: list) -> dict[str, float]:
 
 
 def blind_floor(asked: list, seed: int) -> float:
-    """Accuracy of the best answer that looks at the wording alone, learnt on training questions."""
+    """Accuracy of the best answer that looks at the wording alone, learnt on twice as many training questions."""
     table: dict[str, Counter] = {}
-    for row in exam("train", 1000, seed)[1]:
+    for row in exam("train", 2 * len(asked), seed)[1]:
         for text, answer, _ in row:
             table.setdefault(text, Counter())[answer] += 1
-    return float(np.mean([table[text].most_common(1)[0][0] == answer for row in asked for text, answer, _ in row]))
+    best = {
+        text: found.most_common(1)[0][0] for text, found in table.items()
+    }  # nothing on a wording that never came up
+    return float(np.mean([best.get(text) == answer for row in asked for text, answer, _ in row]))
 
 
 def cls_attention(tower, images: np.ndarray, size: int = 32) -> torch.Tensor:

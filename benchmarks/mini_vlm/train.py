@@ -30,11 +30,20 @@ RECIPE = {
     "vision": {"steps": 3000, "batch": 16, "rate": 2e-3, "crowded": 0.45},
     "language": {"steps": 1500, "batch": 8, "rate": 2e-3, "scenes": 2500, "questions": 16},
 }
+PART = 250  # scenes that are drawn at once
 
 
-def train_vision(model, seed: int, work: Path, progress: Progress) -> np.ndarray:
+def scaled(recipe: dict, scale: float) -> dict:
+    """The recipe with that share of its steps and scenes, one of each at least."""
+
+    def part(key: str, value: float) -> float:
+        return max(1, round(scale * value)) if key in ("steps", "scenes") else value
+
+    return {stage: {key: part(key, value) for key, value in each.items()} for stage, each in recipe.items()}
+
+
+def train_vision(model, recipe: dict, seed: int, work: Path, progress: Progress) -> np.ndarray:
     """Stage A in place; returns the time it took, as `now` counts it."""
-    recipe = RECIPE["vision"]
     vision.initialise(model.model.vision_tower)
     task = vision.VisionTask(model.model.vision_tower)
 
@@ -44,13 +53,12 @@ def train_vision(model, seed: int, work: Path, progress: Progress) -> np.ndarray
     return fit("vision", task, loss, recipe["steps"], recipe["rate"], work, progress)
 
 
-def train_language(model, seed: int, work: Path, progress: Progress) -> np.ndarray:
+def train_language(model, recipe: dict, seed: int, work: Path, progress: Progress) -> np.ndarray:
     """Stage B in place, features of the frozen tower included; returns the time it took, as `now` counts it."""
-    recipe = RECIPE["language"]
     started = now()
     visual, ids, last = [], [], []
-    for part in progress.track(range(recipe["scenes"] // 250), description="features"):
-        scenes = generate("train", 250, (seed, 2, part))
+    for part in progress.track(range(-(-recipe["scenes"] // PART)), description="features"):
+        scenes = generate("train", min(PART, recipe["scenes"] - part * PART), (seed, 2, part))
         visual.append(language.features(model.model.vision_tower, scenes.images))
         asked = quiz(scenes, recipe["questions"], (seed, part))
         asked = [[*row, listing(scenes, i)] for i, row in enumerate(asked)]
@@ -95,9 +103,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the trained model")
     parser.add_argument("--work", type=Path, help="folder for checkpoints (default: next to --out)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and scenes; below 1 with --out")
     options = parser.parse_args()
+    if not 0 < options.scale <= 1:
+        parser.error(f"--scale {options.scale} must be in (0, 1]")
+    if options.scale < 1 and options.out == WEIGHTS:
+        parser.error(f"--scale {options.scale} is a trial: give --out, where it does not replace the trained model")
+    recipe = scaled(RECIPE, options.scale)
     torch.set_num_threads(options.threads)
-    work = options.work or options.out.parent / f"checkpoints-{options.seed}"
+    trial = f"-{options.scale:g}" * (options.scale < 1)  # never goes on where a whole run was interrupted
+    work = options.work or options.out.parent / f"checkpoints-{options.seed}{trial}"
     work.mkdir(parents=True, exist_ok=True)
     columns = (
         TextColumn("{task.description}"),
@@ -110,19 +125,19 @@ def main() -> None:
     model.set_attn_implementation("plain")
     with Progress(*columns) as progress:
         spent = {
-            "vision": train_vision(model, options.seed, work, progress),
-            "language": train_language(model, options.seed, work, progress),
+            "vision": train_vision(model, recipe["vision"], options.seed, work, progress),
+            "language": train_language(model, recipe["language"], options.seed, work, progress),
         }
     model.set_attn_implementation("sdpa")
     model = model.eval().half().float()  # judge the weights that are written
     started = now()
-    found = report(model, "dev", 500, options.seed)
+    found = report(model, "dev", max(8, round(options.scale * 500)), options.seed)
     spent["evaluation"] = now() - started
     spent["all"] = sum(spent.values())
     capability = torch.backends.cpu.get_cpu_capability()
     notes = {
         "seed": options.seed,
-        "recipe": RECIPE,
+        "recipe": recipe,
         "question mix": MIX,
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes": {stage: {"wall": wall / 60, "processor": cpu / 60} for stage, (wall, cpu) in spent.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,9 @@ import mini_vlm
 if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed; `make test` installs it", allow_module_level=True)
 
+from pages import commands_of
+
+PAGE = "docs/lmms_eval.md"
 TEMPLATE = """{% for message in messages %}{% for part in message.content -%}
 {{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"""
 CODE = """
@@ -73,8 +77,12 @@ def alone(asked: list, policy: fk.FlowCut | None, **settings) -> list[str]:
     return found
 
 
-def test_command(asked, folder, tmp_path):
-    """What a user types, in two processes that share an odd number of questions: found by name, pruned, reported."""
+@pytest.mark.parametrize("command", [words for words in map(shlex.split, commands_of(PAGE)) if words[0] == "lmms-eval"])
+def test_command(command, asked, folder, tmp_path):
+    """What the page says, with a model and a task of this machine: of what is given twice the last counts.
+
+    The pruned model is found in two processes that share an odd number of questions.
+    """
     import datasets
 
     features = datasets.Features(
@@ -84,24 +92,30 @@ def test_command(asked, folder, tmp_path):
     datasets.DatasetDict(test=datasets.Dataset.from_list(rows, features)).save_to_disk(tmp_path / "data")
     (tmp_path / "scenes.py").write_text(CODE)
     (tmp_path / "scenes.yaml").write_text(TASK.format(data=tmp_path / "data"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "lmms_eval", "--model", "flowcut", "--include_path", tmp_path, "--tasks", "scenes"]
-    arguments = f"pretrained={folder},policy=FlowCut,target_tokens=36,dtype=float32"
-    options = ["--model_args", arguments, "--batch_size", "3", "--output_path", tmp_path / "out", "--log_samples"]
+    given = command[command.index("--model_args") + 1]
+    fields = dict(pair.split("=") for pair in given.split(","))
+    name = fields.pop("policy")
+    del fields["pretrained"]
+    policy = None if name == "none" else getattr(fk, name)(**{key: int(value) for key, value in fields.items()})
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if policy else []
+    arguments = f"{given},pretrained={folder},dtype=float32"
+    here = ["--model_args", arguments, "--tasks", "scenes", "--include_path", tmp_path]
     variables = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", ACCELERATE_USE_CPU="1")
     variables |= dict(OMP_NUM_THREADS="1", HF_HOME=str(tmp_path / "home"))
     done = subprocess.run(
-        [*launch, *command, *options], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, *launch, "-m", "lmms_eval", *command[1:], *here],
+        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(next(tmp_path.glob("out/*/*_results.json")).read_text())
-    lines = next(tmp_path.glob("out/*/*_samples_scenes.jsonl")).read_text().splitlines()
+    results = json.loads(next(tmp_path.glob("logs/*/*_results.json")).read_text())
+    lines = next(tmp_path.glob("logs/*/*_samples_scenes.jsonl")).read_text().splitlines()
     samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
-    expected = alone(asked, fk.FlowCut(target_tokens=36))
+    expected = alone(asked, policy)
     assert [sample["filtered_resps"] for sample in samples] == expected
     share = sum(answer == q.answer for answer, q in zip(expected, asked, strict=True)) / len(asked)
     assert results["results"]["scenes"]["right,none"] == pytest.approx(share) and share > 0.7
-    assert results["throughput"]["avg_kept_encoder"] == 36
+    assert results["throughput"].get("avg_kept_encoder") == (policy and policy.target_tokens)
     assert results["config"]["model_args"] == arguments  # whoever reads the results sees the policy
 
 
@@ -144,15 +158,6 @@ def test_batches_of_unlike_requests(asked, folder, tmp_path):
     assert answers[1].token_counts.output_tokens == 2  # one word and the end of the sequence
     kept = summarize_logged_metrics()
     assert kept["avg_kept_encoder"] == 38 and kept["avg_kept_llm"] == 19
-
-
-def test_unpatched_for_comparison(asked, folder):
-    documents = [dict(image=q.image, text=q.prompt.removeprefix("<image> ")) for q in asked]
-    model = wrapped(folder, documents, policy="none", batch_size=5)
-    answers = model.generate_until(requests(documents, [dict(max_new_tokens=3)] * len(documents)))
-    assert [answer.text for answer in answers] == alone(asked, None)
-    with pytest.raises(ValueError, match="not patched"):
-        fk.unpatch(model.model)
 
 
 def test_a_temperature_samples(folder):
