@@ -36,6 +36,8 @@ from flowcut_kernels import info, policies
 
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+# Its log goes to what stderr is when it is first imported: here, as that of a command is closed behind it.
+pytest.importorskip("optuna", reason="the tune extra is not installed")
 
 from pages import PAGES, ROOT, blocks, commands_of, inline, tokens
 from PIL import Image
