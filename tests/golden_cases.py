@@ -84,8 +84,8 @@ def one_image(start: int, count: int, length: int) -> VisualTokens:
         sources=[0],
         samples=torch.tensor([0]),
         counts=[1],
-        asks=torch.tensor([length - 1]),
-        last=torch.tensor([length - 1]),
+        ends=torch.tensor([[length - 1, length - 1]]),
+        tokens=torch.arange(length)[None].sub(start).div(count, rounding_mode="floor") == 0,
         live=torch.ones(1, length, dtype=torch.bool),
         right=False,
     )

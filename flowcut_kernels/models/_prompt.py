@@ -78,6 +78,11 @@ class PromptShrinker:
         """The placeholder of each kind of visual."""
         return tuple(features.kind.token_id for features in self.kinds)
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether any visual's placeholders may go."""
+        return any(features.kind.shrinks for features in self.kinds)
+
     def comes(self, arguments: dict[str, Any]) -> bool:
         """Whether images or videos come with a prompt."""
         return any(x is not None for features in self.kinds for x in features.given(arguments))
@@ -324,7 +329,7 @@ class PrunedForward(_PromptMethod):
         self.first_position = first_position
 
     def run(self, arguments: dict[str, Any]) -> Any:
-        shrunk = self.shrink(arguments)
+        shrunk = self.shrink(arguments) if self.shrinker.shrinks else None
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
         visual = None if self.decoder is None else self.visual_tokens(arguments)
@@ -393,11 +398,10 @@ class PrunedForward(_PromptMethod):
         # The last instruction token: the last of the text, or where there is none the last of the images.
         asks = torch.where(before & ~is_image, column, -1).amax(1)
         last = torch.where(before, column, -1).amax(1)
+        ends = torch.stack([torch.where(asks < 0, last, asks), last], 1).clamp_min(0)
         return VisualTokens(
-            **_located(found, device),
-            asks=torch.where(asks < 0, last, asks).clamp_min(0).to(device),
-            last=last.clamp_min(0).to(device),
-            live=live.to(device),
+            **_located(found, ends, length, device),
+            live=live,
             right=bool((~live[:, -1]).any() and live[:, 0].all()),
         )
 
@@ -421,14 +425,18 @@ class PrunedForward(_PromptMethod):
         return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
 
 
-def _located(found: list[tuple[Visuals, Tensor, list[int]]], device: torch.device) -> dict[str, Any]:
+def _located(
+    found: list[tuple[Visuals, Tensor, list[int]]], ends: Tensor, length: int, device: torch.device
+) -> dict[str, Any]:
     """Fields of VisualTokens: the images and videos found in a prompt, by sample.
 
     Args:
         found: for each kind the visuals, their placeholders [B, L] on the host and their number in each row.
+        ends: [B, 2] on the host.
+        length: L.
         device: of the fields.
     """
-    lengths, full, samples, sources, columns, known = [], [], [], [], [], []
+    lengths, full, samples, sources, places, known = [], [], [], [], [], []
     for visuals, is_kind, counts in found:
         lead = visuals.leading
         lengths += [n - lead for n in visuals.kept]
@@ -436,8 +444,7 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]], device: torch.devic
         full += [visuals.full[i] - lead for i in source]
         sources += source
         samples += [row for row, count in enumerate(counts) for _ in range(count)]
-        column = is_kind.nonzero(as_tuple=True)[1]
-        columns += [part[lead:] for part in column.split(visuals.kept)]
+        places += [part[lead:] for part in is_kind.flatten().nonzero()[:, 0].split(visuals.kept)]
         known.append((visuals, source))
     order = sorted(range(len(samples)), key=samples.__getitem__)
 
@@ -460,8 +467,15 @@ def _located(found: list[tuple[Visuals, Tensor, list[int]]], device: torch.devic
 
         return EncodedTokens(padded(importance), padded(position), [kept[i] for i in order])
 
+    tokens = torch.zeros((len(ends), length), dtype=torch.bool)
+    tokens.view(-1)[torch.cat(places)] = True
+    columns = pad_sequence([places[i] % length for i in order], batch_first=True, padding_value=-1)
+    # One copy that does not wait: what it is made of is on the host for good.
+    moved = torch.cat([columns.flatten(), ends.flatten()]).to(device, non_blocking=True)
     return dict(
-        columns=pad_sequence([columns[i] for i in order], batch_first=True, padding_value=-1).to(device),
+        columns=moved[: columns.numel()].view_as(columns),
+        ends=moved[columns.numel() :].view_as(ends),
+        tokens=tokens,
         lengths=[lengths[i] for i in order],
         full=[full[i] for i in order],
         sources=[sources[i] for i in order],

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -58,12 +59,32 @@ class VisualTokens:
     sources: list[int]  # which of the encoded images each one is: generate repeats them for beams
     samples: Tensor  # int64 [I] the sample each image belongs to
     counts: list[int]  # images of each sample
-    asks: Tensor  # int64 [B] column of the last instruction token
-    last: Tensor  # int64 [B] column of the prompt's last token, which is another one where an image comes last
-    live: Tensor  # bool [B, L] columns that are no padding
+    # int64 [B, 2] columns of the last instruction token, and of the prompt's last token, which is another one where an
+    # image comes last
+    ends: Tensor
+    tokens: Tensor  # bool [B, L] on the host: columns of the images' tokens
+    live: Tensor  # bool [B, L] on the host: columns that are no padding
     right: bool  # padding is on the right
     encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
     kept: Tensor | None = None  # int64 [B, M] columns that reach the last layer, -1 for padding
+    others: dict[bool, tuple[Tensor, list[int]]] = field(default_factory=dict, repr=False)  # by `gaps`
+
+    @property
+    def nowhere(self) -> int:
+        """What stands for no column where columns are sorted: padding comes to lie on its side."""
+        return self.live.shape[1] if self.right else -1
+
+    def stays(self, gaps: bool) -> tuple[Tensor, list[int]]:
+        """int64 [B, T] columns that no cut drops, `nowhere` after the last, and how many they are.
+
+        Args:
+            gaps: samples lose different numbers of tokens, so that padding has to be laid out anew and goes.
+        """
+        if gaps not in self.others:
+            rows = [row.nonzero()[:, 0] for row in (~self.tokens & self.live if gaps else ~self.tokens)]
+            table = pad_sequence(rows, batch_first=True, padding_value=self.nowhere)
+            self.others[gaps] = table.to(self.columns.device, non_blocking=True), [len(row) for row in rows]
+        return self.others[gaps]
 
     def known(self) -> EncodedTokens:
         """What is known of the tokens by now."""
@@ -96,13 +117,14 @@ class Cut:
     layer: float  # that cut; one at the entrance of a layer is half a layer before it
     index: Tensor  # int64 [B, M] kept rows of the layer that cut, -1 for padding
     columns: Tensor  # int64 [B, M] the columns of these rows, -1 for padding
+    order: Tensor  # the same, ascending: `nowhere` for padding
     gaps: bool  # whether there is padding of this kind
     visual: Tensor  # int64 [I, K] rows of each image's tokens after the cut, -1 after the last
+    at: Tensor  # int64 [I, K] their columns, `nowhere` after the last
     lengths: list[int]  # tokens of each image after the cut
     tokens: Tensor | None  # int64 [I, K] which of the tokens that entered they are, -1 after the last; None: all
-    asks: Tensor  # int64 [B] row of the last instruction token after the cut
-    last: Tensor  # int64 [B] row of the prompt's last token
-    dropped: Tensor  # int64 [B, L] 1 for visual tokens that are gone by now
+    ends: Tensor  # int64 [B, 2] rows of the last instruction token and of the prompt's last token after the cut
+    flat: tuple[Tensor, Tensor] | None = None  # int64 [tokens] among B * M rows and among all features of the prompt
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, M, d] of the rows, for the layers after the cut
     scores: Tensor | None = None  # [I, K] that it chose its tokens by
     merge: Callable[[Tensor], Tensor] | None = None  # rows of the images' tokens before it -> those after it
@@ -163,17 +185,14 @@ class DecoderState:
         assert visual is not None
 
         def words() -> Tensor:
-            column = torch.arange(self.length, device=visual.live.device)
-            # One more column, for the places that have no token.
-            seen = torch.nn.functional.pad(torch.zeros_like(visual.live), (0, 1))
-            seen[visual.samples[:, None], torch.where(visual.columns < 0, self.length, visual.columns)] = True
-            return visual.live & ~seen[:, :-1] & (column <= visual.last[:, None])
+            text = (visual.live & ~visual.tokens).to(visual.ends.device)
+            return text & (torch.arange(self.length, device=text.device) <= visual.ends[:, 1:])
 
         tokens = torch.tensor(visual.lengths).split(visual.counts)
         most = max(self.length - min(int(of.sum()) for of in tokens if len(of)), 1)
         with torch.no_grad():
             return self.decoder.policy.decoder_raters(
-                PromptView(self.embeds, words, visual.columns, visual.samples, visual.last, most)
+                PromptView(self.embeds, words, visual.columns, visual.samples, visual.ends[:, 1], most)
             )
 
     def advance_cache(self, cache: Any, layer: int, cut: Cut | None) -> PrunedRows | None:
@@ -197,11 +216,12 @@ class DecoderState:
 
     def _advanced(self, held: PrunedRows, cut: Cut) -> tuple[Tensor, Tensor | None]:
         """Columns of a layer's rows, and those that vanished, with the rows that it is about to be given."""
-        new = torch.where(cut.columns < 0, -1, cut.columns + self.seen)
+        new = cut.columns + self.seen
+        new = new.masked_fill(cut.columns < 0, -1) if cut.gaps else new
         columns = torch.cat([held.columns_of(held.rows()).expand(len(new), -1), new], 1)
         if not self.decoder.policy.renumbers:
             return columns, held.vanished
-        vanished = torch.where(cut.dropped > 0, torch.arange(self.length, device=new.device) + self.seen, NEVER)
+        vanished = torch.where(self.dropped(cut) > 0, torch.arange(self.length, device=new.device) + self.seen, NEVER)
         before = [] if held.vanished is None else [held.vanished.expand(len(new), -1)]
         return columns, torch.cat([*before, vanished], 1)
 
@@ -221,7 +241,7 @@ class DecoderState:
         if not self.decoder.policy.renumbers:
             return rotary
         column = cut.columns.clamp_min(0)
-        shifted = positions.expand(len(column), -1).gather(1, column) - cut.dropped.cumsum(1).gather(1, column)
+        shifted = positions.expand(len(column), -1).gather(1, column) - self.dropped(cut).cumsum(1).gather(1, column)
         later = cache.layers[layer + 1] if cache is not None and layer + 1 < len(cache.layers) else None
         if isinstance(later, PrunedRows) and later.vanished is not None:  # in an earlier turn
             shifted = shifted - (later.vanished < NEVER).sum(1, keepdim=True)
@@ -312,9 +332,11 @@ class DecoderState:
         if known.kept is None or known.kept == self.visual.lengths:
             return
         assert known.position is not None
-        place = torch.arange(max(known.kept), device=known.position.device)
-        absent = place >= constant(tuple(known.kept), place.device)[:, None]
-        self._drop(-0.5, known.kept, known.position[:, : len(place)].masked_fill(absent, -1), None)
+        chosen, most = known.position[:, : max(known.kept)], max(known.kept)
+        if min(known.kept) < most:
+            place = torch.arange(most, device=chosen.device)
+            chosen = chosen.masked_fill(place >= constant(tuple(known.kept), place.device)[:, None], -1)
+        self._drop(-0.5, known.kept, chosen, None)
 
     def make_cut(self, layer: float, budgets: list[int], choose: Callable[[VisualRows], Selection]) -> Cut:
         """Ask which visual tokens go on from `layer`, `budgets` of the images, and put their rows with all others'."""
@@ -326,11 +348,9 @@ class DecoderState:
             importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
             if before is None:
-                found = VisualRows(visual.columns, visual.lengths, visual.asks, visual.last, importance, None)
+                found = VisualRows(visual.columns, visual.lengths, *visual.ends.unbind(1), importance, None)
             else:
-                found = VisualRows(
-                    before.visual, before.lengths, before.asks, before.last, importance, before.scores
-                )  # fmt: skip
+                found = VisualRows(before.visual, before.lengths, *before.ends.unbind(1), importance, before.scores)
             choice = choose(found)
         if choice.lengths.device.type == "cpu":
             raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {math.ceil(layer)}")
@@ -351,59 +371,72 @@ class DecoderState:
         """The cut after `layer` that leaves of each image's tokens those `chosen`, int64 [I, K], -1 for none."""
         assert self.visual is not None
         before, visual = self.before(layer), self.visual
-        if before is None:
-            at, lengths, asks, last = visual.columns, visual.lengths, visual.asks, visual.last
-        else:
-            at, lengths, asks, last = before.visual, before.lengths, before.asks, before.last
-        all_columns = torch.arange(self.length, device=at.device).expand(len(visual.counts), -1)
-        columns = all_columns if before is None else before.columns
-        samples, kept = visual.samples[:, None], _taken(at, chosen)
-        # One more column, for the places that have no token.
-        spare = columns.shape[1]
-        drop = torch.zeros((len(columns), spare + 1), dtype=torch.bool, device=at.device)
-        drop[samples, torch.where(at < 0, spare, at)] = True
-        drop[samples, torch.where(kept < 0, spare, kept)] = False
-        drop = drop[:, :spare]
-        lost, first = [], 0  # tokens that each sample loses
+        at, lengths = (visual.columns, visual.lengths) if before is None else (before.at, before.lengths)
+        lost, totals, first = [], [], 0  # tokens that each sample loses, and that it has then
         for count in visual.counts:
             images = slice(first, first := first + count)
-            lost.append(sum(lengths[images]) - sum(budgets[images]))
+            totals.append(sum(budgets[images]))
+            lost.append(sum(lengths[images]) - totals[-1])
+        # Every sample loses as many: no row is padding.
         gaps = len(set(lost)) > 1 or (before is not None and before.gaps)
-        if gaps:
-            live = ~drop & visual.live.gather(1, columns.clamp_min(0)) & (columns >= 0)
-            counts = live.sum(1, keepdim=True)
-            left = int(counts.max())
-            place = live.cumsum(1) - 1 + (0 if visual.right else left - counts)
-            order = (~live if visual.right else live).long().argsort(dim=1, stable=True)
-            order = order[:, :left] if visual.right else order[:, -left:]
-            index = order.masked_fill(~live.gather(1, order), -1)
-        else:  # every sample loses as many: nothing has to be read back
-            left = columns.shape[1] - lost[0]
-            index = drop.long().argsort(dim=1, stable=True)[:, :left]
-            place = (~drop).cumsum(1) - 1
-        dropped = torch.zeros_like(all_columns).scatter_add(1, columns.clamp_min(0), drop.long())
+        absent = chosen < 0 if min(budgets) < max(budgets) else None
+        at = at.gather(1, chosen) if absent is None else _taken(at, chosen, visual.nowhere)
+        # Rows are the columns in their order: how many there are is known without looking.
+        stays, counts = visual.stays(gaps)
+        if len(set(visual.counts)) == 1:
+            tokens_of = at.view(len(counts), -1)
+        else:
+            tokens_of = [x.flatten() for x in at.split(visual.counts)]
+            tokens_of = pad_sequence(tokens_of, batch_first=True, padding_value=visual.nowhere)
+        left = max(n + m for n, m in zip(counts, totals, strict=True))
+        order = torch.cat([stays, tokens_of], 1).sort(1).values
+        order = (order[:, :left] if visual.right else order[:, order.shape[1] - left :]).contiguous()
+        columns = order.masked_fill(order == visual.nowhere, -1) if gaps and visual.right else order
+        index = columns
+        if before is not None:
+            index = torch.searchsorted(before.order, order)
+            index = index.masked_fill(columns < 0, -1) if gaps else index
+        rows = order if visual.counts == [1] * len(order) else order[visual.samples]
+        visible = torch.searchsorted(rows, at)
         self.cuts[layer] = cut = Cut(
             layer=layer,
             index=index,
-            columns=columns.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1),
+            columns=columns,
+            order=order,
             gaps=gaps,
-            visual=place[samples, kept.clamp_min(0)].masked_fill(kept < 0, -1),
+            visual=visible if absent is None else visible.masked_fill(absent, -1),
+            at=at,
             lengths=budgets,
             tokens=tokens,
-            asks=place.gather(1, asks[:, None])[:, 0].clamp_min(0),  # a dropped one: the row before it
-            last=place.gather(1, last[:, None])[:, 0].clamp_min(0),
-            dropped=dropped if before is None else dropped + before.dropped,
+            # Of a dropped one: the row before it.
+            ends=(torch.searchsorted(order, visual.ends, right=True) - 1).clamp_min(0),
         )
         visual.kept = cut.columns
         return cut
 
+    def dropped(self, cut: Cut) -> Tensor:
+        """int64 [B, L] 1 for visual tokens that are gone after `cut`."""
+        assert self.visual is not None
+        # One more column, for the places that have no token.
+        gone = torch.nn.functional.pad(self.visual.tokens.to(cut.at.device).long(), (0, 1))
+        gone[self.visual.samples[:, None], cut.at.where(cut.visual >= 0, self.length)] = 0
+        return gone[:, :-1]
+
     def add_deepstack(self, hidden_states: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """`features` [n, D] of the columns that are `visual` [B, L], added to the rows that are left of them."""
         cut = self.cuts[max(self.cuts)]
-        column, visual = cut.columns.clamp_min(0), visual.to(hidden_states.device)
-        number = (visual.flatten().cumsum(0) - 1).clamp_min(0).view_as(visual).gather(1, column)
-        adds = visual.gather(1, column) & (cut.columns >= 0)
-        return torch.where(adds[..., None], hidden_states + features.to(hidden_states)[number], hidden_states)
+        if cut.flat is None:
+            assert self.visual is not None
+            first = self.visual.samples[:, None]
+            rows, columns = first * cut.order.shape[1] + cut.visual, first * self.length + cut.at
+            if min(cut.lengths) < max(cut.lengths):
+                live = [place * len(cut.at[0]) + i for place, n in enumerate(cut.lengths) for i in range(n)]
+                rows, columns = (x.flatten()[constant(tuple(live), x.device)] for x in (rows, columns))
+            number = visual.to(rows.device).flatten().cumsum(0) - 1
+            cut.flat = rows.flatten(), number[columns.flatten()]
+        rows, number = cut.flat
+        added = hidden_states.flatten(0, 1).index_add(0, rows, features.to(hidden_states)[number])
+        return added.view_as(hidden_states)
 
     def _record(self, cut: Cut, choice: Selection, position: Tensor | None, tokens: Tensor | None) -> None:
         """The cut in tokens of the original image. Of `tokens` [I, n] the policy chose (None: of all that entered)."""
@@ -428,9 +461,9 @@ class DecoderState:
         self.trace.stages.append(Stage("llm", layer, cut.lengths, kept, lengths, scores, choice.entropy, choice.merged))
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
-    """x [I, n] at index [I, K], -1 where the index is."""
-    return x.gather(1, index.clamp_min(0)).masked_fill(index < 0, -1)
+def _taken(x: Tensor, index: Tensor, absent: int = -1) -> Tensor:
+    """x [I, n] at index [I, K], `absent` where the index is -1."""
+    return x.gather(1, index.clamp_min(0)).masked_fill(index < 0, absent)
 
 
 class PrunedDecoderLayer:
