@@ -104,10 +104,19 @@ class VisualRows(NamedTuple):
 
     at: Tensor  # int64 [I, n] rows of each image's tokens, -1 after the last
     lengths: list[int]  # tokens of each image
-    asks: Tensor  # int64 [B] row of the last instruction token
-    last: Tensor  # int64 [B] row of the prompt's last token
+    ends: Tensor  # int64 [B, 2] rows of the last instruction token and of the prompt's last token
     importance: Tensor | None  # float32 [I, n]
     scores: Tensor | None  # [I, n] that the cut before chose them by
+
+    @property
+    def asks(self) -> Tensor:
+        """int64 [B] row of the last instruction token."""
+        return self.ends[:, 0]
+
+    @property
+    def last(self) -> Tensor:
+        """int64 [B] row of the prompt's last token."""
+        return self.ends[:, 1]
 
 
 @dataclass
@@ -348,9 +357,9 @@ class DecoderState:
             importance = importance.gather(1, tokens.clamp_min(0))
         with torch.no_grad():
             if before is None:
-                found = VisualRows(visual.columns, visual.lengths, *visual.ends.unbind(1), importance, None)
+                found = VisualRows(visual.columns, visual.lengths, visual.ends, importance, None)
             else:
-                found = VisualRows(before.visual, before.lengths, *before.ends.unbind(1), importance, before.scores)
+                found = VisualRows(before.visual, before.lengths, before.ends, importance, before.scores)
             choice = choose(found)
         if choice.lengths.device.type == "cpu":
             raise_if_not_finite(choice.lengths.tolist(), f"decoder layer {math.ceil(layer)}")
@@ -386,8 +395,8 @@ class DecoderState:
         if len(set(visual.counts)) == 1:
             tokens_of = at.view(len(counts), -1)
         else:
-            tokens_of = [x.flatten() for x in at.split(visual.counts)]
-            tokens_of = pad_sequence(tokens_of, batch_first=True, padding_value=visual.nowhere)
+            parts = [x.flatten() for x in at.split(visual.counts)]
+            tokens_of = pad_sequence(parts, batch_first=True, padding_value=visual.nowhere)
         left = max(n + m for n, m in zip(counts, totals, strict=True))
         order = torch.cat([stays, tokens_of], 1).sort(1).values
         order = (order[:, :left] if visual.right else order[:, order.shape[1] - left :]).contiguous()

@@ -19,6 +19,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -79,7 +80,7 @@ class Segments:
     lengths: tuple[int, ...]
     device: torch.device
 
-    @property
+    @cached_property
     def even(self) -> bool:
         return len(set(self.lengths)) == 1
 
@@ -108,10 +109,14 @@ class Segments:
         return torch.arange(total, device=self.device) + ahead.repeat_interleave(lengths, output_size=total)
 
     def pad(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (len(self.lengths), -1)) if self.even else x[self.rows]
+        return x.view(len(self.lengths), -1, *x.shape[1:]) if self.even else x[self.rows]
 
     def unpad(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.even else x.flatten(0, 1)[self.places]
+
+    def numbered(self, index: Tensor) -> Tensor:
+        """Rows of the sequence that are rows `index` [F, n] of the pieces."""
+        return index if len(self.lengths) == 1 else self.starts[:, None] + index
 
     def mean(self, x: Tensor) -> Tensor:
         """Of each piece's rows of x [R, H, d]: [F, H, 1, d]. No rows: 0."""
@@ -129,10 +134,22 @@ class Rows:
     """What a layer is given."""
 
     segments: Segments  # of the frames
+    block: int  # rows of a token
     windows: tuple[int, ...] = ()  # rows of each window, where the encoder has some
-    tokens: Tensor | None = None  # int64 [F, n] tokens left of each frame, in the encoder's order; None: all
+    window: np.ndarray | None = None  # [R / block] the window of each token
+    number: Tensor | None = None  # int64 [R] which rows of the encoder's input they are; None: all of them
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [R, d]; None: all rows are there
     history: Tensor | None = None  # [F, W] cumulative score
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """int64 [R / block] which tokens of all frames are left, in the encoder's order; None: all."""
+        return None if self.number is None else self.number[:: self.block] // self.block
+
+    @cached_property
+    def by_token(self) -> Segments:
+        """Tokens in place of rows."""
+        return Segments(tuple(n // self.block for n in self.segments.lengths), self.segments.device)
 
 
 @dataclass
@@ -143,7 +160,6 @@ class PackedState:
     frames: list[Frame]
     rows: Rows
     order: Tensor | None = None  # int64 [T] place of each token, in the encoder's order; None: as they come
-    window: Tensor | None = None  # int64 [T] the window of each token
     pixels: Pixels | None = None  # where the policy wants them
     trace: Trace | None = None
     entries: dict[int, Rows] | None = None  # with gradient checkpointing: what each layer found on entry
@@ -194,15 +210,16 @@ class PackedState:
         step = step._replace(budget=max(budgets), static=all(x.static for x in given))
         return step, budgets, [x is not None for x in steps]
 
-    def select(self, layer: int, query: Tensor, key: Tensor, value: Tensor, made: Any) -> Tensor | None:
-        """Ask the policy, given heads [R, H, d]: int64 [R'] rows that go on, None for all. `rows` is then what is left,
-        but for its rotary.
+    def select(
+        self, layer: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, rotary: Any, made: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Ask the policy, given heads [R, H, d]: rows of the residual stream and queries that go on. `rows` is then
+        what is left.
 
         Costs one read-back where an adaptive step prunes, and where the encoder has windows.
         """
         (step, budgets, active), before = made, self.rows
         segments = before.segments
-        lengths = None if segments.even else segments.tensor
         pad, device = segments.pad, key.device
         grids = [frame.grid for frame in self.frames]
         view = EncoderView(
@@ -211,14 +228,14 @@ class PackedState:
             query=None if step.prunes else pad(query).transpose(1, 2),
             anchor=lambda _: (segments.mean(query), segments.mean(value)),
             protect=0,
-            lengths=lengths,
+            lengths=None if segments.even else segments.tensor,
             history=before.history,
             grid=grids[0],
             pixels=None if self.pixels is None else self.pixels._replace(arrange=self._arranged),
             backend=self.encoder.backend,
             block=self.block,
             budgets=constant(tuple(budgets), device, torch.int32) if len(set(budgets)) > 1 else None,
-            places=None if self.order is None and before.tokens is None else lambda: self._places(before.tokens),
+            places=None if self.order is None and before.number is None else lambda: self._places(before),
             grids=grids if len(set(grids)) > 1 else None,
         )
         with torch.no_grad():
@@ -230,100 +247,105 @@ class PackedState:
         self.rows = replace(before, history=score)
         index = choice.index
         scored = None if self.trace is None or index is None else (self.position, self.importance)
-        known, windows, tokens = self._counts(layer, step, budgets, choice)
-        kept = None
-        if index is not None and known != segments.lengths:
-            assert tokens is not None
-            width, after = max(known), Segments(known, device)
-            index = index[:, :width]
-            kept = after.unpad(segments.starts[:, None] + index)
-            history = None if score is None else score.gather(1, index.clamp_min(0))
-            self.rows = Rows(after, windows, tokens[:, : width // self.block], history=history)
+        lengths, window = self._counts(layer, step, budgets, choice)
+        if index is not None and lengths != segments.lengths:
+            after = Segments(lengths, device)
+            kept = after.unpad(segments.numbered(index[:, : max(lengths)]))
+            travels = dict(number=before.number, history=None if score is None else segments.unpad(score))
+            travels = {name: x for name, x in travels.items() if x is not None}
+            given = [x[None] for x in (hidden, query.flatten(1), *rotary, *travels.values())]
+            hidden, flat, cos, sin, *rest = (
+                x[0] for x in gather_tokens(given, kept[None], backend=self.encoder.backend)
+            )
+            query, found = flat.view(-1, *query.shape[1:]), dict(zip(travels, rest, strict=True))
+            score = found.get("history")
+            windows: tuple[int, ...] = ()
+            if window is not None:
+                windows = tuple((self.block * np.bincount(window, minlength=len(before.windows))).tolist())
+            self.rows = Rows(
+                after, self.block, windows, window, found.get("number", kept), (cos, sin),
+                None if score is None else after.pad(score),
+            )  # fmt: skip
         if self.trace is not None:
             self._record(self.trace, layer, choice.entropy, scored)
-        return kept
+        return hidden, query
 
     def _counts(
         self, layer: int, step: EncoderStep, budgets: list[int], choice: Selection
-    ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor | None]:
-        """Rows of each frame and of each window after a step, and the tokens left of each frame; checks the scores."""
-        rows, index, tokens, window = self.rows, choice.index, None, None
-        if index is not None:
-            tokens = index[:, :: self.block] // self.block
-            if rows.tokens is not None:
-                tokens = rows.tokens.gather(1, tokens.clamp_min(0))
-            if self.window is not None:
-                live = index[:, :: self.block] >= 0
-                place = (self.frame_starts + tokens).clamp(0, len(self.window) - 1)
-                window = torch.zeros(len(rows.windows), dtype=torch.int32, device=index.device).index_add(
-                    0, self.window[place].flatten(), live.flatten().int() * self.block
-                )
-        if choice.lengths.device.type != "cpu" and (step.static or index is None):  # a frame's are known
-            windows = [] if window is None else window.tolist()
-            return tuple(self.block * budget for budget in budgets), tuple(windows), tokens
-        read = (choice.lengths if window is None else torch.cat([choice.lengths, window])).tolist()
-        raise_if_not_finite(read[: len(budgets)], f"encoder layer {layer}")
-        return tuple(read[: len(budgets)]), tuple(read[len(budgets) :]), tokens
+    ) -> tuple[tuple[int, ...], np.ndarray | None]:
+        """Rows of each frame after a step, and the windows of the tokens that are left; checks the scores.
+
+        Where there are windows it is the tokens that are read: counting them on a device would be a dozen launches.
+        """
+        rows, index, lengths, window = self.rows, choice.index, choice.lengths, self.rows.window
+        if index is None or window is None:
+            if lengths.device.type != "cpu" and (step.static or index is None):  # a frame's are known
+                return tuple(self.block * budget for budget in budgets), window
+            counts = lengths.tolist()
+        else:
+            read = torch.cat([lengths[:, None], index[:, :: self.block]], 1).cpu().numpy()
+            counts, row = read[:, 0].tolist(), read[:, 1:]
+            starts = list(accumulate((0, *rows.segments.lengths[:-1])))
+            window = window[((row + np.array(starts)[:, None]) // self.block)[row >= 0]]
+        raise_if_not_finite(counts, f"encoder layer {layer}")
+        return tuple(counts), window
 
     def scatter(self, merged: Tensor) -> Tensor:
         """`merged` tokens [t, D] that are left, in a row of all tokens [T, D]."""
-        if self.rows.tokens is None:
+        tokens = self.rows.tokens
+        if tokens is None:
             return merged
         total = sum(frame.tokens for frame in self.frames)
-        places = self._tokens.unpad(self.frame_starts + self.rows.tokens)
-        return merged.new_zeros(total, merged.shape[1]).index_copy_(0, places, merged)
+        return merged.new_zeros(total, merged.shape[1]).index_copy_(0, tokens, merged)
 
     def by_visual(self, x: Tensor) -> list[Tensor]:
-        """x [F, n] of the tokens that are left: for each image or video, row by row of its frames."""
-        packed = self._tokens.unpad(x)
-        if self.order is not None:
-            place = (
-                torch.arange(x.shape[1], device=x.device).expand_as(x) if self.rows.tokens is None else self.rows.tokens
-            )
-            packed = packed[self.order[self._tokens.unpad(self.frame_starts + place)].argsort()]
+        """x [t] of the tokens that are left, in the order of their places: for each image or video."""
         counts = [0] * (self.frames[-1].visual + 1)
-        for frame, rows in zip(self.frames, self.rows.segments.lengths, strict=True):
-            counts[frame.visual] += rows // self.block
-        return list(packed.split(counts))
+        for frame, tokens in zip(self.frames, self.rows.by_token.lengths, strict=True):
+            counts[frame.visual] += tokens
+        return list(x.split(counts))
+
+    @property
+    def place(self) -> Tensor | None:
+        """int64 [t] of the tokens that are left, among those of all frames; None: all, as they come."""
+        if self.order is None:
+            return self.rows.tokens
+        return self.order if self.rows.tokens is None else self.order[self.rows.tokens]
 
     @property
     def position(self) -> list[Tensor] | None:
         """Places of the tokens left of each image or video, ascending; None: all are there."""
-        if self.rows.tokens is None:
+        place = self.place
+        if self.rows.tokens is None or place is None:
             return None
         first: dict[int, int] = {}
         for frame, start in zip(self.frames, accumulate((0, *(f.tokens for f in self.frames[:-1]))), strict=True):
             first.setdefault(frame.visual, start)
-        starts = constant(tuple(first[frame.visual] for frame in self.frames), self.rows.tokens.device)[:, None]
-        return self.by_visual(self.frame_starts + self._places(self.rows.tokens) - starts)
+        places = self.by_visual(place if self.order is None else place.sort().values)
+        return [x - start if start else x for x, start in zip(places, first.values(), strict=True)]
 
     @property
     def importance(self) -> list[Tensor] | None:
         """Score of the tokens left of each image or video, in the order of their places."""
-        history = self.rows.history
-        return None if history is None else self.by_visual(history.unflatten(1, (-1, self.block)).mean(2))
+        history, place = self.rows.history, self.place
+        if history is None:
+            return None
+        score = self.rows.segments.unpad(history).view(-1, self.block).mean(1)
+        return self.by_visual(score if self.order is None or place is None else score[place.argsort()])
 
     def _arranged(self, x: Tensor) -> Tensor:
         """x [R * images of a patch, 1] of the encoder's input, in the order of a view's rows."""
         x = x.view(sum(frame.tokens for frame in self.frames), self.block, -1).mean(2)
-        x = x if self.order is None else x[self.order]
-        if self.rows.tokens is not None:
-            x = x[self._tokens.unpad(self.frame_starts + self.rows.tokens)]
+        place = self.place
+        x = x if place is None else x[place]
         return self.rows.segments.pad(x.flatten())
 
-    @property
-    def _tokens(self) -> Segments:
-        lengths = tuple(rows // self.block for rows in self.rows.segments.lengths)
-        return Segments(lengths, self.rows.segments.device)
-
-    def _places(self, tokens: Tensor | None) -> Tensor:
-        """int64 [F, n] places in their frames of tokens numbered as they stand in the encoder."""
-        if tokens is None:
-            most = max(frame.tokens for frame in self.frames)
-            tokens = torch.arange(most, device=self.rows.segments.device).expand(len(self.frames), -1)
-        if self.order is None:
-            return tokens
-        return self.order[(self.frame_starts + tokens).clamp(0, len(self.order) - 1)] - self.frame_starts
+    def _places(self, rows: Rows) -> Tensor:
+        """int64 [F, n] places in their frames of the tokens among `rows`."""
+        tokens = rows.tokens
+        place = self.order if tokens is None else tokens if self.order is None else self.order[tokens]
+        assert place is not None
+        return rows.by_token.pad(place) - self.frame_starts
 
     def _record(self, trace: Trace, layer: int, entropy: Tensor | None, scored: Any) -> None:
         """The step in terms of images and videos; `scored` are the places and the scores of what it found."""
@@ -406,13 +428,8 @@ class PackedBlock:
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *rotary)
         keys = self._pieces(state.rows)
-        kept = state.select(self.number, query, key, value, made)
-        if kept is not None:
-            given = [x[None] for x in (hidden_states, query.flatten(1), *rotary)]
-            rows = [x[0] for x in gather_tokens(given, kept[None], backend=state.encoder.backend)]
-            hidden_states, query, cos, sin = rows[0], rows[1].unflatten(-1, query.shape[1:]), *rows[2:]
-            state.rows = replace(state.rows, rotary=(cos, sin))
-        stock = state.rows.tokens is None  # nothing is pruned: the very sums of the stock block
+        hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made)
+        stock = state.rows.number is None  # nothing is pruned: the very sums of the stock block
         mixed = _attend(
             parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.encoder.backend,
             **kwargs,
@@ -523,19 +540,21 @@ class PackedEncoder:
     def started(self, grid_thw: Tensor, device: torch.device, kwargs: dict[str, Any]) -> PackedState:
         """The state of a pass over images or videos of (frames, rows, columns) of patches; `kwargs` of the stock
         forward are given what it would work out again."""
-        frames = Frame.of(grid_thw.tolist(), round(self.block**0.5), self.policy)
-        rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device))
+        grids = grid_thw.tolist()
+        frames = Frame.of(grids, round(self.block**0.5), self.policy)
+        rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device), self.block)
         checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)
         state = PackedState(
             self, frames, rows, trace=Trace() if self.record else None, entries={} if checkpoints else None
         )
         if self.windows is not None:
-            order, ends = self.windows(self.encoder, grid_thw, kwargs)
-            kwargs |= dict(window_index=order, cu_window_seqlens=ends)  # the stock forward takes them as they are
-            lengths = ends.diff().tolist()
-            state.rows = replace(rows, windows=tuple(lengths))
-            state.order = order.to(device)
-            state.window = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths) // self.block).to(device)
+            order, ends = (x.cpu() for x in self.windows(self.encoder, torch.tensor(grids), kwargs))
+            lengths = np.diff(ends.numpy())
+            window = np.arange(len(lengths)).repeat(lengths // self.block)
+            state.rows = replace(rows, windows=tuple(lengths.tolist()), window=window)
+            state.order = order.to(device, non_blocking=True)
+            # The stock forward takes them as they are.
+            kwargs |= dict(window_index=state.order, cu_window_seqlens=ends.to(device, non_blocking=True))
         return state
 
 
