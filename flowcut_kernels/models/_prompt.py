@@ -56,11 +56,12 @@ class Shrunk(NamedTuple):
 
     def take(self, x: Tensor, pad: int) -> Tensor:
         """The columns of x [B, L, ...], `pad` where a row is padded."""
-        columns = self.columns.to(x.device)
-        index, absent = columns.clamp_min(0), columns < 0
-        trailing = [1] * (x.dim() - 2)
+        trailing, absent = [1] * (x.dim() - 2), self.columns < 0
+        index = self.columns.clamp_min(0).to(x.device, non_blocking=True)
         out = x.gather(1, index.view(*index.shape, *trailing).expand(*index.shape, *x.shape[2:]))
-        return out.masked_fill(absent.view(*absent.shape, *trailing), pad)
+        if absent.any():
+            out = out.masked_fill(absent.to(x.device, non_blocking=True).view(*absent.shape, *trailing), pad)
+        return out
 
     def removed(self) -> Tensor:
         """Placeholders dropped before each column [B, L']: original minus new position."""

@@ -167,25 +167,21 @@ class DecoderState:
         made = [cut for cut in self.cuts if cut < layer]
         return self.cuts[max(made)] if made else None
 
-    def entering(self, layer: int, before: Cut | None) -> list[int] | None:
-        """Tokens of each image that enter `layer`, which is given those of a cut `before`; None where it drops none."""
-        return self._counts(layer, before, self.decoder.policy.decoder_entry)
-
-    def budgets(self, layer: int, before: Cut | None) -> list[int] | None:
-        """Tokens of each image that go on from `layer`; None where it drops none."""
-        return self._counts(layer, before, self.decoder.policy.decoder_step)
-
-    def _counts(
-        self, layer: int, before: Cut | None, decide: Callable[[int, int, int, int], int | None]
-    ) -> list[int] | None:
+    @cached_property
+    def plan(self) -> dict[float, list[int]]:
+        """Tokens of each image that a cut leaves, by layer: which layers cut follows from counts alone."""
         if self.visual is None:
-            return None
-        now = self.visual.lengths if before is None else before.lengths
-        kept = []
-        for full, left in zip(self.visual.full, now, strict=True):
-            step = decide(layer, self.layers, full, left)
-            kept.append(left if step is None else min(step, left))
-        return None if kept == now else kept
+            return {}
+        policy, found = self.decoder.policy, {}
+        before = self.before(0)
+        left = self.visual.lengths if before is None else before.lengths
+        for layer in range(self.layers):
+            for at, decide in ((layer - 0.5, policy.decoder_entry), (layer, policy.decoder_step)):
+                steps = [decide(layer, self.layers, *pair) for pair in zip(self.visual.full, left, strict=True)]
+                kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
+                if kept != left:
+                    found[at] = left = kept
+        return found
 
     @cached_property
     def raters(self) -> Tensor | None:
@@ -393,7 +389,7 @@ class DecoderState:
         # Rows are the columns in their order: how many there are is known without looking.
         stays, counts = visual.stays(gaps)
         if len(set(visual.counts)) == 1:
-            tokens_of = at.view(len(counts), -1)
+            tokens_of = at.view(len(counts), visual.counts[0] * at.shape[1])
         else:
             parts = [x.flatten() for x in at.split(visual.counts)]
             tokens_of = pad_sequence(parts, batch_first=True, padding_value=visual.nowhere)
@@ -496,12 +492,12 @@ class PrunedDecoderLayer:
         state, budgets = pruning, None
         if state is not None:
             before = state.before(self.number - 0.5)
-            entering = state.entering(self.number, before)
+            entering = state.plan.get(self.number - 0.5)
             if entering is not None or self.number - 0.5 in state.cuts:
                 hidden_states, before = self._enter(
                     hidden_states, attention_mask, past_key_values, position_embeddings, state, before, entering
                 )
-            budgets = state.budgets(self.number, before)
+            budgets = state.plan.get(self.number)
             held = state.advance_cache(past_key_values, self.number, before)
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budgets is None:

@@ -194,7 +194,9 @@ class PackedState:
         """
         policy, last = self.encoder.policy, self.encoder.feature_layer
         found = {kind: policy.encoder_step(layer, last, *kind) for kind in {*self.kinds}}
-        left = [rows // self.block for rows in self.rows.segments.lengths]
+        if not any(found.values()):
+            return None
+        left = self.rows.by_token.lengths
         steps = [
             None if now < kind[0] and now <= kind[1] else found[kind]
             for kind, now in zip(self.kinds, left, strict=True)
