@@ -46,8 +46,8 @@ class Encoded(NamedTuple):
 
     full: list[int]  # tokens of each image before anything was pruned
     kept: list[int]  # of each that enter the language model
-    importance: Tensor | None = None  # float32 [I, n], filled up with 0
-    position: Tensor | None = None  # int64 [I, n] their places among all tokens of the image
+    importance: list[Tensor] | None = None  # float32 [n] of each image
+    position: list[Tensor] | None = None  # int64 [n] their places among all tokens of the image
 
 
 class Visuals(NamedTuple):
@@ -216,7 +216,7 @@ class PrunedFeatures(Bound):
         full = self.encoded.full
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
-            self.encoded = Encoded(full, [len(x) for x in places], position=pad_sequence(places, batch_first=True))
+            self.encoded = Encoded(full, [len(x) for x in places], position=places)
         scored = self.policy.prunes_features and known.importance is not None
         if scored or (self.kind.assembles and self.encoded.kept != full):
             features = self.kind.split(output.pooler_output, layouts)
@@ -368,7 +368,7 @@ class PrunedFeatures(Bound):
         device, areas = features[0].device, [layout.area for layout in layouts]
         # All visuals at once: for each by itself these would be a dozen launches a tile.
         x, marks = (
-            torch.cat([rows[:area] for rows, area in zip(each, areas, strict=True)])
+            _joined([rows[:area] for rows, area in zip(each, areas, strict=True)])
             for each in (features, self._marked(device, arguments, layouts, known))
         )
         share, score = marks.unbind(1)
@@ -435,10 +435,10 @@ class PrunedFeatures(Bound):
             torch.arange(n, device=item.features.device) if item.position is None else item.position
             for n, item in zip(lengths, items, strict=True)
         ]
-        whole, places = all(item.position is None for item in items), torch.cat(given)
+        whole, places = all(item.position is None for item in items), _joined(given)
         view = FeatureView(
-            features=torch.cat([item.features for item in items]),
-            importance=torch.cat([item.importance for item in items]),
+            features=_joined([item.features for item in items]),
+            importance=_joined([item.importance for item in items]),
             lengths=lengths,
             grids=[item.grids for item in items],
             position=None if whole else places,
@@ -466,8 +466,8 @@ class PrunedFeatures(Bound):
         self.encoded = Encoded(
             [item.full for item in items],
             [len(x) for x in positions],
-            importance=pad_sequence(weights, batch_first=True),
-            position=pad_sequence(positions, batch_first=True),
+            importance=weights,
+            position=positions,
         )
         if self.encoder.trace is not None and (known != lengths or (self.kind.assembles and not whole)):
             self._record(items, view, places, positions, recycled)
@@ -489,6 +489,11 @@ class PrunedFeatures(Bound):
                 recycled=pad_sequence(recycled, batch_first=True),
             )
         )  # fmt: skip
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One behind another, in which a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _first(output: Any) -> Sequence[Tensor]:

@@ -464,7 +464,9 @@ def _located(
                 position += [torch.arange(info.full[i], device=device) for i in source]
 
         def padded(x: list[Tensor]) -> Tensor | None:
-            return pad_sequence([x[i] for i in order], batch_first=True) if len(x) == len(order) else None
+            if len(x) != len(order):
+                return None
+            return x[0][None] if len(x) == 1 else pad_sequence([x[i] for i in order], batch_first=True)
 
         return EncodedTokens(padded(importance), padded(position), [kept[i] for i in order])
 

@@ -178,9 +178,10 @@ class DecoderState:
         for layer in range(self.layers):
             for at, decide in ((layer - 0.5, policy.decoder_entry), (layer, policy.decoder_step)):
                 steps = [decide(layer, self.layers, *pair) for pair in zip(self.visual.full, left, strict=True)]
-                kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
-                if kept != left:
-                    found[at] = left = kept
+                if steps.count(None) < len(steps):
+                    kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
+                    if kept != left:
+                        found[at] = left = kept
         return found
 
     @cached_property

@@ -1,0 +1,94 @@
+"""What patching costs the host: launches of a prefill beyond the stock model's, and waits for the device."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from elsewhere import DEVICE, Device, There, move
+
+import flowcut_kernels as fk
+from flowcut_kernels._library import choose_backend, native_error
+from flowcut_kernels.bench.families import FAMILIES, SHARE, prompt
+from flowcut_kernels.bench.shapes import twin
+
+# family -> launches and waits of a toy's prefill beyond the stock model's, at most. Five layers of its encoder score,
+# each by a kernel and what makes its anchor (one to three launches; the class token's where a layer prunes), two or
+# three cut, each by a kernel and a wait. Qwen-VL's stock layers wait for the length of each window, ours know it.
+ALLOWED: dict[str, tuple[int, int]] = {
+    "llava-1.5-7b": (2, 4),
+    "vipllava-7b": (8, 4),
+    "llava-next-7b": (30, 7),
+    "llava-onevision-7b": (57, 8),
+    "video-llava-7b": (50, 4),
+    "llava-next-video-7b": (26, 4),
+    "internvl3-8b": (46, 5),
+    "qwen2-vl-7b": (19, -8),
+    "qwen2.5-vl-7b": (24, -14),
+    "qwen3-vl-8b": (22, -12),
+    "gemma-3-4b": (36, 5),
+    "paligemma-3b": (33, 5),
+    "idefics3-8b": (62, 6),
+    "smolvlm2-2.2b": (62, 6),
+}
+SLACK = 2  # launches, for another version of torch or transformers
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The device has a kernel for every operator of the package, as a GPU has."""
+    if native_error():
+        pytest.skip(native_error())
+
+    def chosen(op, backend, tensor, *args, **options):
+        return "triton" if tensor.device == DEVICE else choose_backend(op, backend, tensor, *args, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("flowcut_kernels.") and vars(module).get("choose_backend") is choose_backend:
+            monkeypatch.setattr(module, "choose_backend", chosen)
+
+
+@torch.no_grad()
+def test_a_wait_is_seen():
+    """Of all ways to ask a device for something, and none where nothing is asked."""
+    x, index = There(torch.arange(6.0)), There(torch.tensor([0, 2]))
+    with Device() as device:
+        x[index].add_(1)
+        x.view(2, 3)[:, 1:].sum()
+        torch.tensor([1, 2]).to(DEVICE, non_blocking=True)
+    assert device.waits.total() == 0 and device.launches.total() == 4, (device.waits, device.launches)
+    ways = [
+        lambda: x.sum().item(), lambda: bool((x > 1).any()), lambda: x.tolist(), lambda: x.cpu(), lambda: x[x > 2],
+        lambda: (x > 1).nonzero(), lambda: torch.tensor([1, 2], device=DEVICE), lambda: torch.tensor([1]).to(DEVICE),
+        lambda: x.repeat_interleave(index.new_ones(6)), lambda: x[torch.tensor([0, 1])],
+    ]  # fmt: skip
+    for way in ways:
+        with Device() as device:
+            way()
+        assert device.waits.total() == 1, device.waits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_prefill(name):
+    """By FlowCut, which scores in every layer of the encoder and reads back once a cut; the second pass counts."""
+    family, counted = FAMILIES[name], {}
+    stock = family.build("toy", "cpu", torch.float32)
+    inputs = prompt(stock, family.shown(stock.config))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with fk.patched(ours := twin(stock), fk.FlowCut(retain_ratio=SHARE)):
+        want = ours(**inputs).logits
+        there = {key: There(x) for key, x in inputs.items()}
+        for way, model in (("stock", stock), ("ours", ours)):
+            move(model)
+            for _ in range(2):
+                with Device() as counted[way]:
+                    logits = model(**there).logits
+    torch.testing.assert_close(logits.here, want, rtol=1e-4, atol=1e-4)
+    ours, stock = counted["ours"], counted["stock"]
+    found = ours.launches.total() - stock.launches.total(), ours.waits.total() - stock.waits.total()
+    launches, waits = ALLOWED[name]
+    assert found[0] <= launches + SLACK and found[1] <= waits, (
+        f"{found} launches and waits beyond stock: {ours.launches - stock.launches}, {ours.waits - stock.waits}"
+    )
