@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -129,9 +130,9 @@ class Segments:
         return mean.to(x.dtype)[:, :, None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """What a layer is given."""
+    """What a layer is given. Not to be written to: with checkpoints, layers run again."""
 
     segments: Segments  # of the frames
     block: int  # rows of a token
@@ -246,7 +247,8 @@ class PackedState:
         if score is not None and before.history is not None and not all(active):
             stays = constant(tuple(active), device, torch.bool)[:, None]
             score = torch.where(stays, score, before.history)
-        self.rows = replace(before, history=score)
+        self.rows = copy(before)  # with what is known of them
+        self.rows.history = score
         index = choice.index
         scored = None if self.trace is None or index is None else (self.position, self.importance)
         lengths, window = self._counts(layer, step, budgets, choice)
