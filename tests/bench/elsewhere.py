@@ -29,6 +29,7 @@ class There(Tensor):
     """A tensor on the device."""
 
     here: Tensor  # its values
+    is_meta = False  # as it has some
 
     @staticmethod
     def __new__(cls, here: Tensor) -> There:
@@ -38,6 +39,9 @@ class There(Tensor):
         )  # fmt: skip
         tensor.here = here
         return tensor
+
+    def __repr__(self, **_: Any) -> str:
+        return f"There({self.here})"
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
