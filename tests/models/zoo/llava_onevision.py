@@ -60,13 +60,11 @@ def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
 
 
 def grids(model: Any, inputs: dict[str, Any], kind: str) -> list[list[tuple[int, int]]]:
+    if kind == "video":
+        return [[((SIDE + 1) // 2,) * 2] * len(group) for group in tiles(model, inputs, kind)]
     made = []
-    for group, size in zip(
-        tiles(model, inputs, kind), inputs.get("image_sizes", inputs.get("pixel_values_videos")), strict=True
-    ):
-        if kind == "video":
-            made.append([((SIDE + 1) // 2,) * 2] * len(group))
-        elif len(group) == 1:
+    for group, size in zip(tiles(model, inputs, kind), inputs["image_sizes"], strict=True):
+        if len(group) == 1:
             made.append([(SIDE, SIDE)])
         else:
             lines = [side // EDGE for side in select_best_resolution(size.tolist(), IMAGES.image_grid_pinpoints)]
