@@ -58,7 +58,7 @@ DType dtype_of(const char* name, const Tensor& x) {
 
 int32_t dtype_code(const Tensor& x) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
   return code;
 }
 
@@ -67,8 +67,8 @@ Tensor empty(Sizes sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -81,7 +81,7 @@ Tensor unit_stride(const Tensor& x) {
 }
 
 void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  if (n > 0) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+  if (n > 0) TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 
 // A small integer tensor of any width and strides.
@@ -452,7 +452,7 @@ void* current_stream(int32_t device) {
   }();
   check(get, "this torch has no CUDA");
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 #endif
