@@ -356,7 +356,7 @@ def _groups(tile, live, protect, COUNT: tl.constexpr, GROUP: tl.constexpr):
 def _keys(score, column, candidate):
     """Candidates' scores as unsigned integers in the same order, everything else 0 (below any finite score)."""
     bits = tl.load(score + column, mask=candidate, other=0.0).to(tl.uint32, bitcast=True)
-    ordered = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(candidate, ordered, 0)
 
 
