@@ -15,6 +15,7 @@ VARIABLES = {
     "FLOWCUT_NO_NATIVE": "1: do not load the native library nor the page planner",
     "FLOWCUT_CPU_ISA": "avx512_bf16, avx512, avx2, scalar: instruction set of the C++ kernels instead of the best one",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors in Triton's interpreter",
+    "FLOWCUT_COMMIT": "commit that figures of flowcut-bench name, for copies of a clone without .git",
     "FLOWCUT_NATIVE": "0: build the Python part alone",
     "FLOWCUT_CUDA": "0: build without CUDA kernels although nvcc is there",
     "FLOWCUT_CUDA_ARCHS": 'architectures of the CUDA kernels, "80;90;100" by default',

@@ -10,6 +10,8 @@ import torch
 # Triton reads it when it is first imported; without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# By default convolutions of float32, such as a tower's first, have the precision of TF32.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -555,26 +556,28 @@ def report(
 
 @app.command()
 def gpu(
-    out: Annotated[Path, typer.Option("--out", help="Folder for a file per step, their logs and gpu.json.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for gpu.json, the figures, and gpu.log.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same steps on the CPU at toy size.")] = False,
     only: Annotated[str | None, typer.Option(help="Steps to run (again), separated by commas.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Seconds in all; steps that no longer fit are named.")] = 540,
 ) -> None:
-    """Everything that needs a GPU, resumable: build, tests, operators, encoder, 7 B prefill, memory, targets."""
+    """Everything that needs a GPU, resumable: build, operators, 7 B prefill, encoder, tests, memory, targets.
+
+    Steps run one after another, each as a process of its own. gpu.json is written after every step. The same command
+    goes on where the last one ended; a new commit starts again.
+    """
     from . import gpu as steps
 
-    known = ["build", "tests", *(step.name for step in steps.STEPS)]
-    chosen = only.split(",") if only else []
+    known, chosen = steps.names(), only.split(",") if only else []
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise typer.BadParameter(f"--only {unknown[0]!r} is unknown: use {', '.join(known)}")
     prepare(None, "cpu" if dry_run else "cuda")
     with progress("gpu") as tick:
-        report, fates = steps.run(out, dry_run, chosen, limit, tick)
-    report.save(out / "gpu.json")
-    show_report(report, terminal())
-    for name, fate in fates.items():
-        print(f"{name}: {fate}")
+        report = steps.run(out, dry_run, chosen, limit, tick, partial(print, flush=True))
+    summary, *sections = report.sections
+    # The targets and what failed come last: it may be the end of the output alone that somebody sees.
+    show_report(replace(report, sections=[*sections, summary]), terminal())
     if report.failed:
         raise typer.Exit(1)
 

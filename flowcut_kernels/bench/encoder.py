@@ -92,9 +92,13 @@ def measure(
         stock = stock.to(dtype)
         for batch in batches:
             tick(f"{_short(dtype)} B={batch}", len(rows) / (len(dtypes) * len(batches) * len(tokens)))
-            rows += _rows(
-                stock, random_pixels(config, batch).to(device, dtype), tokens, backend, repeats, baselines, frozen
-            )
+            pixels = random_pixels(config, batch).to(device, dtype)
+            try:
+                rows += _rows(stock, pixels, tokens, backend, repeats, baselines, frozen)
+            except RuntimeError as error:  # too little memory for one batch must not cost the others
+                failed.append(f"{_short(dtype)} B={batch}: {error}")
+                rows += [dict(dtype=_short(dtype), batch=batch, tokens=t, ok=False,
+                              refcheck=f"FAILED: {type(error).__name__}") for t in tokens]  # fmt: skip
     schedule = [kept[0] for kept in rows[-1]["schedule"]] if not failed else []
     return Section(
         "encoder",

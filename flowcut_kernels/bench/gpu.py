@@ -1,17 +1,22 @@
 """Everything that only a GPU can show, as one resumable command; on a CPU the same steps at toy size.
 
-Each step is a process of its own that writes one file, so that a failure or a time limit costs that step alone.
+Each step is a process of its own, so that a failure or a time limit costs that step alone. After every step gpu.json
+holds all figures so far: it and gpu.log, what the steps printed, are all there is to carry away, or back to go on.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +35,12 @@ class Step:
     real: str
     dry: str
 
+    def options(self, dry: bool) -> str:
+        return (self.dry if dry else self.real).format(arch=_architecture(dry))
+
 
 TOY = "--repeats 1 --device cpu"
-ENCODER = "--layers 6 --image-size 112 --hidden 64 --frozen"
+ENCODER = "--layers 6 --image-size 112 --hidden 64"
 STEPS = (
     *(
         Step(
@@ -42,8 +50,12 @@ STEPS = (
         for model, batch in (("llava-1.5-7b", "1,8,32"), ("llava-next-7b", "1,8"))
     ),
     Step(
-        "encoder", "encoder --dtype bf16 --batch 1,8,32 --frozen --repeats 9 --device cuda",
+        "encoder", "encoder --dtype bf16 --batch 1,8,32 --repeats 9 --device cuda",
         f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
+    ),
+    Step(
+        "encoder-frozen", "encoder --dtype bf16 --batch 1 --frozen --no-baselines --repeats 9 --device cuda",
+        f"encoder {ENCODER} --frozen --tokens 8 --batch 1 {TOY}",
     ),
     Step("kv", "kv --repeats 9 --device cuda", f"kv --toy {TOY}"),
     Step("ops", "ops --dtype bf16 --repeats 15 --device cuda", f"ops --toy {TOY}"),
@@ -77,60 +89,120 @@ STEPS = (
 # Compilation for other generations needs no GPU, and CI does it.
 TESTS = "tests/ops tests/modules tests/policies tests/test_calibrate.py --deselect tests/ops/test_compile.py"
 DRY_TESTS = "tests/ops/test_gather_tokens.py"
-TEST_SECONDS = 150  # the tests' share; a run of its own (--only tests) may take all the time
+# Of compute-sanitizer, over the tests of kernels. Without a caching allocator there is no graph to capture.
+CHECKERS = ("memcheck", "racecheck")
+CHECKED = "(triton or cuda) and not graph and not compile and not many"
+# What is most likely to fail, and what most targets rest on, come first.
+ORDER = (
+    *("build", "ops", "prefill-llava-1.5-7b", "encoder", "encoder-frozen", "tests", "kv", "prefill-llava-next-7b"),
+    *("encoder-16384", "compare", "ops-cold", "prefill-llava-onevision-7b", "prefill-families"),
+    *("prefill-llava-next-7b-batch-32", "prefill-llava-onevision-7b-batch-32", "compile", *CHECKERS),
+)
+# The most a step may take; where --only names it, it may take all the time.
+SECONDS = dict(build=240, tests=150)
+GRACE = 15  # seconds that a step has to say where it was stopped
+
+
+def names() -> list[str]:
+    """Steps in order; an installed package has nothing to build or to test."""
+    clone = (ROOT / "setup.py").exists()
+    return [name for name in ORDER if clone or name not in ("build", "tests", *CHECKERS)]
 
 
 def run(
-    out: Path, dry: bool, only: Iterable[str], limit: float, tick: Callable[..., object]
-) -> tuple[Report, dict[str, str]]:
-    """Run the steps that have no file of this commit in `out` (all that `only` names, if any), within `limit` seconds.
+    out: Path,
+    dry: bool,
+    only: Iterable[str],
+    limit: float,
+    tick: Callable[..., object],
+    say: Callable[[str], object] = print,
+) -> Report:
+    """Run the steps that did not end well at this commit (all that `only` names, if any), within `limit` seconds.
 
     Returns:
-        All sections found in `out` with the table of targets, and what became of every step.
+        What gpu.json holds: the table of targets, whose facts say what became of every step, and all sections.
     """
-    only, start, fates, stamp = set(only), time.perf_counter(), {}, machine.commit() or "no commit"
+    only, start, commit = set(only), time.perf_counter(), machine.commit() or "no commit"
     out.mkdir(parents=True, exist_ok=True)
-    clone = (ROOT / "setup.py").exists()
-    names = [*["build"] * clone, *(step.name for step in STEPS), *["tests"] * clone]
-    steps = {step.name: step for step in STEPS}
-    for number, name in enumerate(names):
-        path, marker = out / f"{name}.json", out / f"{name}.done"
-        if only and name not in only:
-            continue
+    path, steps = out / "gpu.json", {step.name: step for step in STEPS}
+    report = load(path) if path.exists() else Report(machine.facts("cpu" if dry else "cuda"), "", [])
+    facts: dict[str, dict[str, Any]] = dict(steps={}, commits={}, seconds={})
+    if report.sections:
+        facts |= report.sections[0].facts
+    commands = {name: f"flowcut-bench {step.options(dry)}" for name, step in steps.items()}
+    found = {name: [s for s in report.sections[1:] if s.command == commands[name]] for name in steps}
+    chosen = [name for name in names() if not only or name in only]
+    missed = []
+    for number, name in enumerate(chosen):
         left = limit - (time.perf_counter() - start)
-        if not only and marker.exists() and marker.read_text() == stamp:
-            fates[name] = "done before"
-        elif left < 1:
-            fates[name] = "no time left"
-        else:
-            tick(name, number / len(names))
-            for file in (path, marker):
-                file.unlink(missing_ok=True)
-            seconds = min(left, TEST_SECONDS) if name == "tests" and not only else left
-            fates[name] = _process(_command(name, steps, path, dry), out / f"{name}.log", seconds)
-            if fates[name] == "ok":
-                marker.write_text(stamp)
-    files = [out / f"{name}.json" for name in steps]
-    reports = [load(file) for file in files if file.exists()]
-    sections = [section for report in reports for section in report.sections]
-    failed = [f"{name}: {fate}" for name, fate in fates.items() if fate not in ("ok", "done before")]
-    again = f"flowcut-bench gpu --out {out.name}" + " --dry-run" * dry
-    rows = targets(sections)
-    summary = Section("gpu", "Targets", again, rows, dict(steps=fates), ["a miss is reported, not a failure"], failed)
-    return Report(
-        machine.facts("cpu" if dry else "cuda"), again, [summary, *sections], time.perf_counter() - start
-    ), fates
+        if not only and facts["steps"].get(name) == "ok" and facts["commits"].get(name) == commit:
+            say(f"{name}: done before")
+            continue
+        if left < 1:
+            missed.append(name)
+            facts["steps"].setdefault(name, "no time left")
+            say(f"{name}: no time left")
+            continue
+        tick(name, number / len(chosen))
+        before = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            figures = Path(folder, "figures.json")
+            seconds = left if only else min(left, SECONDS.get(name, left))
+            command = _command(name, dry, commands.get(name, ""), figures)
+            fate = _process(command, _environment(name, dry), out / "gpu.log", seconds)
+            if figures.exists():
+                step_report = load(figures)
+                report.machine, found[name] = step_report.machine, step_report.sections
+        facts["steps"][name], facts["commits"][name] = fate, commit
+        facts["seconds"][name] = round(time.perf_counter() - before, 1)
+        say(f"{name}: {fate}, {facts['seconds'][name]:.0f} s")
+        _save(path, report, facts, found, dry, missed, time.perf_counter() - start)
+    return _save(path, report, facts, found, dry, missed, time.perf_counter() - start)
 
 
-def _command(name: str, steps: dict[str, Step], path: Path, dry: bool) -> list[str]:
+def _save(
+    path: Path, report: Report, facts: dict, found: dict[str, list[Section]], dry: bool, missed: list[str], spent: float
+) -> Report:
+    """gpu.json, whole at any moment."""
+    sections = [section for name in ORDER for section in found.get(name, ())]
+    again = f"flowcut-bench gpu --out {path.parent.name}" + " --dry-run" * dry
+    failed = [f"{name}: {fate}" for name, fate in facts["steps"].items() if fate != "ok"]
+    failed += [f"{name}: no time left" for name in missed if facts["steps"][name] == "ok"]
+    notes = ["a miss is reported, not a failure"]
+    summary = Section("gpu", "Targets", again, targets(sections), facts, notes, failed)
+    whole = Report(report.machine, again, [summary, *sections], spent)
+    part = path.with_suffix(".part")
+    whole.save(part)
+    part.replace(path)
+    return whole
+
+
+def _command(name: str, dry: bool, command: str, figures: Path) -> list[str]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    if find_spec("xdist") and not dry:
+        pytest += ["-n", str(len(os.sched_getaffinity(0)))]
     if name == "build":
-        return [sys.executable, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-build-isolation", "--no-deps"]
-    if name == "tests":
-        chosen = (DRY_TESTS if dry else TESTS).split()
-        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
-                *(str(ROOT / part) for part in chosen)]  # fmt: skip
-    step = steps[name]
-    return [*CLI, *(step.dry if dry else step.real).format(arch=_architecture(dry)).split(), "--json", str(path)]
+        return [sys.executable, "setup.py", "build_ext", "--inplace"]
+    if name == "tests" or (dry and name in CHECKERS):
+        return [*pytest, *(DRY_TESTS if dry else TESTS).split()]
+    if name in CHECKERS:
+        checker = f"compute-sanitizer --tool {name} --target-processes all --error-exitcode 9"
+        return [*checker.split(), *pytest, "tests/ops", "-k", CHECKED]
+    return [*CLI, *command.split()[1:], "--json", str(figures)]
+
+
+def _environment(name: str, dry: bool) -> dict[str, str]:
+    """Of a step's process, which may have neither an installed package nor a network."""
+    given = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONFAULTHANDLER="1", PYTHONUNBUFFERED="1")
+    if (ROOT / "setup.py").exists():
+        given["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    if name in ("tests", *CHECKERS):
+        given["OMP_NUM_THREADS"] = "1"  # a process for every core
+    if name in CHECKERS:
+        given["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else an access beyond a tensor falls into the next
+    if name == "build" and not dry:
+        given.setdefault("FLOWCUT_CUDA_ARCHS", str(_architecture(dry)))  # a third of the compiler's time
+    return given
 
 
 def _architecture(dry: bool) -> int:
@@ -142,21 +214,38 @@ def _architecture(dry: bool) -> int:
     return 10 * major + minor
 
 
-def _process(command: list[str], log: Path, seconds: float) -> str:
-    """ "ok", or how the process ended; its output is in `log`."""
-    with log.open("w") as file:
-        # A session of its own, so that what the process started ends with it.
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+def _process(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> str:
+    """ "ok", or how the process ended and its last words; all of its output goes to the end of `log`."""
+    with log.open("a+") as file:
+        file.write(f"\n== {shlex.join(command)}\n")
+        file.flush()
+        start = file.tell()
+        try:
+            # A session of its own, so that what the process started ends with it.
+            process = subprocess.Popen(
+                command, cwd=ROOT if (ROOT / "setup.py").exists() else None, env=environment, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return f"cannot run {command[0]}: {error.strerror}"
         try:
             code = process.wait(seconds)
+            fate = "ok" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            fate = f"stopped after {seconds:.0f} s"
+            # First an interrupt, for pytest's summary; then a signal at which Python says where it hangs.
+            for number in (signal.SIGINT, signal.SIGABRT):
+                process.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                    break
+        finally:
+            with suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"stopped after {seconds:.0f} s, see {log.name}"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return "ok" if code == 0 else f"exit status {code}, see {log.name}"
+        file.seek(start)
+        last = next((line for line in reversed(file.read().splitlines()) if line.strip()), "")
+    return fate if fate == "ok" or not last else f"{fate}: {last.strip()[:200]}"
 
 
 def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:

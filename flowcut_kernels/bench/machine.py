@@ -80,7 +80,12 @@ def version(package: str) -> str | None:
 
 @cache
 def commit() -> str | None:
-    """Short commit of the clone this package runs from, "+" where it has changes; None outside a clone."""
+    """Short commit of the clone this package runs from, "+" where it has changes; None outside a clone.
+
+    A copy without .git is told its commit by FLOWCUT_COMMIT.
+    """
+    if told := os.environ.get("FLOWCUT_COMMIT"):
+        return told
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -117,7 +117,11 @@ class Arena:
             except ValueError as error:
                 row["unreachable"] = str(error)
                 continue
-            entered = self._enter(policy, row, steps)
+            try:
+                entered = self._enter(policy, row, steps)
+            except RuntimeError as error:  # one policy must not cost the others
+                row |= dict(ok=False, refcheck=f"FAILED: {type(error).__name__}: {error}")
+                continue
             if entered is not None:
                 runs[number] = entered
         every = {f"{number} {part}": run for number, parts in runs.items() for part, run in parts.items()}

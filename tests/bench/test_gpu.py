@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 
@@ -11,35 +13,69 @@ pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 from typer.testing import CliRunner
 
-from flowcut_kernels.bench import gpu
+from flowcut_kernels.bench import gpu, machine
 from flowcut_kernels.bench.commands import app
+
+STEPS = [step.name for step in gpu.STEPS]
 
 
 def dry_run(out, *extra):
     return CliRunner().invoke(app, ["gpu", "--dry-run", "--out", str(out), *extra])
 
 
+def written(out):
+    return json.loads((out / "gpu.json").read_text())
+
+
 def test_dry_run(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the processes compile kernels
-    names = [step.name for step in gpu.STEPS]
-    done = dry_run(tmp_path, "--only", ",".join(names))
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert done.exit_code == 0, done.output + logs
-    content = json.loads((tmp_path / "gpu.json").read_text())
-    summary, *sections = content["sections"]
-    assert summary["facts"]["steps"] == dict.fromkeys(names, "ok")
+    done = dry_run(tmp_path, "--only", ",".join(STEPS))
+    assert done.exit_code == 0, done.output + (tmp_path / "gpu.log").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.log"}, "all there is to carry away"
+    summary, *sections = written(tmp_path)["sections"]
+    assert summary["facts"]["steps"] == dict.fromkeys([name for name in gpu.ORDER if name in STEPS], "ok")
     assert {s["name"] for s in sections} == {"compile", "ops", "kv", "encoder", "prefill", "families", "policies"}
     operators = {row["op"] for s in sections if s["name"] == "ops" for row in s["rows"]}
     assert {"anchor_stats_select", "gather+norm", "attention_with_stats"} <= operators
     assert not [row for row in summary["rows"] if row["found"] is not None], "toy sizes are no result"
 
-    # What is done is not done again, and what fails is named.
-    (tmp_path / "ops.done").unlink()
-    monkeypatch.setattr(gpu, "_process", lambda command, log, seconds: f"exit status 3, see {log.name}")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    # What is done is not done again, what fails is named with its last words, and figures of the others stay.
+    content = written(tmp_path)
+    del content["sections"][0]["facts"]["steps"]["ops"]
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    monkeypatch.setattr(gpu, "_process", lambda *_: "exit status 3: no such kernel")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)  # no clone: nothing to build or to test
     done = dry_run(tmp_path)
     assert done.exit_code == 1
-    assert "ops: exit status 3, see ops.log" in done.output and "encoder: done before" in done.output
+    assert "ops: exit status 3: no such kernel" in done.output and "encoder: done before" in done.output
+    assert len(written(tmp_path)["sections"]) == 1 + len(sections)
+
+
+def test_what_is_measured_is_on_disk_whatever_comes_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    began = []
+
+    def process(command, *_):
+        began.append(command)
+        if len(began) == 3:
+            raise KeyboardInterrupt
+        return "ok"
+
+    monkeypatch.setattr(gpu, "_process", process)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(tmp_path, True, (), 100.0, lambda *_: None, lambda _: None)
+    first = gpu.names()[:2]
+    assert written(tmp_path)["sections"][0]["facts"]["steps"] == dict.fromkeys(first, "ok")
+    report = gpu.run(tmp_path, True, (), 0.5, lambda *_: None, lambda _: None)
+    assert [name for name, fate in report.sections[0].facts["steps"].items() if fate == "ok"] == first
+    assert f"{gpu.names()[2]}: no time left" in report.failed[0]
+
+
+def test_every_step_has_its_turn_and_a_command_of_its_own():
+    assert sorted(gpu.ORDER) == sorted(["build", "tests", *gpu.CHECKERS, *STEPS])
+    for dry in (False, True):
+        commands = [step.dry if dry else step.real for step in gpu.STEPS]
+        assert len(set(commands)) == len(commands), "figures are told apart by the command that made them"
 
 
 @pytest.mark.parametrize("step", gpu.STEPS, ids=lambda step: step.name)
@@ -52,11 +88,23 @@ def test_options_of_the_real_run_exist(step):
     assert command.make_context(name, options).params["device" if name != "compile" else "arch"] in ("cuda", "90")
 
 
-def test_a_step_that_takes_too_long_is_stopped(tmp_path):
-    import sys
+@pytest.mark.parametrize(
+    ("deaf", "words"), [("", "KeyboardInterrupt"), ("signal.signal(signal.SIGINT, signal.SIG_IGN)", "in <module>")]
+)
+def test_a_step_that_takes_too_long_says_where_it_was(tmp_path, monkeypatch, deaf, words):
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    command = [sys.executable, "-c", f"import signal, time\n{deaf}\ntime.sleep(60)"]
+    fate = gpu._process(command, gpu._environment("ops", True), tmp_path / "gpu.log", 2.0)
+    assert fate.startswith("stopped after 2 s: ") and words in (tmp_path / "gpu.log").read_text()
 
-    fate = gpu._process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "a.log", 1.0)
-    assert fate == "stopped after 1 s, see a.log"
+
+def test_a_command_that_is_not_there(tmp_path):
+    assert gpu._process(["no-such-tool"], dict(os.environ), tmp_path / "gpu.log", 1.0).startswith("cannot run no-such")
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("FLOWCUT_COMMIT", "abc123")
+    assert machine.commit.__wrapped__() == "abc123"
 
 
 def test_targets_are_read_from_the_rows():
