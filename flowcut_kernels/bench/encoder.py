@@ -95,7 +95,7 @@ def measure(
             pixels = random_pixels(config, batch).to(device, dtype)
             try:
                 rows += _rows(stock, pixels, tokens, backend, repeats, baselines, frozen)
-            except RuntimeError as error:  # too little memory for one batch must not cost the others
+            except Exception as error:  # too little memory for one batch, say, must not cost the others
                 failed.append(f"{_short(dtype)} B={batch}: {error}")
                 rows += [dict(dtype=_short(dtype), batch=batch, tokens=t, ok=False,
                               refcheck=f"FAILED: {type(error).__name__}") for t in tokens]  # fmt: skip

@@ -40,7 +40,7 @@ def measure(
                 continue
             tick(f"{case.op} {case.name}")
             rows.append(row(case, clock, repeats, copy))
-    except RuntimeError as error:  # of a case in the making: it must not cost what was measured before it
+    except Exception as error:  # of a case in the making: it must not cost what was measured before it
         failed = [f"the case after {rows[-1]['op']} {rows[-1]['case']}: {error}" if rows else str(error)]
     copied = Samples([x["copy_gbs"] for x in rows if x["ok"]])
     order = list(dict.fromkeys(x["op"] for x in rows))

@@ -119,7 +119,7 @@ class Arena:
                 continue
             try:
                 entered = self._enter(policy, row, steps)
-            except RuntimeError as error:  # one policy must not cost the others
+            except Exception as error:  # one policy must not cost the others
                 row |= dict(ok=False, refcheck=f"FAILED: {type(error).__name__}: {error}")
                 continue
             if entered is not None:
