@@ -29,7 +29,7 @@ def written(out):
 
 def test_dry_run(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the processes compile kernels
-    done = dry_run(tmp_path, "--only", ",".join(STEPS))
+    done = dry_run(tmp_path, "--only", ",".join(STEPS), "--limit", "3600")
     assert done.exit_code == 0, done.output + (tmp_path / "gpu.log").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.log"}, "all there is to carry away"
     summary, *sections = written(tmp_path)["sections"]
