@@ -83,9 +83,9 @@ def measure(
             tick(f"{_short(dtype)} B={batch} warm-up")
             try:
                 rows += _rows(stock, shape, batch, steps, repeats, baselines, backend, tick)
-            except torch.OutOfMemoryError as error:  # one size must not cost the others
+            except Exception as error:  # too little memory for one size, say, must not cost the others
                 failed.append(f"B={batch}: {error}")
-                rows += [bad(dtype, batch, budget, "out of memory") for budget in shape.tokens]
+                rows += [bad(dtype, batch, budget, type(error).__name__) for budget in shape.tokens]
         del stock
     cuts = " ".join(str(kept) for row in rows[-1:] for kept in row.get("schedule", "-"))
     return Section(
