@@ -586,10 +586,10 @@ class Entropy:
         coarse = torch.rand(batch, 3, edge // 8, edge // 8, generator=generator, device=device)
         image = torch.nn.functional.interpolate(coarse, (edge, edge), mode="bilinear").mul(255).round()
         mean, std = [0.48, 0.46, 0.41], [0.27] * 3
-        columns = [torch.tensor(x, device=device)[:, None, None] for x in (mean, std)]
+        centre, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
         normalised = dtype != torch.uint8
         self.shift: dict[str, Any] = dict(mean=mean, std=std) if normalised else {}
-        self.pixels = ((image / 255 - columns[0]) / columns[1] if normalised else image).to(dtype)
+        self.pixels = ((image / 255 - centre) / scale if normalised else image).to(dtype)
         self.backend = backend
         whole, pixels = edge // 14, batch * (edge // 14 * 14) ** 2
         self.case = Case(
@@ -599,7 +599,7 @@ class Entropy:
             choose_backend("patch_entropy", backend, self.pixels, dtypes=(torch.uint8, *NATIVE_DTYPES)),
             self.run,
             {
-                name: partial(plain.patch_entropy, self.pixels, 14, *columns, count)
+                name: partial(plain.patch_entropy, self.pixels, 14, centre, scale, count)
                 for name, count in plain.COUNTS.items()
                 if name != "bincount" or device.type == "cpu"  # elsewhere it waits for the device, which no graph can
             },
