@@ -89,7 +89,7 @@ SMALL = {
     "flowcut-bench compare": measured("--toy --tokens 24 --steps 1 --repeats 1"),
     "flowcut-bench compare A.json B.json": Small(),
     "flowcut-bench compile": measured("--only gather --arch 90"),
-    "flowcut-bench gpu": Small("--dry-run --only kv", "DIR/gpu.json DIR/kv.json"),
+    "flowcut-bench gpu": Small("--dry-run --only kv", "DIR/gpu.json DIR/gpu.log"),
     "flowcut-bench look": Small(makes="*/look.html */*.png"),
     "flowcut-bench flow": Small(makes="*/*-flow.json */*-flow.png"),
     "flowcut-bench report": Small(makes="pages/report.html pages/report.json pages/accuracy.png"),
