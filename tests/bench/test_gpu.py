@@ -71,6 +71,18 @@ def test_what_is_measured_is_on_disk_whatever_comes_next(tmp_path, monkeypatch):
     assert f"{gpu.names()[2]}: no time left" in report.failed[0]
 
 
+@pytest.mark.parametrize(("problem", "done"), [(None, True), ("no library", False)])
+def test_a_build_is_not_done_where_its_library_is_not(tmp_path, monkeypatch, problem, done):
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "native_error", lambda: problem)
+    monkeypatch.setattr(gpu, "_process", lambda *_: "ok")
+    said: list[str] = []
+    gpu.run(tmp_path, True, ("build",), 100.0, lambda *_: None, lambda _: None)
+    gpu.run(tmp_path, True, (), 100.0, lambda *_: None, said.append)
+    assert (said[0] == "build: done before") == done
+
+
 def test_every_step_has_its_turn_and_a_command_of_its_own():
     assert sorted(gpu.ORDER) == sorted(["build", "tests", *gpu.CHECKERS, *STEPS])
     for dry in (False, True):
