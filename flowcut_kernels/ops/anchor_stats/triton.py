@@ -31,6 +31,7 @@ from .._triton_common import (
     powers,
     select_image,
     unit_steps,
+    wide,
 )
 
 _NO_RELEVANCE = tl.constexpr(int(Relevance.NONE))
@@ -58,9 +59,13 @@ def _rows(pointer, offset, mask, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.c
 
 
 @triton.jit
-def _offset(steps, b, head, row, UNIT: tl.constexpr):
-    """Where row `row` of each head of image b begins, [., HEADS, 1] in 64 bits."""
-    return (b * steps[0] + head.to(tl.int64)[None, :, None] * steps[1] + row.to(tl.int64) * steps[2]) * UNIT
+def _offset(steps, b, first, head, row, UNIT: tl.constexpr):
+    """Where row `row` of the heads `first` + `head` of image b begins, [., HEADS, 1] in 64 bits.
+
+    `first` alone changes from tile to tile of a loop: one number, and the rest is worked out once.
+    """
+    start = (b * steps[0] + wide(first) * steps[1]) * UNIT
+    return start + (head.to(tl.int64)[None, :, None] * steps[1] + row.to(tl.int64) * steps[2]) * UNIT
 
 
 @triton.jit
@@ -70,6 +75,33 @@ def _dot(x, y):
     if len(x) > 1:
         total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 2)
     return total
+
+
+@triton.jit
+def _lanes(x, VECTOR: tl.constexpr):
+    """[., HEADS, D] summed over VECTOR neighbours: a thread loads them together, so that no data moves."""
+    if x.shape[2] > VECTOR:
+        return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // VECTOR, VECTOR]), 3)
+    else:
+        return tl.sum(x, 2, keep_dims=True)
+
+
+@triton.jit
+def _squares(x):
+    """Sum of the squares of all elements."""
+    total = tl.sum(tl.sum(x[0].to(tl.float32) * x[0].to(tl.float32), 2), 1)
+    if len(x) > 1:
+        total += tl.sum(tl.sum(x[1].to(tl.float32) * x[1].to(tl.float32), 2), 1)
+    return total
+
+
+@triton.jit
+def _total(total, rest, REST: tl.constexpr):
+    """Sums by lane [TOKENS, HEADS, LANES, ...] summed over heads and lanes."""
+    result = tl.sum(tl.sum(total, 2), 1)
+    if REST:
+        result += tl.sum(tl.sum(rest, 2), 1)
+    return result
 
 
 @triton.jit
@@ -94,16 +126,27 @@ def stream_block(
     live = (token >= start) & (token < end)
     anchor_id = tl.arange(0, ANCHORS)
 
-    # Sums over the head dimension stay apart by head of the tile until the end: fewer shuffles.
-    dot = tl.zeros([TOKENS, HEADS, ANCHORS], tl.float32)
-    anchor_square = tl.zeros([1, HEADS, ANCHORS], tl.float32)
-    square = tl.zeros([TOKENS, HEADS], tl.float32)
-    norm = tl.zeros([TOKENS, HEADS], tl.float32)
+    # Sums over heads and their elements stay apart by head of the tile and by lane until the end: no shuffles.
+    VECTOR: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = DV_MAIN // VECTOR if DV_MAIN > VECTOR else 1
+    REST_LANES: tl.constexpr = DV_REST // VECTOR if DV_REST > VECTOR else 1
+    dot = tl.zeros([TOKENS, HEADS, LANES, ANCHORS], tl.float32)
+    dot_rest = tl.zeros([TOKENS, HEADS, REST_LANES, ANCHORS], tl.float32)
+    square = tl.zeros([TOKENS, HEADS, LANES], tl.float32)
+    square_rest = tl.zeros([TOKENS, HEADS, REST_LANES], tl.float32)
+    norm, norm_rest = square, square_rest
     head_sum = tl.zeros([TOKENS, DV_MAIN], tl.float32)
     head_sum_rest = tl.zeros([TOKENS, DV_REST if DV_REST else 1], tl.float32)
 
+    every = tl.arange(0, triton.next_power_of_2(G))
+    among = (every < G)[None, :, None]
+    if RELEVANCE == _COSINE and ANCHORS == 1:
+        # Asked for here and needed after the loop: nobody waits for it.
+        anchor_row = _rows(anchor, _offset(anchor_steps, b, 0, every, b * 0, UNIT), among, DV, DV_MAIN, DV_REST)
+
+    tile = tl.arange(0, HEADS)
     for first in tl.range(0, G, HEADS, num_stages=STAGES):
-        head = first + tl.arange(0, HEADS)
+        head = first + tile
         valid = head < G
         mask = live[:, None, None]
         head_mask = head[None, :, None] >= 0
@@ -114,27 +157,34 @@ def stream_block(
         # brings them to the tile's layout and not the other way round.
         for r in range(anchors):
             if RELEVANCE != _NO_RELEVANCE:
-                a = _rows(anchor, _offset(anchor_steps, b, head, b * 0 + r, UNIT), head_mask, DV, DV_MAIN, DV_REST)
+                a = _rows(anchor, _offset(anchor_steps, b, first, tile, b * 0 + r, UNIT), head_mask, DV, DV_MAIN, DV_REST)
             if RELEVANCE != _NO_RELEVANCE or VALUE_NORM != _NO_NORM:
-                v = _rows(value, _offset(value_steps, b, head, token[:, None, None], UNIT), mask, DV, DV_MAIN, DV_REST)
+                v = _rows(value, _offset(value_steps, b, first, tile, token[:, None, None], UNIT), mask, DV, DV_MAIN, DV_REST)
             for j in tl.static_range(H // G):
-                query_head = head * (H // G) + j
-                q = _rows(query, _offset(query_steps, b, query_head, b * 0 + r, UNIT), head_mask, D, D_MAIN, D_REST)
-                k = _rows(key, _offset(key_steps, b, head, token[:, None, None], UNIT), mask, D, D_MAIN, D_REST)
-                _leave(_dot(k, q) * scale, live, token, r * H + query_head, valid, pitch, logits)
+                each = tile * (H // G) + j
+                at = _offset(query_steps, b, first * (H // G), each, b * 0 + r, UNIT)
+                q = _rows(query, at, head_mask, D, D_MAIN, D_REST)
+                at = _offset(key_steps, b, first, tile, token[:, None, None], UNIT)
+                k = _rows(key, at, mask, D, D_MAIN, D_REST)
+                channel = r * H + first * (H // G) + each
+                _leave(_dot(k, q) * scale, live, token, channel, valid, pitch, logits)
             if RELEVANCE == _COSINE:
-                mine = (anchor_id == r)[None, None, :]
-                dot += tl.where(mine, _dot(v, a)[:, :, None], 0.0)
-                anchor_square += tl.where(mine, _dot(a, a)[:, :, None], 0.0)
+                mine = (anchor_id == r)[None, None, None, :]
+                dot += tl.where(mine, _lanes(v[0].to(tl.float32) * a[0].to(tl.float32), VECTOR)[:, :, :, None], 0.0)
+                if DV_REST:
+                    rest = _lanes(v[1].to(tl.float32) * a[1].to(tl.float32), VECTOR)
+                    dot_rest += tl.where(mine, rest[:, :, :, None], 0.0)
             elif RELEVANCE != _NO_RELEVANCE:
                 _leave(_dot(v, a) * factor, live, token, anchors * H + r * G + head, valid, pitch, logits)
             if r == 0:
                 if RELEVANCE == _COSINE:
-                    square += _dot(v, v)
-                if VALUE_NORM == _FULL:
-                    norm += tl.sum(tl.abs(v[0].to(tl.float32)), 2)
+                    square += _lanes(v[0].to(tl.float32) * v[0].to(tl.float32), VECTOR)
                     if DV_REST:
-                        norm += tl.sum(tl.abs(v[1].to(tl.float32)), 2)
+                        square_rest += _lanes(v[1].to(tl.float32) * v[1].to(tl.float32), VECTOR)
+                if VALUE_NORM == _FULL:
+                    norm += _lanes(tl.abs(v[0].to(tl.float32)), VECTOR)
+                    if DV_REST:
+                        norm_rest += _lanes(tl.abs(v[1].to(tl.float32)), VECTOR)
                 if VALUE_NORM == _HEAD_MEAN:
                     head_sum += tl.sum(v[0].to(tl.float32), 1)
                     if DV_REST:
@@ -142,9 +192,15 @@ def stream_block(
 
     scored = live & (token >= scored_from)
     if RELEVANCE == _COSINE:
-        anchor_norm = tl.maximum(tl.sqrt(tl.sum(anchor_square, 1)), TINY)
-        token_norm = tl.maximum(tl.sqrt(tl.sum(square, 1)), TINY)
-        cosine = tl.sum(dot, 1) / anchor_norm / token_norm[:, None]
+        anchor_square = tl.zeros([ANCHORS], tl.float32)
+        for r in range(anchors):
+            if ANCHORS > 1:
+                at = _offset(anchor_steps, b, 0, every, b * 0 + r, UNIT)
+                anchor_row = _rows(anchor, at, among, DV, DV_MAIN, DV_REST)
+            anchor_square += tl.where(anchor_id == r, _squares(anchor_row), 0.0)
+        anchor_norm = tl.maximum(tl.sqrt(anchor_square), TINY)
+        token_norm = tl.maximum(tl.sqrt(_total(square, square_rest, DV_REST)), TINY)
+        cosine = _total(dot, dot_rest, DV_REST) / anchor_norm[None, :] / token_norm[:, None]
         tl.store(
             relevance + (b * anchors + anchor_id[None, :]) * tokens + token[:, None],
             tl.where(scored[:, None], (1 + cosine) * 0.5, 0.0),
@@ -152,7 +208,7 @@ def stream_block(
         )
     if VALUE_NORM != _NO_NORM:
         if VALUE_NORM == _FULL:
-            total = tl.sum(norm, 1)
+            total = _total(norm, norm_rest, DV_REST)
         else:
             total = tl.sum(tl.abs(head_sum), 1) / G
             if DV_REST:
