@@ -228,32 +228,43 @@ def weigh(
 
 
 @triton.jit
+def _logits(row, token, tokens):
+    """Logits of tokens, -inf behind the last one, where lies nothing that anybody wrote."""
+    # The mask ends at a multiple of 4, so that loads are wide.
+    logit = tl.load(row + token, mask=token < (tokens + 3) // 4 * 4, other=float("-inf"))
+    return tl.where(token < tokens, logit, float("-inf"))
+
+
+@triton.jit
 def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS: tl.constexpr, TOKENS: tl.constexpr):
     """Write the mean over `heads` channels of the softmax of their base-2 logits; return (sum a, sum a log2 a).
 
-    logits [heads, pitch], -inf where dead, pitch a multiple of TOKENS; out [tokens] is 0 outside the scored tokens
-    [scored_from, end). Two passes over tiles of TOKENS tokens (16 heads of 577 tokens are 37 KB, in L2), pipelined.
+    logits [heads, pitch], -inf where dead, pitch a multiple of 4; out [tokens] is 0 outside the scored tokens
+    [scored_from, end). Two passes over tiles of TOKENS tokens, all loads of a tile in flight at once; the second finds
+    them in L1 (16 heads of 577 tokens are 37 KB).
     """
-    # Padded heads read the last one and weigh nothing: loads need no mask.
+    # Padded heads read the last one and weigh nothing: loads need no mask for them.
     head = tl.arange(0, HEADS)
-    row = logits + (tl.minimum(head, heads - 1) * pitch)[:, None]
+    row = logits + tl.minimum(head, heads - 1) * pitch
     peak = tl.full([HEADS], LOWEST, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    for start in tl.range(0, tokens, TOKENS, num_stages=4):
-        token = start + tl.arange(0, TOKENS)
-        # Between the tokens and the pitch lies nothing that anybody wrote.
-        logit = tl.where((token < tokens)[None, :], tl.load(row + token[None, :]), float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logit, 1))
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logit - new_peak[:, None]), 1)
+    # Of [TOKENS / 128, HEADS, 128] a warp holds a few heads, so that sums over tokens need no other warp.
+    place = tl.arange(0, TOKENS // 128)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
+    for start in tl.range(0, tokens, TOKENS):
+        logit = _logits(row[None, :, None], start + place, tokens)
+        new_peak = tl.maximum(peak, tl.max(tl.max(logit, 0), 1))
+        weight = tl.exp2(logit - new_peak[None, :, None])
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.sum(weight, 0), 1)
         peak = new_peak
     # A span without live keys sums to 0; a NaN stays and spreads over the image, as in the definition.
     weight = tl.where(head < heads, 1.0 / (tl.where(total == 0, 1.0, total) * heads), 0.0)
 
     mass = tl.zeros([TOKENS], tl.float32)
     surprise = tl.zeros([TOKENS], tl.float32)
-    for start in tl.range(0, tokens, TOKENS, num_stages=4):
+    for start in tl.range(0, tokens, TOKENS):
+        # Of [HEADS, TOKENS] a warp holds a few tokens, all of their heads where tiles are wide.
         token = start + tl.arange(0, TOKENS)
-        logit = tl.where((token < tokens)[None, :], tl.load(row + token[None, :]), float("-inf"))
+        logit = _logits(row[:, None], token[None, :], tokens)
         mean = tl.sum(tl.exp2(logit - peak[:, None]) * weight[:, None], 0)
         mean = tl.where((token >= scored_from) & (token < end), mean, 0.0)
         tl.store(out + token, mean, mask=token < tokens)
@@ -353,19 +364,37 @@ def _groups(tile, live, protect, COUNT: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _keys(score, column, candidate):
+def _keys(score, candidate):
     """Candidates' scores as unsigned integers in the same order, everything else 0 (below any finite score)."""
-    bits = tl.load(score + column, mask=candidate, other=0.0).to(tl.uint32, bitcast=True)
+    bits = score.to(tl.uint32, bitcast=True)
     ordered = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(candidate, ordered, 0)
 
 
 @triton.jit
-def _digit_counts(key, prefix, shift):
-    """Three fields of 21 bits: 1 where a key starts with `prefix` and its next two bits are >= 1, >= 2, >= 3."""
+def _range(least, most, key, candidate):
+    """Least and largest key so far, by place in the tile."""
+    return tl.minimum(least, tl.where(candidate, key, 0xFFFFFFFF)), tl.maximum(most, key)
+
+
+@triton.jit
+def _bits(x):
+    """Bits that the unsigned x takes, or one more: the exponent of the float next to it."""
+    return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
+
+
+@triton.jit
+def _shifted(key, shift):
+    """key >> shift for an even shift of up to 32, which at once is undefined."""
+    return key >> shift // 2 >> shift // 2
+
+
+@triton.jit
+def _digit_counts(key, prefix, shift, FIELD: tl.constexpr, COUNT: tl.constexpr):
+    """Three fields of a COUNT: 1 where a key starts with `prefix` and its next two bits are >= 1, >= 2, >= 3."""
     high = key >> shift
     digit = high & 3
-    counts = (digit >= 1).to(tl.int64) | (digit >= 2).to(tl.int64) << 21 | (digit >= 3).to(tl.int64) << 42
+    counts = (digit >= 1).to(COUNT) | (digit >= 2).to(COUNT) << FIELD | (digit >= 3).to(COUNT) << 2 * FIELD
     return tl.where(high >> 2 == prefix, counts, 0)
 
 
@@ -380,7 +409,8 @@ def select_image(
     `weights` and `entropy_exponent` come from :func:`powers`, GROUP is `block`.
 
     The k-th largest score is found digit by digit (two bits a step, counts of the three upper digits in one packed
-    sum), ties go to the lower index through a prefix sum, and a second field of the same sum gives each kept token
+    sum), from the first bits in which scores differ to those that tell kept from dropped: about 6 steps of 16 where
+    none tie. Ties go to the lower index through a prefix sum, and a second field of the same sum gives each kept token
     its place. One tile keeps its keys in registers; more tiles read them again from `score`.
     """
     row = b * tokens
@@ -389,6 +419,10 @@ def select_image(
     target = _target(budgets, b, budget, b >= 0)
     GROUPS: tl.constexpr = TILE if GROUP == 1 else 1024  # of a tile of theirs
     GROUP_TILES: tl.constexpr = (TILES * TILE + GROUPS * GROUP - 1) // (GROUPS * GROUP)
+    # Up to 1,024 keys 32 bits hold the three counts: not all of them have the same digit where any is counted.
+    FEW: tl.constexpr = GROUP_TILES * GROUPS <= 1024
+    FIELD: tl.constexpr = 11 if FEW else 21
+    COUNT: tl.constexpr = tl.uint32 if FEW else tl.int64
 
     attention_sum = tl.zeros([TILE], tl.float32)
     relevance_sum = tl.zeros([TILE], tl.float32)
@@ -402,7 +436,9 @@ def select_image(
     attention_total = tl.sum(attention_sum, 0)
     relevance_total = tl.sum(relevance_sum, 0)
 
-    broken = tl.zeros([GROUPS], tl.int32)
+    least = tl.full([GROUPS], 0xFFFFFFFF, tl.uint32)
+    most = tl.zeros([GROUPS], tl.uint32)
+    key = most
     for tile in range(TILES):
         column = tile * TILE + tl.arange(0, TILE)
         candidate = (column >= protect) & (column < live)
@@ -424,7 +460,10 @@ def select_image(
         # -0.0 becomes +0.0, so that the two tie.
         s = tl.where(candidate & (s != 0), s, 0.0)
         if GROUP == 1:
-            broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
+            tile_key = _keys(s, candidate)
+            least, most = _range(least, most, tile_key, candidate)
+            if TILES == 1:
+                key = tile_key
         tl.store(score + row + column, s, mask=column < tokens)
     if GROUP > 1:
         # Other threads' scores are read from here on.
@@ -435,10 +474,14 @@ def select_image(
             for i in tl.static_range(GROUP):
                 s += tl.load(score + row + column + i, mask=candidate, other=0.0)
             s = tl.div_rn(s, tl.full([GROUPS], GROUP, tl.float32))
-            broken |= (tl.abs(s) < float("inf")).to(tl.int32) ^ 1
+            tile_key = _keys(s, candidate)
+            least, most = _range(least, most, tile_key, candidate)
+            if GROUP_TILES == 1:
+                key = tile_key
             for i in tl.static_range(GROUP):
                 tl.store(score + row + column + i, s, mask=candidate)
-    finite = tl.max(broken, 0) == 0
+    lowest, highest = tl.min(least, 0), tl.max(most, 0)
+    finite = (lowest > 0x007FFFFF) & (highest < 0xFF800000)  # keys of the infinities; beyond them are the NaNs
 
     if MODE == _SCORE_ONLY:
         tl.store(new_lengths + b, tl.where(finite, live, -1))
@@ -454,29 +497,38 @@ def select_image(
                 dropped = _adaptive_count(n, tl.load(entropy + b), tokens, target, divisor, entropy_exponent)
             keep = tl.maximum(n - dropped, keep)
 
-        # Other threads' scores are read from here on.
-        tl.debug_barrier()
-        if GROUP_TILES == 1:
-            column, candidate = _groups(0, live, protect, GROUPS, GROUP)
-            key = _keys(score + row, column, candidate)
-        prefix = tl.full([], 0, tl.uint32)
-        need = keep.to(tl.int64)
-        for step in range(16):
+        if GROUP_TILES > 1:
+            # Other threads' scores are read from here on.
+            tl.debug_barrier()
+        # Keys start with `prefix`, `shift` bits follow; `inside` of them do, of which `need` are to be found.
+        shift = (_bits(lowest ^ highest) + 1) // 2 * 2
+        shift = tl.where(n > 0, tl.minimum(shift, 32), 0)
+        prefix = _shifted(highest, shift)
+        need, inside = keep, n
+        while (shift > 0) & (need > 0) & (need < inside):
+            shift -= 2
             if GROUP_TILES == 1:
-                counted = _digit_counts(key, prefix, 30 - 2 * step)
+                counted = _digit_counts(key, prefix, shift, FIELD, COUNT)
             else:
-                counted = tl.zeros([GROUPS], tl.int64)
+                counted = tl.zeros([GROUPS], COUNT)
                 for tile in range(GROUP_TILES):
                     column, candidate = _groups(tile, live, protect, GROUPS, GROUP)
-                    tile_key = _keys(score + row, column, candidate)
-                    counted += _digit_counts(tile_key, prefix, 30 - 2 * step)
+                    tile_key = _keys(tl.load(score + row + column, mask=candidate, other=0.0), candidate)
+                    counted += _digit_counts(tile_key, prefix, shift, FIELD, COUNT)
             counts = tl.sum(counted, 0)
-            least_1, least_2, least_3 = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
-            digit = (least_1 >= need).to(tl.uint32) + (least_2 >= need).to(tl.uint32) + (least_3 >= need).to(tl.uint32)
-            # The largest of these counts that falls short is the number of keys above the digit.
+            MASK: tl.constexpr = (1 << FIELD) - 1
+            least_1, least_2 = (counts & MASK).to(tl.int32), (counts >> FIELD & MASK).to(tl.int32)
+            least_3 = (counts >> 2 * FIELD).to(tl.int32)
+            digit = (least_1 >= need).to(tl.int32) + (least_2 >= need).to(tl.int32) + (least_3 >= need).to(tl.int32)
+            prefix = prefix * 4 + digit.to(tl.uint32)
+            # The largest of the counts that falls short is the number of keys above the digit, the least of the others
+            # that of keys not below it.
             above = tl.maximum(tl.where(least_1 < need, least_1, 0), tl.where(least_2 < need, least_2, 0))
-            need -= tl.maximum(above, tl.where(least_3 < need, least_3, 0))
-            prefix = prefix * 4 + digit
+            above = tl.maximum(above, tl.where(least_3 < need, least_3, 0))
+            inside = tl.minimum(inside, tl.where(least_1 < need, inside, least_1))
+            inside = tl.minimum(inside, tl.where(least_2 < need, inside, least_2))
+            inside = tl.minimum(inside, tl.where(least_3 < need, inside, least_3)) - above
+            need -= above
 
         kept_length = tl.where(finite, protect + keep * GROUP, 0)
         if GROUP > 1:
@@ -484,17 +536,22 @@ def select_image(
                 place = tile * TILE + tl.arange(0, TILE)
                 tl.store(index + b * width + place, tl.where(place < kept_length, place, -1).to(tl.int64),
                          mask=((place < protect) | (place >= kept_length)) & (place < width))  # fmt: skip
-        before = tl.full([], 0, tl.int64)
+        HALF: tl.constexpr = 16 if FEW else 32
+        before = tl.full([], 0, COUNT)
         for tile in range(GROUP_TILES):
             column, candidate = _groups(tile, live, protect, GROUPS, GROUP)
-            tile_key = key if GROUP_TILES == 1 else _keys(score + row, column, candidate)
-            greater = (candidate & (tile_key > prefix)).to(tl.int64)
-            equal = (candidate & (tile_key == prefix)).to(tl.int64)
-            packed = greater | equal << 32
+            if GROUP_TILES == 1:
+                tile_key = key
+            else:
+                tile_key = _keys(tl.load(score + row + column, mask=candidate, other=0.0), candidate)
+            start = _shifted(tile_key, shift)
+            greater = (candidate & (start > prefix)).to(COUNT)
+            equal = (candidate & (start == prefix)).to(COUNT)
+            packed = greater | equal << HALF
             earlier = before + tl.cumsum(packed, 0) - packed
-            ties = earlier >> 32
+            ties = (earlier >> HALF).to(tl.int32)
             chosen = (greater > 0) | ((equal > 0) & (ties < need))
-            place = protect + (earlier & 0xFFFFFFFF) * GROUP + tl.minimum(ties, need) * GROUP
+            place = protect + ((earlier & ((1 << HALF) - 1)).to(tl.int32) + tl.minimum(ties, need)) * GROUP
             if GROUP > 1:
                 for i in tl.static_range(GROUP):
                     tl.store(index + b * width + place + i, (column + i).to(tl.int64),

@@ -157,9 +157,11 @@ def stream_block(
         # brings them to the tile's layout and not the other way round.
         for r in range(anchors):
             if RELEVANCE != _NO_RELEVANCE:
-                a = _rows(anchor, _offset(anchor_steps, b, first, tile, b * 0 + r, UNIT), head_mask, DV, DV_MAIN, DV_REST)
+                at = _offset(anchor_steps, b, first, tile, b * 0 + r, UNIT)
+                a = _rows(anchor, at, head_mask, DV, DV_MAIN, DV_REST)
             if RELEVANCE != _NO_RELEVANCE or VALUE_NORM != _NO_NORM:
-                v = _rows(value, _offset(value_steps, b, first, tile, token[:, None, None], UNIT), mask, DV, DV_MAIN, DV_REST)
+                at = _offset(value_steps, b, first, tile, token[:, None, None], UNIT)
+                v = _rows(value, at, mask, DV, DV_MAIN, DV_REST)
             for j in tl.static_range(H // G):
                 each = tile * (H // G) + j
                 at = _offset(query_steps, b, first * (H // G), each, b * 0 + r, UNIT)
@@ -379,10 +381,10 @@ def plan_statistics(
     block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
     softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
     channels = anchors * (query_heads + heads if softmax else query_heads)
-    # The tail's registers count against every program: wider tiles only where the tail is long enough to matter.
+    # Nothing else runs when the last image is finished: wide tiles, up to 64 registers for each thread of 8 warps.
     tail_heads = triton.next_power_of_2(query_heads)
-    tail_tokens = max((2048 if tokens <= 4096 else 4096) // tail_heads, 16)
-    pitch = triton.cdiv(tokens, max(block, tail_tokens)) * max(block, tail_tokens)
+    tail_tokens = max(min(256 if tokens <= 256 else 1024, 16384 // tail_heads), 128)
+    pitch = triton.cdiv(tokens, max(block, 16)) * max(block, 16)
     if channels * pitch >= 2**31:
         raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens are too many logits")
     return Plan(

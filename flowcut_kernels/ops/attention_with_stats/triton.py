@@ -59,14 +59,15 @@ def _flash_program(
     query, key, value, output, query_step, key_step, value_step, rows, start, end, scale,
     H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     DV: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SIGN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention of the first `rows` of a tile of QUERIES over the keys [start, end) of its head.
 
     Pointers are at the tile's first query and output row and at the head's first key and value; steps in elements.
     """
-    # The peak of the products is that of the logits only where the scale is not negative: its sign goes to the query.
-    q = load_rows(query, query_step, rows, tl.where(scale < 0, -1.0, 1.0), D, MAIN, REST, QUERIES)
+    # The peak of the products is that of the logits only where the scale is not negative: its sign goes to the query. A
+    # query as it was loaded is multiplied from shared memory, a changed one would take registers.
+    q = load_rows(query, query_step, rows, SIGN, D, MAIN, REST, QUERIES)
     scale = tl.abs(scale)
 
     peak = tl.full([QUERIES], LOWEST, tl.float32)
@@ -106,7 +107,7 @@ def _attention_with_stats(
     query_steps, key_steps, value_steps, query_anchor_steps, value_anchor_steps,
     pitch, image_size, tokens, queries, tiles, blocks, protect, scale, factor,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, FLASH_STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, FLASH_STAGES: tl.constexpr, SIGN: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr, WIDEN: tl.constexpr,
     RELEVANCE: tl.constexpr, VALUE_NORM: tl.constexpr, D_MAIN: tl.constexpr = None, D_REST: tl.constexpr = None,
     DV_MAIN: tl.constexpr = None, DV_REST: tl.constexpr = None,
@@ -147,7 +148,7 @@ def _attention_with_stats(
                 value + (b * value_steps[0] + kv_head.to(tl.int64) * value_steps[1]) * UNIT,
                 output + ((output_row + first) * H + head) * DV,
                 query_steps[2] * UNIT, key_steps[2] * UNIT, value_steps[2] * UNIT, queries - first, start, end, scale,
-                H, D, MAIN, REST, DV, V_MAIN, V_REST, QUERIES, KEYS, FLASH_STAGES, WIDEN,
+                H, D, MAIN, REST, DV, V_MAIN, V_REST, QUERIES, KEYS, FLASH_STAGES, SIGN, WIDEN,
             )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def _tile_shape(queries: int, dim: int, itemsize: int, arch: int) -> tuple[int, 
     if dim <= 64:
         return rows, 64, 3, 120
     if dim <= 80:
-        return rows, 64 if arch >= 100 else 32, 3, 128
+        return rows, 32, 3, 128
     return rows, 64, 2, 255
 
 
@@ -222,7 +223,7 @@ def prepare(
         ),
         dict(
             meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
-            QUERIES=tile, KEYS=keys, FLASH_STAGES=stages,
+            QUERIES=tile, KEYS=keys, FLASH_STAGES=stages, SIGN=-1.0 if scale < 0 else None,
             MAIN=main, REST=rest, V_MAIN=value_main, V_REST=value_rest, WIDEN=key.device.type == "cpu",
             num_warps=8, maxnreg=registers, enable_fp_fusion=True,
         ),

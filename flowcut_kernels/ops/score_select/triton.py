@@ -46,8 +46,8 @@ def prepare(
     """The launch of :func:`score_select`.
 
     Latency decides, not bandwidth (at most 16 bytes per token in, 12 out): up to 4,096 keys stay in registers, 8 per
-    thread; longer rows are read again from L1 in tiles of 4,096. Two tile sizes only, so that pruning compiles little.
-    Powers of the norm take float64, which leaves registers for 4 keys per thread of a long row.
+    thread; longer rows are read again from L1 in tiles of 2,048. Few tile sizes, so that pruning compiles little.
+    Powers of the norm take float64, which leaves registers for 4 keys per thread.
     """
     given = (attention, relevance, value_norm, history, entropy, lengths, budgets)
     criteria = [None if x is None else x.contiguous() for x in given]
@@ -55,7 +55,7 @@ def prepare(
     batch, tokens = first.shape
     score, index, new_lengths = select_outputs(first, batch, tokens, mode, protect, block * budget)
     weights, entropy_exponent = powers(criteria_weights, entropy_exponent)
-    tile = 1024 if tokens <= 1024 else 4096 if weights[2] is None else 2048
+    tile = 1024 if tokens <= 1024 else 4096 if tokens <= 4096 and weights[2] is None else 2048
     if divisor == 0:
         criteria[4] = None  # the count is n - budget whatever the entropy
     return Launch(
