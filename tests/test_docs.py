@@ -251,7 +251,7 @@ def test_every_subcommand_is_on_a_page():
 def check(command: str, monkeypatch) -> None:
     program, *words = shlex.split(command)
     if program == "make":
-        dry = ["make", "--dry-run", "--old-file=.venv/built", *words]
+        dry = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/built", *words]
         done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and words, done.stderr
         for line in [] if command in ELSEWHERE else done.stdout.splitlines():

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -223,10 +224,12 @@ def _process(command: list[str], environment: dict[str, str], log: Path, seconds
         file.flush()
         start = file.tell()
         try:
-            # A session of its own, so that what the process started ends with it.
+            # A session of its own, so that what the process started ends with it. A shell's background jobs ignore
+            # interrupts, and what they start inherits that.
             process = subprocess.Popen(
                 command, cwd=ROOT if (ROOT / "setup.py").exists() else None, env=environment, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         except OSError as error:
             return f"cannot run {command[0]}: {error.strerror}"

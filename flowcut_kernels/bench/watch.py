@@ -175,7 +175,7 @@ def _of_tiles(rows: Tensor, state: EncoderState) -> Tensor:
 
 def _of_packed(rows: Tensor, state: PackedState) -> Tensor:
     """[1, N] tokens of the first image from the rows of all frames [F, W]; what is not among them is NaN."""
-    values = state.by_visual(rows.unflatten(1, (-1, state.block)).mean(2))[0]
+    values = state.means_by_visual(rows)[0]
     places = state.position
     if places is None:
         return values[None]

@@ -331,11 +331,13 @@ class PackedState:
     @property
     def importance(self) -> list[Tensor] | None:
         """Score of the tokens left of each image or video, in the order of their places."""
-        history, place = self.rows.history, self.place
-        if history is None:
-            return None
-        score = self.rows.segments.unpad(history).view(-1, self.block).mean(1)
-        return self.by_visual(score if self.order is None or place is None else score[place.argsort()])
+        history = self.rows.history
+        return None if history is None else self.means_by_visual(history)
+
+    def means_by_visual(self, rows: Tensor) -> list[Tensor]:
+        """Means over the rows [F, W] of a token, of the tokens left of each image or video, in the order of places."""
+        mean, place = self.rows.segments.unpad(rows).view(-1, self.block).mean(1), self.place
+        return self.by_visual(mean if self.order is None or place is None else mean[place.argsort()])
 
     def _arranged(self, x: Tensor) -> Tensor:
         """x [R * images of a patch, 1] of the encoder's input, in the order of a view's rows."""

@@ -361,9 +361,7 @@ def test_bad_input(family):
     if "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters:  # else the stock model fails too
         refused(model, POLICY, "prefill_chunk_size", inputs, prefill_chunk_size=20, max_new_tokens=2)
     frozen = fk.calibrate(model, fk.FlowCut(retain_ratio=0.2), given(family, [[ONE, 3], [ONE, 4]]))
-    refused(model, frozen, "calibrate for images like these", inputs, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"images of .* tokens"):
-        fk.calibrate(model, POLICY, given(family, [[ONE, 3, OTHER]]))
+    refused(model, frozen, "calibrate with images like these", inputs, max_new_tokens=1)
 
 
 def test_sliding_windows(family):
