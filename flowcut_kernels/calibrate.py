@@ -19,8 +19,9 @@ def calibrate(
 ) -> FlowCut:
     """The same policy with the mean schedule of sample images.
 
-    A model patched with the result has static shapes and reads nothing back: it can be captured as a CUDA graph and
-    compiled as one graph. Which tokens go is still decided by every image; only how many is fixed.
+    A model patched with the result has static shapes and reads nothing back, but where an encoder has windows
+    (Qwen2.5-VL): it can be captured as a CUDA graph and compiled as one graph. Which tokens go is still decided by
+    every image; only how many is fixed.
 
     Args:
         model: an unpatched instance of one of :func:`supported_models`.
@@ -42,9 +43,8 @@ def calibrate(
     batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
     if not batches:
         raise ValueError("calibrate: inputs is empty; give at least one batch of images")
-    seen: list[
-        tuple[int, int, dict[int, int]]
-    ] = []  # per image or tile: tokens, what was left, and layer -> kept there
+    # Per image or tile: tokens, what was left, and layer -> kept there.
+    seen: list[tuple[int, int, dict[int, int]]] = []
     with torch.no_grad(), patched(model, replace(policy, schedule=None), record=True):
         for number, batch in enumerate(batches):
             encode_images(model, batch, f"calibrate: inputs[{number}]")

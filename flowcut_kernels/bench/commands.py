@@ -379,6 +379,8 @@ def look(
                     if policy:
                         raise typer.BadParameter(f"--policy {choice.label}: {error}") from error
                     print(f"without {choice.label}: {error}")  # nobody asked for it
+            if not some:
+                raise typer.BadParameter(f"{name}: the model takes none of the policies, for the reasons above")
             looked.append((shown, some))
         tick("drawing")
         for shown, some in looked:

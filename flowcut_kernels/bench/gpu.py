@@ -132,7 +132,12 @@ def run(
     if report.sections:
         facts |= report.sections[0].facts
     commands = {name: f"flowcut-bench {step.options(dry)}" for name, step in steps.items()}
-    found = {name: [s for s in report.sections[1:] if s.command == commands[name]] for name in steps}
+    # Figures of another commit go: they would stand under this machine line and count as this commit's.
+    facts["steps"] = {name: fate for name, fate in facts["steps"].items() if facts["commits"].get(name) == commit}
+    found = {
+        name: [s for s in report.sections[1:] if s.command == commands[name]] if name in facts["steps"] else []
+        for name in steps
+    }
     chosen = [name for name in names() if not only or name in only]
     missed = []
     for number, name in enumerate(chosen):
@@ -219,7 +224,7 @@ def _architecture(dry: bool) -> int:
 
 def _process(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> str:
     """ "ok", or how the process ended and its last words; all of its output goes to the end of `log`."""
-    with log.open("a+") as file:
+    with log.open("a+", errors="replace") as file:
         file.write(f"\n== {shlex.join(command)}\n")
         file.flush()
         start = file.tell()

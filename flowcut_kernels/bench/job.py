@@ -13,7 +13,7 @@ from . import encoder, machine, ops, prefill, quality, scene
 from .report import Report, Section
 from .terminal import Tick
 
-POLICIES = ("FlowCut", "VFlowOpt", "hybrid", "CLS attention", "random", "uniform grid")
+POLICIES = ("FlowCut", "VFlowOpt", "hybrid", "CLS attention", "CLS staged", "random", "uniform grid")
 SMALL = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
 SMALL_TEXT = dict(hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64)
 

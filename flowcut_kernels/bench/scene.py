@@ -23,6 +23,7 @@ def kept(share: float = 0.11, split: str = "dev", seed: int = 0) -> dict[str, An
     (asked,) = mini_vlm.questions(split, 1, seed)
     shown = show(model, processor, asked.image, "scene", asked.prompt)
     seen = look(model, processor, shown, FlowCut(retain_ratio=share), "FlowCut")
+    assert len(seen.cuts) < 10, "a digit is a number of cuts"
     survived = torch.stack([cut.alive[0] for cut in seen.cuts]).sum(0).view(seen.grid)
     return dict(
         split=split, seed=seed, question=shown.prompt, answer=asked.answer, said_by_stock=shown.answer,

@@ -277,7 +277,7 @@ class PackedState:
     def _counts(
         self, layer: int, step: EncoderStep, budgets: list[int], choice: Selection
     ) -> tuple[tuple[int, ...], np.ndarray | None]:
-        """Rows of each frame after a step, and the windows of the tokens that are left; checks the scores.
+        """Rows of each frame after a step, and the windows of the tokens that are left; checks the scores it reads.
 
         Where there are windows it is the tokens that are read: counting them on a device would be a dozen launches.
         """

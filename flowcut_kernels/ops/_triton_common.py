@@ -379,7 +379,8 @@ def _range(least, most, key, candidate):
 
 @triton.jit
 def _bits(x):
-    """Bits that the unsigned x takes, or one more: the exponent of the float next to it."""
+    """Bits that the unsigned x takes: the exponent of a float."""
+    x = x ^ (x & (x >> 1))  # its first bit stays, and no rounding reaches the next power of two
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 

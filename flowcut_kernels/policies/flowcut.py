@@ -71,7 +71,7 @@ class FlowCut(Policy):
             them without gaps (released code).
         schedule: (layer, kept by its cut) pairs instead of the entropy rule: patches as whole numbers, the budget last,
             for images of one size; or for images and tiles of any size shares of what is above their budgets, falling
-            from below 1.0 to 0.0. Shapes are then static and nothing is read back; set by
+            from below 1.0 to 0.0. Shapes are then static and nothing is read back, but for windows; set by
             :func:`~flowcut_kernels.calibrate`.
     """
 

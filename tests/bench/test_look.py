@@ -179,11 +179,12 @@ def test_slider_by_keys(made, visit):
     assert page.locator(".panel .count").first.inner_text().startswith(f"{kept[-1]} of {kept[0]} left")
 
     page.keyboard.press("ArrowLeft")
-    marks = page.locator("svg.kept line").last.get_attribute("x1")
+    charts = [page.locator(f"svg.{name} line").last for name in ("kept", "entropy")]
+    marks = [chart.get_attribute("x1") for chart in charts]
     page.click("#play")  # to the end, where it stops
     page.get_by_role("button", name="Play", pressed=False).wait_for()
     assert page.inner_text("#where") == steps[-1]["words"]
-    assert page.locator("svg.kept line").last.get_attribute("x1") != marks
+    assert all(chart.get_attribute("x1") != mark for chart, mark in zip(charts, marks, strict=True))
 
     page.uncheck("#dim")
     whole = pixels(page)

@@ -168,6 +168,16 @@ def test_count_rounds_half_to_even(backend, device, difference, count):
     assert lengths.item() == 30 - count
 
 
+@pytest.mark.parametrize(("tokens", "block"), [(300, 1), (1024, 1), (4096, 4)])
+def test_scores_up_to_a_power_of_two(backend, device, tokens, block):
+    """The bits in which they differ are all ones, which rounds up as a float; 1,024 keys fill a packed count."""
+    score = torch.linspace(0.5, 1.5, tokens // block, device=device)
+    score[0], score[-1] = 2.0**-31, 2 - 2.0**-23
+    options = dict(mode=Select.FIXED, protect=0, budget=100, block=block)
+    given = (None, None, score.roll(7).repeat_interleave(block)[None])
+    same(score_select(*given, **options, backend=backend), score_select(*given, **options, backend="reference"))
+
+
 def test_ties_go_to_the_lower_index(backend, device):
     """Equal scores, signed zeros included."""
     score = torch.tensor([[0.0, 2.0, -0.0, 2.0, 0.0, 2.0, 1.0, 2.0]], device=device)
