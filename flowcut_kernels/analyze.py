@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,9 @@ from ._ops import Relevance, accumulate_dtype
 from .calibrate import encode_images
 from .models import ADAPTERS, family_of, is_patched
 from .models._tower import Tower
+from .models.qwen_vl import QwenVL, block_parts, raster
 from .modules.encoder import PrunedEncoder
+from .modules.packed_encoder import Segments
 from .ops import anchor_stats, received_attention
 from .policies.base import is_number
 
@@ -35,7 +38,7 @@ class Flow:
     """
 
     anchor: Literal["cls", "mean"]
-    grid: tuple[int, int]  # rows and columns of a tile's patches
+    grid: tuple[int, int]  # rows and columns of a tile's patches; of Qwen-VL, images of one size are the tiles
     hub_threshold: float  # times the mean
     inflow: Tensor  # [L, B, N] the anchor's from each patch, A [anchor, n]: FlowCut's attention
     outflow: Tensor  # [L, B, N] of each patch, mean over all tokens i of A [i, n]: the attention it receives
@@ -94,7 +97,8 @@ def analyze(
     "eager". The same call gives the same bits.
 
     Args:
-        model: an instance of one of :func:`supported_models`, but for Qwen-VL: not patched, in ``eval()``.
+        model: an instance of one of :func:`supported_models`: not patched, in ``eval()``. Where Qwen2.5-VL attends
+            within windows, outflow is within them too; its anchor is the mean token of the image in every layer.
         inputs: one batch of processor output, or pixel values; only images are looked at. Tiles of an image (views,
             crops) are looked at one by one, in the order in which the encoder gets them.
         hub_threshold: patches whose outflow is more than that many times the mean are hubs; at least 0.
@@ -103,29 +107,23 @@ def analyze(
     Raises:
         TypeError: an unsupported model class, or inputs of another type.
         RuntimeError: a requested backend that cannot serve the model's device and dtype.
-        ValueError: no images, a model that is patched or in training, packed or masked images.
+        ValueError: no images, a model that is patched or in training, masked images, packed ones of different sizes.
     """
-    family_of(model)
+    adapter = family_of(model)
     resolve_backend(backend)
     if not is_number(hub_threshold) or hub_threshold < 0:
         raise ValueError(f"analyze: hub_threshold={hub_threshold!r} must be a finite number, at least 0")
     if is_patched(model):
         raise ValueError("analyze: the model is patched, but all tokens are to be looked at: call unpatch(model) first")
-    towers = [module for module in model.modules() if type(module) in _TOWERS]
-    if not towers:
-        raise ValueError(
-            f"analyze: {type(model).__name__} packs images of any size, and windows of them, into one sequence, which "
-            "has no grid of patches common to all layers; use a model with one tile after another, such as LLaVA"
-        )
-    if any(module.training for module in towers):
+    watched: list[_Watched] = [_Watched(module, backend) for module in model.modules() if type(module) in _TOWERS]
+    if isinstance(adapter, QwenVL):
+        watched = [_WatchedPacked(model.get_submodule("model.visual"), backend)]
+    if any(tower.module.training for tower in watched):
         raise ValueError("analyze: the model is in training mode, where dropout is at work: call model.eval() first")
-    watched = [_Watched(module, backend) for module in towers]
     with ExitStack() as hooks:
         for tower in watched:
-            for number, layer in enumerate(tower.layers):
-                hook = partial(tower.look, number)
-                attention = tower.facts.parts(layer).attention
-                hooks.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for module, hook in tower.hooks():
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         encode_images(model, inputs, "analyze: inputs")
     return next(tower for tower in watched if tower.seen[0]).flow(float(hub_threshold))  # videos may have their own
 
@@ -134,9 +132,14 @@ class _Watched:
     """What the layers of a tower were seen doing."""
 
     def __init__(self, module: Any, backend: str | None) -> None:
-        self.facts, self.backend = _TOWERS[type(module)], backend
-        self.layers = getattr(module.encoder, self.facts.layers)
+        self.module, self.facts, self.backend = module, _TOWERS[type(module)], backend
+        self.layers, self.protect = getattr(module.encoder, self.facts.layers), self.facts.protect
         self.seen: list[list[tuple[Tensor, ...]]] = [[] for _ in self.layers]  # of each pass
+
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """Modules, and what is to be called in front of them."""
+        for number, layer in enumerate(self.layers):
+            yield self.facts.parts(layer).attention, partial(self.look, number)
 
     def look(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """In front of the attention of layer `number`."""
@@ -152,24 +155,29 @@ class _Watched:
             project(hidden).unflatten(-1, (-1, parts.attention.head_dim)).transpose(1, 2) for project in projections
         )
         options = dict(scale=parts.attention.scale, backend=self.backend)
-        protect = self.facts.protect
-        anchor = query[:, :, :1]
+        self.note(number, query, key, value, received_attention(query, key, **options), **options)
+
+    def note(self, number: int, query: Tensor, key: Tensor, value: Tensor, received: Tensor, **options: Any) -> None:
+        """Of tiles' heads [B, H, N, d] and the attention [B, N] that their tokens receive."""
+        protect, anchor = self.protect, query[:, :, :1]
         if not protect:
             anchor = query.mean(2, keepdim=True, dtype=accumulate_dtype(query.dtype)).to(query.dtype)
         inflow, _, norm, entropy = anchor_stats(
             anchor, key, value, protect=protect, relevance=Relevance.NONE, **options
         )
-        received = received_attention(query, key, **options)
         self.seen[number].append((inflow[:, 0, protect:], received, entropy[:, 0], norm[:, protect:]))
+
+    def grid(self, patches: int) -> tuple[int, int]:
+        return PrunedEncoder.grid(patches)
 
     def flow(self, hub_threshold: float) -> Flow:
         columns = zip(*([torch.cat(x) for x in zip(*passes, strict=True)] for passes in self.seen), strict=True)
         inflow, received, entropy, norm = (torch.stack(column) for column in columns)
-        protect = self.facts.protect
+        protect = self.protect
         outflow = received[..., protect:]
         return Flow(
             anchor="cls" if protect else "mean",
-            grid=PrunedEncoder.grid(outflow.shape[-1]),
+            grid=self.grid(outflow.shape[-1]),
             hub_threshold=hub_threshold,
             inflow=inflow,
             outflow=outflow,
@@ -178,6 +186,48 @@ class _Watched:
             entropy=entropy,
             value_norm=norm,
         )
+
+
+class _WatchedPacked(_Watched):
+    """The same of blocks that are given the patches of several images, or frames, in one sequence."""
+
+    def __init__(self, module: Any, backend: str | None) -> None:
+        self.module, self.backend, self.protect = module, backend, 0
+        self.seen = [[] for _ in module.blocks]
+
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        yield self.module, self.begin
+        for number, block in enumerate(self.module.blocks):
+            yield block.attn, partial(self.look, number)
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """In front of the encoder."""
+        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        sizes = {(height, width) for _, height, width in grids.tolist()}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
+            raise ValueError(f"analyze: images of {shown} patches have no grid in common: give those of one size")
+        (self.size,), self.order = sizes, raster(module, grids)
+
+    def look(self, number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        bounds = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
+        heads = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1))
+        query, key, value = heads.unbind(1)
+        query, key = block_parts(self.module.blocks[number]).rotate(query, key, *kwargs["position_embeddings"])
+        options = dict(scale=module.scaling, backend=self.backend)
+        segments = Segments(tuple(bounds.diff().tolist()), hidden.device)  # images, frames or windows
+        q, k = (segments.pad(x).transpose(1, 2) for x in (query, key))
+        received = received_attention(q, k, lengths=None if segments.even else segments.tensor, **options)
+        # The mean over the tokens of the image, of which those of other windows give nothing.
+        received = segments.unpad(received * segments.tensor[:, None] / math.prod(self.size))
+        q, k, v, received = (
+            x[self.order].unflatten(0, (-1, math.prod(self.size))) for x in (query, key, value, received)
+        )
+        self.note(number, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), received, **options)
+
+    def grid(self, patches: int) -> tuple[int, int]:
+        return self.size
 
 
 def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:

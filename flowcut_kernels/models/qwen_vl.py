@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
@@ -92,7 +93,7 @@ class QwenVL:
         replacements: list[Replacement] = [(visual, "forward", encoder)]
         for i, block in enumerate(visual.blocks):
             windowed = full is not None and i not in full
-            replacements.append((block, "forward", PackedBlock(block, _parts, i, windowed)))
+            replacements.append((block, "forward", PackedBlock(block, block_parts, i, windowed)))
         return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for _, merger in mergers)]
 
 
@@ -106,7 +107,22 @@ def _windows(visual: Any, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Ten
     return get_vision_window_index(grid_thw, visual.spatial_merge_size, size, visual.patch_size, kwargs=kwargs)
 
 
-def _parts(block: Any) -> PackedParts:
+def raster(visual: Any, grid_thw: Tensor) -> Tensor:
+    """int64 [R] rows of the blocks' input in the order of images, frames and lines of patches."""
+    side, rows, total = visual.spatial_merge_size, [], 0
+    for count, height, width in grid_thw.tolist():  # squares of patches that the merger takes together are neighbours
+        places = torch.arange(count * height * width).view(count, height // side, side, width // side, side)
+        rows.append(places.transpose(2, 3).flatten() + total)
+        total += places.numel()
+    place = torch.cat(rows).to(grid_thw.device)
+    if getattr(visual, "fullatt_block_indexes", None) is not None:
+        window, _ = _windows(visual, grid_thw, {})
+        place = place.view(-1, side**2)[window].flatten()
+    return place.argsort()
+
+
+def block_parts(block: Any) -> PackedParts:
+    """What a block of the vision encoder is made of."""
     modeling = sys.modules[type(block.attn).__module__]
     return PackedParts(
         norm1=block.norm1,

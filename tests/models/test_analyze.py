@@ -64,6 +64,55 @@ def test_equals_the_maps(family):
     assert (found.anchor_outflow is None) == (protect == 0)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_packed_equals_the_maps(name):
+    """The same of images in one sequence, in windows and in the order of the merger; their places by the positions."""
+    family = next(family for family in zoo.families() if family.name == name)
+    model = family.model(dtype=torch.float64).eval()
+    inputs = family.prompt([[5, zoo.Image(112, 168, 1), 6], [zoo.Image(112, 168, 2), 7]])
+    inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    (height, width), layers = inputs["image_grid_thw"][0, 1:].tolist(), []
+    patches, windows = height * width, []
+
+    def seen(module, args, kwargs):
+        query, key, value = module.qkv(args[0] if args else kwargs["hidden_states"]).unflatten(
+            -1, (3, module.num_heads, -1)
+        ).unbind(1)  # fmt: skip
+        cos, sin = kwargs["position_embeddings"]
+        half = cos.shape[1] // 2
+        turned = [
+            x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None] for x in (query, key)
+        ]
+        query, key = (x.transpose(0, 1) for x in turned)
+        window = torch.bucketize(torch.arange(2 * patches), kwargs["cu_seqlens"][1:], right=True)
+        logits = module.scaling * query @ key.mT
+        attention = logits.masked_fill(window[:, None] != window, -torch.inf).softmax(-1).mean(0)
+        windows.append(len(kwargs["cu_seqlens"]) - 1)
+        # The slowest frequency of the line's half and that of the column's tell places apart.
+        turn = torch.atan2(sin, cos)
+        place = [turn[:, i].unique(return_inverse=True)[1] for i in (half - half // 2 - 1, half - 1)]
+        for image in range(2):
+            rows = torch.arange(2 * patches) // patches == image
+            order = torch.where(rows)[0][(place[0][rows] * width + place[1][rows]).argsort()]
+            mean = (module.scaling * query[:, order].mean(1, keepdim=True) @ key[:, order].mT).softmax(-1).mean(0)[0]
+            layers.append((attention[:, order].sum(0) / patches, mean, value.abs().sum((1, 2))[order]))
+
+    handles = [x.attn.register_forward_pre_hook(seen, with_kwargs=True) for x in model.model.visual.blocks]
+    found = fk.analyze(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert height < width and max(windows) > 2 * (name == "qwen2_5_vl") and min(windows) == 2
+    assert found.grid == (height, width) and found.anchor == "mean" and len(layers) == 2 * len(found.entropy)
+    for i, (received, inflow, norm) in enumerate(layers):
+        close(found.outflow[i // 2, i % 2], received)
+        close(found.inflow[i // 2, i % 2], inflow)
+        close(found.entropy[i // 2, i % 2], entropy_ratio(inflow[None])[0])
+        close(found.value_norm[i // 2, i % 2], norm)
+    inputs = family.prompt([[zoo.Image(seed=1), zoo.Image(4 * height, 2 * width)]])
+    with pytest.raises(ValueError, match="no grid in common"):
+        fk.analyze(family.model(), inputs)
+
+
 @pytest.mark.parametrize("kind", tiny.TOWERS)
 def test_leaves_no_trace(kind, monkeypatch):
     """The same bits again, the model's own untouched, no hook left, also where the model breaks down."""
@@ -139,8 +188,6 @@ def test_refusals():
         fk.analyze(model, pixels)
     with fk.patched(model.model.vision_tower, fk.FlowCut(target_tokens=8)), pytest.raises(ValueError, match="unpatch"):
         fk.analyze(model, pixels)
-    with pytest.raises(ValueError, match="Qwen2VLForConditionalGeneration packs images"):
-        fk.analyze(tiny.qwen("qwen2_vl"), pixels)
     with pytest.raises(ValueError, match="training mode"):
         fk.analyze(model.train(), pixels)
 
