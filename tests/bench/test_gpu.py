@@ -39,9 +39,9 @@ def test_dry_run(tmp_path, monkeypatch):
     assert {"anchor_stats_select", "gather+norm", "attention_with_stats"} <= operators
     assert not [row for row in summary["rows"] if row["found"] is not None], "toy sizes are no result"
 
-    # What is done is not done again, what fails is named with its last words, and figures of the others stay.
+    # What is done is not done again, what fails is named with its last words, and figures of this commit stay.
     content = written(tmp_path)
-    del content["sections"][0]["facts"]["steps"]["ops"]
+    content["sections"][0]["facts"]["steps"]["ops"] = "stopped"
     (tmp_path / "gpu.json").write_text(json.dumps(content))
     monkeypatch.setattr(gpu, "_process", lambda *_: "exit status 3: no such kernel")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)  # no clone: nothing to build or to test
@@ -49,6 +49,13 @@ def test_dry_run(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "ops: exit status 3: no such kernel" in done.output and "encoder: done before" in done.output
     assert len(written(tmp_path)["sections"]) == 1 + len(sections)
+
+    # Those of another commit go.
+    content = written(tmp_path)
+    content["sections"][0]["facts"]["commits"]["kv"] = "another"
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    dry_run(tmp_path)
+    assert [s["name"] for s in sections if s["name"] != "kv"] == [s["name"] for s in written(tmp_path)["sections"][1:]]
 
 
 def test_what_is_measured_is_on_disk_whatever_comes_next(tmp_path, monkeypatch):

@@ -103,10 +103,14 @@ def test_command(command, asked, folder, tmp_path):
     here = ["--model_args", arguments, "--tasks", "scenes", "--include_path", tmp_path]
     variables = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", ACCELERATE_USE_CPU="1")
     variables |= dict(OMP_NUM_THREADS="1", HF_HOME=str(tmp_path / "home"))
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "lmms_eval", *command[1:], *here],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "lmms_eval", *command[1:], *here],
+            cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        # Once in many runs a thread of the process group outlives the program that the evaluator ends.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next(tmp_path.glob("logs/*/*_results.json")).read_text())
     lines = next(tmp_path.glob("logs/*/*_samples_scenes.jsonl")).read_text().splitlines()
