@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from zoo import Image, Video
 
 import flowcut_kernels as fk
-from flowcut_kernels.models.qwen_vl import _parts
+from flowcut_kernels.models.qwen_vl import block_parts
 from flowcut_kernels.modules.packed_encoder import PackedBlock, PackedEncoder
 from flowcut_kernels.ops import patch_entropy
 from flowcut_kernels.policies.recycling import constant
@@ -63,7 +63,7 @@ def test_scores_of_the_released_code(name):
     policy = fk.FlowCut(case["patch_target"], criteria=("attention", "value_norm"), value_norm="head_mean")
     visual.forward = encoder = PackedEncoder(visual, policy, 1, len(visual.blocks), record=True)
     for i, block in enumerate(visual.blocks):
-        block.forward = PackedBlock(block, _parts, i, windowed=False)
+        block.forward = PackedBlock(block, block_parts, i, windowed=False)
     output = visual(tensors["pixel_values"], tensors["grid_thw"])
     assert len(encoder.trace.stages) == 4
     for stage in encoder.trace.stages:
