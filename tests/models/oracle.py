@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from skimage.measure import shannon_entropy
 from test_feature_stage import Item, pruned_by_hand, staged
 from test_llm_baselines import clusters_of
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first:
     return (share + relevance / relevance.sum()) * norm, entropy.item()
 
 
+def entropy_of(patches: Tensor) -> Tensor:
+    """[n] of the grey levels of patches [3, n, p, p] that were normalised with a mean and a deviation of one half."""
+    levels = (127.5 * patches + 127.5).round().clamp(0, 255).mean(0).round()
+    return torch.tensor([shannon_entropy(patch) for patch in levels.numpy()], dtype=torch.float64)
+
+
 class Tower:
     """One pass of a vision tower: which tokens of its tiles are left, and their importance."""
 
@@ -98,6 +105,7 @@ class Tower:
         self.alive = [torch.ones(len(tile.tokens), dtype=torch.bool) for tile in tiles]
         self.history: list[Tensor | None] = [None] * len(tiles)
         self.importance: list[Tensor] = []
+        self.bits: list[Tensor] = []  # entropy of every tile's patches [n, block], where the policy asks for it
         self.merged: dict[int, list[Tensor]] = {}  # place in what the projector puts out -> rows, of which means add up
         self.seen: list[list[Tensor]] = []
         last = layers - 2  # the layer of the first cut:
@@ -124,7 +132,7 @@ class Tower:
         for i, tile in enumerate(self.tiles):
             if isinstance(self.policy, fk.VFlowOpt):
                 if last:
-                    self.importance.append(self._importance(tile, query, key))
+                    self.importance.append(self._importance(i, tile, query, key))
             elif isinstance(self.policy, fk.FlowCut):
                 self._flow(i, tile, query, key, value, layer)
             elif isinstance(self.policy, fk.VisionZip):
@@ -199,7 +207,17 @@ class Tower:
         left = torch.tensor([*kept, *targets, *others[:own]])
         self.alive[i] = torch.zeros_like(self.alive[i]).index_fill(0, left, True)
 
-    def _importance(self, tile: Tile, query: Tensor, key: Tensor) -> Tensor:
+    def look(self, convolution: nn.Module, args: tuple[Tensor]) -> None:
+        """The entropy of what makes patches of images [V, 3, H, W], or is given patches [R, 3, 1, p, p] by token."""
+        x, size = args[0].detach(), convolution.kernel_size[-1]
+        if x.dim() == 4:
+            bits = [entropy_of(image.unfold(1, size, size).unfold(2, size, size).flatten(1, 2)) for image in x]
+            self.bits = [own[tile.rows - tile.rows.min()] for own, tile in zip(bits, self.tiles, strict=True)]
+        else:
+            bits = entropy_of(x[:, :, 0].transpose(0, 1)).split([tile.rows.numel() for tile in self.tiles])
+            self.bits = [own.view_as(tile.rows) for own, tile in zip(bits, self.tiles, strict=True)]
+
+    def _importance(self, i: int, tile: Tile, query: Tensor, key: Tensor) -> Tensor:
         """VFlowOpt's, of every token: attention of the hubs' mean row, or what is received where there is none."""
         rows, first = torch.cat([tile.protected, tile.rows.flatten()]), len(tile.protected)
         attention = (torch.einsum("qhd,khd->hqk", query[rows], key[rows]) * self.scaling).softmax(-1).mean(0)
@@ -207,6 +225,8 @@ class Tower:
         hubs = (received > self.policy.hub_threshold * received.mean()).nonzero().flatten() + first
         hubs = torch.cat([torch.arange(first), hubs])
         found = attention[hubs, first:].mean(0) if len(hubs) else received
+        if self.policy.entropy_weight:
+            found = found + self.policy.entropy_weight * self.bits[i].flatten().softmax(0)
         return found.view(len(tile.tokens), -1).mean(1)
 
 
@@ -531,6 +551,9 @@ class Oracle:
         modules = [self.family.attention(layer) for layer in layers(self.model)]
         watch = Tower(self.policy, tiles, voids, budgets, len(modules))
         handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
+        if self.policy.wants_pixels:
+            convolutions = [x for x in self.inner.modules() if isinstance(x, (nn.Conv2d, nn.Conv3d))]
+            handles += [x.register_forward_pre_hook(watch.look) for x in convolutions]
         if isinstance(self.policy, fk.VisionZip):  # what is read of the tower changes before it is projected
             last, projector = layers(self.model)[len(modules) - 1], self.family.projector(self.model)
             handles += [last.register_forward_hook(watch.read), projector.register_forward_pre_hook(watch.merge)]

@@ -98,7 +98,15 @@ def test_prompts_are_of_different_sizes(family):
 PRUNING = {
     "flowcut": fk.FlowCut(12),
     "flowcut llm": fk.FlowCut(9, llm_layer=1),
-    "vflowopt": fk.VFlowOpt(retain_ratio=0.3, hub_threshold=1.6, recycle_cell=2.5, llm_stages=((2, 0.5),)),
+    "vflowopt": fk.VFlowOpt(
+        retain_ratio=0.3,
+        hub_threshold=1.6,
+        entropy_weight=3.0,
+        recycle_cell=2.5,
+        llm_stages=((2, 0.5),),
+        pixel_mean=(0.5,) * 3,
+        pixel_std=(0.5,) * 3,
+    ),
     "attention": fk.AttentionTokens(13),
     "uniform": fk.UniformTokens(13),
     "one token": fk.FlowCut(1),
