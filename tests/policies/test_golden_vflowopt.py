@@ -15,6 +15,7 @@ from flowcut_kernels._ops import Select
 from flowcut_kernels.models.llava_onevision import OnevisionImages
 from flowcut_kernels.models.llm import decoder_replacements
 from flowcut_kernels.modules.decoder import EncodedTokens
+from flowcut_kernels.ops import patch_entropy
 from flowcut_kernels.policies import vflowopt
 from flowcut_kernels.policies.base import EncoderStep, EncoderView, FeatureView, Pixels
 from flowcut_kernels.trace import Trace
@@ -50,6 +51,19 @@ def test_importance(name, monkeypatch):
         assert expected.isnan().all()
         expected = tensors["attention"].mean((1, 2))
     assert_close(found.score, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases("vflowopt_entropy"))
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_entropy(name, dtype):
+    """The released code's, of the bytes that it looked at; they had wrapped around, and this is all that differs."""
+    tensors = golden_tensors(name)
+    found = patch_entropy(tensors[f"cast_uint8_{dtype}"], CASES[name]["patch"])
+    assert_close(found, tensors[f"entropy_{dtype}"], rtol=0, atol=2e-6)
+    image = tensors["image_uint8"].permute(0, 3, 1, 2)
+    assert not torch.equal(image, tensors[f"cast_uint8_{dtype}"])
+    half = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    assert torch.equal(patch_entropy(tensors["pixel_values"], 14, **half), patch_entropy(image, 14))
 
 
 @pytest.mark.parametrize("name", cases("vflowopt_topk"))
