@@ -38,10 +38,6 @@ _LEAST_LAST = 0.05  # the ratios before leave that much to the last one
 _PUBLISHED_DEPTHS = (9 / 28, 18 / 28)  # of VFlowOpt's stages
 
 
-class _Infeasible(ValueError):
-    """A drawn setting that no schedule can meet."""
-
-
 def tune(
     model: nn.Module,
     samples: Mapping[str, Any] | Iterable[Mapping[str, Any]],
@@ -69,7 +65,7 @@ def tune(
     Args:
         model: an unpatched VLM, one of :func:`supported_models`.
         samples: processor output, each one prompt or a batch of them; about 30 prompts are usual.
-        budget: share of visual tokens in (0, 1], averaged over the layers of the language model.
+        budget: share of visual tokens in (0, 1), averaged over the layers of the language model.
         trials: finished trials that the study shall have in the end, those of earlier runs included. Several workers
             on one storage may finish one more each.
         storage: where trials are kept, so that a search can be resumed and shared by processes and machines: an Optuna
@@ -93,16 +89,21 @@ def tune(
 
     Raises:
         ImportError: Optuna is not installed.
-        TypeError: samples that are no processor output, a model without a language model, or no policy.
-        ValueError: no samples, a range or ratio that cannot be met, stages beyond the model, a study that searches
-            something else. In a trial of the search this is no error: it counts as pruned, and the reason is logged.
+        TypeError: samples that are no processor output, a model without a language model, no policy, no storage.
+        ValueError: no samples, a range or ratio that cannot be met, stages beyond the model, a storage that cannot be
+            opened, a study that searches something else. What a trial of the search cannot meet, or where a state is
+            not finite, is no error: it counts as pruned, and the reason is logged.
         RuntimeError: no trial succeeded.
     """
     _require_optuna()
-    if not is_number(budget) or not 0 < budget <= 1:
-        raise ValueError(f"tune: budget={budget!r} must lie in (0, 1]: a share of the visual tokens")
+    if not is_number(budget) or not 0 < budget < 1:
+        raise ValueError(f"tune: budget={budget!r} must lie in (0, 1): a share of the visual tokens, of which some go")
     if not is_whole(trials) or trials < 1:
         raise ValueError(f"tune: trials={trials!r} must be a whole number, at least 1")
+    if not is_whole(seed) or seed < 0:
+        raise ValueError(f"tune: seed={seed!r} must be a whole number, at least 0")
+    if on_trial is not None and not callable(on_trial):
+        raise TypeError(f"tune: on_trial={on_trial!r} must be a function of a study and a trial")
     if sampler not in ("gp", "tpe"):
         raise ValueError(f"tune: sampler={sampler!r} must be 'gp' or 'tpe'")
     layers = _decoder(model).config.num_hidden_layers
@@ -110,9 +111,10 @@ def tune(
     search = _Search(base, budget, layers, space)
     with patched(model, search.policy(search.start), backend=backend):
         pass  # what cannot be patched is an error before anything runs
+    opened = _patiently(storage, lambda: open_storage(storage))
     objective = Objective(model, samples, backend)
 
-    study = _study(storage, study_name or f"{type(base).__name__} {budget:g}", _sampler(sampler, seed))
+    study = _study(opened, study_name or f"{type(base).__name__} {budget:g}", _sampler(sampler, seed))
     _claim(study, search.facts() | objective.facts())
     _enqueue(study, search.start)
     _run(study, search, objective, trials, progress, on_trial)
@@ -160,6 +162,8 @@ class _Search:
         if getattr(base, "llm_layer", None) is not None:
             raise ValueError("tune: llm_layer cuts to the policy's own count, not to an average: set it to None")
         base.check_decoder(layers)
+        if space is not None and not isinstance(space, Mapping):
+            raise TypeError(f"tune: space={space!r} must map fields to their ranges")
         space = base.search_space(budget) if space is None else dict(space)
         if not space:
             raise ValueError(f"tune: {type(base).__name__} has no numbers to search; name some in space")
@@ -232,7 +236,7 @@ class _Search:
         found = max(least, low), min(most, high)
         if found[0] > found[1] + 1e-9:
             chosen = ", ".join(f"{n}={value:.4g}" for n, value in zip(self.ratios, known, strict=False))
-            raise _Infeasible(
+            raise ValueError(
                 f"tune: {name} would have to lie in {least:.4g}..{most:.4g} for an average of {self.budget:g} over "
                 f"{self.layers} layers{' after ' + chosen if chosen else ''}, but may only in {low:g}..{high:g}"
             )
@@ -260,7 +264,7 @@ class _Search:
             least, most = self._interval(name, known)
             known.append(least + parameters.get(name, 0.0) * (most - least))
         if known[-1] <= 0:
-            raise _Infeasible(f"tune: {self.ratios[-1]} would be {known[-1]:.4g} for an average of {self.budget:g}")
+            raise ValueError(f"tune: {self.ratios[-1]} would be {known[-1]:.4g} for an average of {self.budget:g}")
         changes: dict[str, Any] = dict(target_tokens=None, retain_ratio=known[0])
         if self.stages:
             changes["llm_stages"] = tuple((k, ratio) for (k, _), ratio in zip(self.stages, known[1:], strict=True))
@@ -290,6 +294,8 @@ def _get(policy: Policy, name: str) -> Any:
 
 
 def _batches(samples: Any) -> list[Mapping[str, Any]]:
+    if isinstance(samples, (str, Tensor)) or not isinstance(samples, Iterable):
+        raise TypeError(f"tune: samples is {type(samples).__name__}; give processor output, of one prompt or several")
     batches = [samples] if isinstance(samples, Mapping) else list(samples)
     if not batches:
         raise ValueError("tune: samples is empty; give processor output of at least one prompt")
@@ -298,6 +304,9 @@ def _batches(samples: Any) -> list[Mapping[str, Any]]:
             raise TypeError(
                 f"tune: samples[{number}] is {type(batch).__name__} without input_ids; give processor output"
             )
+        ids = batch["input_ids"]
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"tune: samples[{number}] holds no prompt: input_ids has shape {tuple(ids.shape)}")
         if not any(name.startswith("pixel_values") and x is not None for name, x in batch.items()):  # of several names
             raise ValueError(f"tune: samples[{number}] holds no pixel_values; without an image nothing is pruned")
     return batches
@@ -422,31 +431,39 @@ def _sampler(kind: str, seed: int) -> BaseSampler:
 
 def _study(storage: Any, name: str, sampler: BaseSampler) -> Study:
     import optuna
+
+    return _patiently(
+        storage,
+        lambda: optuna.create_study(
+            storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True
+        ),
+    )
+
+
+def _patiently(storage: Any, act: Callable[[], Any]) -> Any:
+    """What `act` returns, tried again where another worker is making the same tables."""
+    from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import DBAPIError
 
-    for attempt in range(5):
+    for wait in (0.2, 0.4, 0.8, 1.6, None):
         try:
-            return optuna.create_study(
-                storage=open_storage(storage),
-                study_name=name,
-                sampler=sampler,
-                direction="maximize",
-                load_if_exists=True,
-            )
-        except (DBAPIError, optuna.exceptions.StorageInternalError):
-            if attempt == 4:
-                raise
-            time.sleep(0.2 * 2**attempt)  # another worker is making the same tables
+            return act()
+        except (DBAPIError, StorageInternalError, OSError) as error:
+            if wait is None or isinstance(error, OSError):
+                raise ValueError(f"tune: storage={storage!r} cannot be opened: {error}") from error
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 
 def open_storage(storage: Any) -> Any:
     """The Optuna storage that :func:`tune` means by its argument."""
-    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages import BaseStorage, JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    if not isinstance(storage, (str, os.PathLike)):
+    if storage is None or isinstance(storage, BaseStorage):
         return storage
+    if not isinstance(storage, (str, os.PathLike)):
+        raise TypeError(f"tune: storage={storage!r} must be a URL, a journal file's path or an Optuna storage")
     text = os.fspath(storage)
     if text.startswith("journal://") or ("://" not in text and Path(text).suffix in (".log", ".journal")):
         return JournalStorage(JournalFileBackend(text.removeprefix("journal://")))

@@ -281,11 +281,16 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
     ("change", "error", "words"),
     [
         (dict(samples=[]), ValueError, "samples is empty"),
+        (dict(samples=None), TypeError, "samples is NoneType; give processor output"),
         (dict(samples=["a prompt"]), TypeError, r"samples\[0\] is str without input_ids"),
+        (dict(samples=[{k: x[:0] for k, x in SAMPLES[0].items()}]), ValueError, r"samples\[0\] holds no prompt: .*\(0"),
         (dict(samples=[dict(input_ids=torch.ones(1, 3))]), ValueError, r"samples\[0\] holds no pixel_values"),
-        (dict(budget=0), ValueError, r"budget=0 must lie in \(0, 1\]"),
+        (dict(budget=0), ValueError, r"budget=0 must lie in \(0, 1\)"),
+        (dict(budget=1.0), ValueError, r"budget=1.0 must lie in \(0, 1\)"),
         (dict(budget=math.nan), ValueError, "budget=nan must lie"),
         (dict(trials=0), ValueError, "trials=0 must be a whole number"),
+        (dict(seed=-1), ValueError, "seed=-1 must be a whole number, at least 0"),
+        (dict(on_trial=3), TypeError, "on_trial=3 must be a function"),
         (dict(sampler="grid"), ValueError, "sampler='grid' must be 'gp' or 'tpe'"),
         (dict(policy="FlowCut"), TypeError, "'FlowCut' is not a policy"),
         (dict(policy=fk.RandomTokens(3)), ValueError, "RandomTokens has no numbers to search"),
@@ -293,6 +298,7 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
         (dict(policy=fk.FlowCut(3, llm_layer=1)), ValueError, "llm_layer cuts to the policy's own count"),
         (dict(policy=fk.VFlowOpt(3, llm_stages=((1, 1.0), (4, 1.0)))), ValueError, "layer 4, but .* has 4 layers"),
         (dict(space={}), ValueError, "no numbers to search"),
+        (dict(space=["interval"]), TypeError, r"space=\['interval'\] must map fields to their ranges"),
         (dict(space=dict(interval=(3, 1, "int"))), ValueError, r"\['interval'\]=\(3, 1, 'int'\) must be \(low, high"),
         (dict(space=dict(history_weight=(0.0, 1.0, "log"))), ValueError, "with low > 0, where low < high"),
         (dict(space=dict(interval=(1, 2.5, "int"))), ValueError, "of whole numbers"),
@@ -312,6 +318,7 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
             ValueError,
             "retain_ratio would have to lie in .* over 4 layers, but may only in 0.3..0.3",
         ),
+        (dict(storage=5), TypeError, "storage=5 must be a URL, a journal file's path or an Optuna storage"),
         (dict(storage="tune"), ValueError, "storage='tune' must be a URL such as sqlite:///tune.db, or a journal file"),
     ],
 )  # fmt: skip
@@ -319,6 +326,20 @@ def test_bad_input(change, error, words):
     arguments = dict(samples=SAMPLES, budget=0.25, trials=2, policy=fk.FlowCut(3), progress=False) | change
     with pytest.raises(error, match=words):
         fk.tune(model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [("sqlite:////no/such/tune.db", "cannot be opened: .*unable to"), ("/no/such/tune.log", "opened: .*No such file")],
+)
+def test_storages_that_cannot_be_opened(storage, words, monkeypatch):
+    """Are tried again, as another worker may be making them, before anything runs."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(Objective, "_states", None)
+    with pytest.raises(ValueError, match=words):
+        search(0.25, 2, storage)
+    assert len(waits) == (4 if "sqlite" in storage else 0)
 
 
 def test_models_that_cannot_be_tuned():

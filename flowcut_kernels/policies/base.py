@@ -97,7 +97,9 @@ class Policy:
         name = content.get("policy") if isinstance(content, dict) else None
         if name != cls.__name__:
             raise ValueError(f"{cls.__name__}.from_json: this holds a {name}: read it with that class")
-        given = content.get("fields", {})
+        given = content.get("fields")
+        if not isinstance(given, dict):
+            raise ValueError(f"{cls.__name__}.from_json: fields={given!r} must be an object of fields and their values")
         unknown = sorted(given.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(

@@ -129,6 +129,7 @@ def test_values_are_frozen_and_comparable(policy):
     ("text", "words"),
     [
         ("{", "FlowCut.from_json: this is no JSON"),
+        ('{"policy": "FlowCut", "fields": [8]}', r"fields=\[8\] must be an object of fields"),
         ("{}", "this holds a None"),
         (fk.RandomTokens(3).to_json(), "this holds a RandomTokens: read it with that class"),
         ('{"policy": "FlowCut", "version": "9.9", "fields": {"x": 1}}', "x is no field, but was one in version 9.9"),
