@@ -372,8 +372,7 @@ def look(
             some = []
             for choice in chosen:
                 try:
-                    each = max(1, budget(shown) // shown.budgets)
-                    given = choice.policy(each, layers, shown.tokens // shown.budgets)
+                    given = choice.policy(budget(shown), layers, shown.tokens)
                     some.append(looking.look(loaded, processor, shown, given, choice.label))
                 except (TypeError, ValueError) as error:
                     if policy:

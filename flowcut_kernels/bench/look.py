@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..calibrate import encode_images
-from ..models import ADAPTERS, patched, supported_models, trace
+from ..models import patched, supported_models, trace
 from ..models._features import Kind
-from ..models.idefics3 import Idefics3
 from ..policies import Policy
 from ..trace import Stage
 from .contenders import INSIDE, KNOWN, contender
@@ -179,7 +178,6 @@ class Shown:
     prompt: str | None
     tokens: int  # visual tokens of the image, unpruned
     answer: str | None  # with all tokens, if there is a prompt
-    budgets: int = 1  # equal parts of the image, each of which a policy gives a budget of its own
 
 
 @torch.inference_mode()
@@ -202,9 +200,8 @@ def show(model: Any, processor: Any, image: Image.Image, name: str, prompt: str 
         tokens = tiles * patches_of(getattr(model.config, "vision_config", model.config))
     else:
         tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    alone = any(isinstance(adapter, Idefics3) and adapter.model_class is type(model) for adapter in ADAPTERS)
     answer = prompt and _answer(model, processor, inputs)
-    return Shown(name, views, inputs, prompt, tokens, answer, budgets=tiles if alone else 1)
+    return Shown(name, views, inputs, prompt, tokens, answer)
 
 
 def _worded(processor: Any, prompt: str) -> str:
@@ -244,7 +241,7 @@ def look(model: Any, processor: Any, shown: Shown, policy: Policy, label: str) -
     cuts = [_cut(stage, alive.shape) for stage in stages if stage.name == "encoder"]
     newlines, resized = 0, False
     if kind is not None and (behind or not cuts):
-        made = _Assembly(kind, shown.inputs, alive.shape, len(behind[0].kept) if behind else shown.budgets)
+        made = _Assembly(kind, shown.inputs, alive.shape, len(behind[0].kept) if behind else 1)
         used = made.back(torch.ones(len(made.places), max(made.places))) > 0
         newlines, resized = made.newlines, sum(made.places) - made.newlines < int(used.sum())
         features = bool(behind) and behind[0].name == "features"

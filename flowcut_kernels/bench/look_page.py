@@ -56,10 +56,9 @@ def write_page(model: str, looked: list[tuple[Shown, list[Seen]]], path: Path) -
 def _average(shown: Shown, seen: Seen) -> str | None:
     """Tokens over the layers of the language model; None where that is known only afterwards."""
     try:
-        each = seen.policy.average_tokens(seen.decoder_layers, shown.tokens // shown.budgets)
+        return f"{seen.policy.average_tokens(seen.decoder_layers, shown.tokens):.4g}"
     except ValueError:
         return None
-    return f"{shown.budgets * each:.4g}"
 
 
 def _steps(looked: list[Seen]) -> list[dict[str, Any]]:

@@ -44,8 +44,7 @@ def retained_count(
             SmolVLM [1, tiles, 3, height, width], thumbnail included.
 
     Returns:
-        A count for each image or video, in order (Idefics3, SmolVLM: for each tile). What the language model drops
-        later on is not counted.
+        A count for each image or video, in order. What the language model drops later on is not counted.
 
     Raises:
         TypeError: a configuration of another model.
@@ -74,7 +73,8 @@ def retained_count(
                     "pixel_shape"
                 )
         if sizes is None and modality == "image":  # one run of placeholders
-            visuals.heed(pixels, torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments))))
+            run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)))
+            visuals.heed(pixels, run, dict(input_ids=run))
         counts = features.counts(pixels, arguments)
     if None in counts:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")

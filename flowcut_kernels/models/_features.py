@@ -48,6 +48,14 @@ class Encoded(NamedTuple):
     kept: list[int]  # of each that enter the language model
     importance: list[Tensor] | None = None  # float32 [n] of each image
     position: list[Tensor] | None = None  # int64 [n] their places among all tokens of the image
+    tile: int | None = None  # tokens of each run of an image's placeholders; None: they are one run
+
+    def runs(self) -> list[list[int]]:
+        """Of each image the features that stay in each of its runs of placeholders."""
+        if self.tile is None or self.position is None:
+            return [[n] for n in self.kept]
+        pairs = zip(self.full, self.position, strict=True)
+        return [(at // self.tile).bincount(minlength=full // self.tile).tolist() for full, at in pairs]
 
 
 class Visuals(NamedTuple):
@@ -59,6 +67,7 @@ class Visuals(NamedTuple):
     leading: int  # features of each that are no patches (a class token) and are never dropped
     asked: Callable[[], EncoderPass | None]  # what the encoder is to leave of them; None: they are encoded already
     encoded: Callable[[], Encoded | None]  # what is known of them, once the features are made
+    runs: Callable[[], list[list[int]]]  # of `kept` those in each of a visual's runs of placeholders, equally long ones
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,12 @@ class Layout:
         """Whether places are means of several tokens."""
         return self.places < sum(self.live)
 
-    def tile_budgets(self, places: int) -> list[int]:
-        """Tokens that the tiles keep so that so many `places` are sure to have one: if resampled, any may be alone."""
+    def tile_budgets(self, left: int) -> list[int]:
+        """Tokens that the tiles keep so that so many of the visual are `left`: if resampled, any may be a place's only
+        one."""
+        if left == self.full:
+            return [self.tile] * len(self.live)
+        places = left - self.lasting
         return spread(_TAPS * places if self.resampled else places, self.live)
 
 
@@ -144,6 +157,7 @@ class Kind:
     side = 1  # edge in patches of a token, that the model merges
     grid = ""  # the argument that says how many patches each has, where the encoder takes any number
     assembles = False  # whether the features of a visual are put together of its tiles'; else they are one tile's
+    apart = False  # whether text stands between the placeholders of a visual's tiles
 
     def __init__(self, model: Any, token_id: int) -> None:
         self.model, self.token_id = model, token_id
@@ -164,8 +178,12 @@ class Kind:
         """
         return [x.flatten(0, 1) for x in tiles]
 
-    def heed(self, pixels: Tensor, placeholders: Tensor) -> None:
-        """What a prompt tells about its visuals, by their `placeholders` (bool [B, L]), until its call is over."""
+    def heed(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> None:
+        """Note what a prompt tells about its visuals, until its call is over.
+
+        Args:
+            placeholders: bool [B, L] in the last L columns of the prompt that is among the `arguments`.
+        """
 
     def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
         """The features [n, D] of each visual."""
@@ -250,13 +268,14 @@ class PrunedFeatures(Bound):
     def _expected(self, layouts: list[Layout]) -> Encoded:
         """What is known of visuals that are not encoded yet."""
         full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
-        return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)])
+        tile = layouts[0].tile if self.kind.apart and layouts else None
+        return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
 
     def foresee(self, arguments: dict[str, Any]) -> None:
         """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
         pixels, output = self.given(arguments)
         if pixels is not None and output is None:
-            self.encoded = self._expected(self._layouts(pixels, arguments))
+            self.encoded, self.ahead = self._expected(self._layouts(pixels, arguments)), (pixels, None)
 
     def _asked(self, layouts: list[Layout]) -> EncoderPass:
         """What is to be left of each tile."""
@@ -266,7 +285,7 @@ class PrunedFeatures(Bound):
         some = any(layout.void is not None for layout in layouts)
         for layout in layouts:
             left, every = self._left(layout), [layout.tile] * len(layout.live)
-            ends = every if left == layout.full else layout.tile_budgets(left - layout.lasting)
+            ends = layout.tile_budgets(left)
             # Void tokens leave only where others do, but those that nothing may attend to.
             whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
             tokens += every if whole else layout.live
@@ -308,23 +327,38 @@ class PrunedFeatures(Bound):
             kept = kind.lengths(output.pooler_output, known)
             full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
             full = full if known is None else [n + lead for n in known.full]
-            return [Visuals(kind.token_id, full, kept, lead, lambda: None, lambda: known)]
+            runs = known.runs if known is not None and kind.apart else lambda: [[n] for n in kept]
+            return [Visuals(kind.token_id, full, kept, lead, lambda: None, lambda: known, runs)]
         if pixels is None:
             return []
-        kind.heed(pixels, placeholders)
+        kind.heed(pixels, placeholders, arguments)
         layouts = self._layouts(pixels, arguments)
         self.found = pixels, layouts
         whole = [layout.full + layout.besides for layout in layouts]
         budgets = [self._kept(layout) for layout in layouts] if kind.shrinks else whole
         left = [n for n in budgets if n is not None]
         if len(left) < len(budgets):
-            left = self._encode_ahead(pixels, arguments)
+            left = self._encode_ahead(pixels, arguments).kept
+        kept = [n + lead for n in left]
         return [
             Visuals(
-                kind.token_id, [n + lead for n in whole], [n + lead for n in left], lead,
+                kind.token_id, [n + lead for n in whole], kept, lead,
                 lambda: self._asked(layouts), lambda: self.encoded,
+                lambda: self._runs(layouts, pixels, arguments) if kind.apart else [[n] for n in kept],
             )
         ]  # fmt: skip
+
+    def _runs(self, layouts: list[Layout], pixels: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
+        """Of visuals with text between their tiles' placeholders, the features that stay of each tile.
+
+        They are made ahead where a policy chooses among those of all tiles.
+        """
+        known = self._expected(layouts)
+        if self.policy.prunes_features and any(len(layout.live) > 1 for layout in layouts):
+            known = self._encode_ahead(pixels, arguments)
+        if known.position is not None:
+            return known.runs()
+        return [layout.tile_budgets(n) for layout, n in zip(layouts, known.kept, strict=True)]
 
     def _layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         """Of each visual. A prompt asks for them several times, and some kinds look at all pixels for them."""
@@ -337,8 +371,8 @@ class PrunedFeatures(Bound):
         """Features of each visual that enter the language model, without leading ones; None: known once chosen."""
         return [self._kept(layout) for layout in self.kind.layouts(pixels, arguments)]
 
-    def _encode_ahead(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int]:
-        """How many features are left, which is not known before they are made; they wait for the call that wants them.
+    def _encode_ahead(self, pixels: Tensor, arguments: dict[str, Any]) -> Encoded:
+        """What is left of features, where it is not known before they are made; they wait for the call that wants them.
 
         A prompt is looked at before its images are encoded, by ``generate`` and by ``forward``.
         """
@@ -348,7 +382,7 @@ class PrunedFeatures(Bound):
             output = self(**others | {self._first: pixels, "return_dict": True})
             self.ahead = pixels, output
         assert self.encoded is not None
-        return self.encoded.kept
+        return self.encoded
 
     def _items(
         self, features: Sequence[Tensor], arguments: dict[str, Any], layouts: list[Layout], known: EncoderPass
@@ -463,12 +497,8 @@ class PrunedFeatures(Bound):
             output.pooler_output = torch.stack(rows) if equal else torch.cat(rows)[:, None]
         else:
             output.pooler_output = rows
-        self.encoded = Encoded(
-            [item.full for item in items],
-            [len(x) for x in positions],
-            importance=weights,
-            position=positions,
-        )
+        assert self.encoded is not None  # with the numbers that were to be expected
+        self.encoded = self.encoded._replace(kept=[len(x) for x in positions], importance=weights, position=positions)
         if self.encoder.trace is not None and (known != lengths or (self.kind.assembles and not whole)):
             self._record(items, view, places, positions, recycled)
 

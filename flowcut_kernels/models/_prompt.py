@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -134,7 +134,7 @@ class PromptShrinker:
                 )
             drops = True
             images = is_image.flatten().nonzero()[:, 0].split(visuals.full)
-            dropped.view(-1)[torch.cat([at[n:] for at, n in zip(images, visuals.kept, strict=True)])] = True
+            dropped.view(-1)[torch.cat([*_surplus(images, visuals.runs())])] = True
             if attention_mask is not None and attention_mask.shape != is_image.shape:
                 raise ValueError(
                     f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
@@ -175,6 +175,14 @@ def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
             return None
         counts.append(count)
     return counts if next(images, None) is None else None
+
+
+def _surplus(images: Iterable[Tensor], runs: list[list[int]]) -> Iterator[Tensor]:
+    """Placeholders of each of the `images` that are too many: the last ones of each of its `runs`, equally long ones
+    that are to have so many."""
+    for places, left in zip(images, runs, strict=True):
+        for run, n in zip(places.chunk(len(left)), left, strict=True):
+            yield run[n:]
 
 
 def _said(sizes: list[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Encoded, Kind, Layout, ScatteredProjector
+from ._features import HEEDED, Encoded, Kind, Layout, ScatteredProjector
 from ._tower import Tower
 from ._vlm import MANY, vlm_replacements
 
 
-class ShuffledTiles(Kind):
-    """Tiles whose tokens stand one behind another: by itself each is an image."""
+class ShuffledImages(Kind):
+    """Images of equal tiles, whose tokens stand one behind another. Which tiles are an image, a prompt tells; with none
+    at hand each of them is one."""
 
     modality, pixels, method = "image", "pixel_values", "get_image_features"
     assembles = True
@@ -26,30 +28,105 @@ class ShuffledTiles(Kind):
         super().__init__(model, token_id)
         self.side, self.patch = side, patch
 
-    def tokens(self, pixels: Tensor) -> int:
-        """Tokens of a tile."""
+    def tile(self, pixels: Tensor) -> Layout:
+        """Of a whole tile as an image by itself."""
         rows, columns = (size // self.patch // self.side for size in pixels.shape[-2:])
-        return rows * columns
+        n = rows * columns
+        return Layout((PrunedEncoder.grid(n),), n, (n,), n)
 
-    def layout(self, pixels: Tensor, tiles: int = 1) -> Layout:
-        """Of an image of so many tiles."""
-        n = self.tokens(pixels)
-        return Layout((PrunedEncoder.grid(n),) * tiles, n, (n,) * tiles, n * tiles)
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        """Of each tile as an image by itself."""
+        return [self.tile(pixels)] * len(pixels)
+
+    def seen(self, pixels: Tensor, mask: Tensor) -> list[Layout]:
+        """Of each tile as an image by itself, whose other pixels a `mask` [tiles, H, W] hides."""
+        whole, seen = self.tile(pixels), torch.nn.functional.max_pool2d(mask.float(), self.patch)
+        least, most = (torch.nn.functional.max_pool2d(x, self.side).flatten(1) for x in (-seen, seen))
+        if bool((-least != most).any()):
+            raise ValueError(
+                f"pixel_attention_mask ends inside a token, {self.side} x {self.side} patches of {self.patch} pixels: "
+                "pad images to multiples of its edge, or unpatch"
+            )
+        live = most.sum(1).int().tolist()
+        return [
+            replace(whole, live=(n,), places=n, void=hidden[None], masked=True) if n < whole.tile else whole
+            for n, hidden in zip(live, (most == 0).cpu(), strict=True)
+        ]
+
+    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
+        """Tiles of the images of each row of a prompt (see `heed`), here the runs of placeholders; none where they are
+        no whole tiles."""
+        rows, size = [[end - start for start, end in row] for row in runs_of(placeholders)], self.tile(pixels).tile
+        return [] if any(n % size for row in rows for n in row) else [[n // size for n in row] for row in rows]
+
+    def heed(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> None:
+        rows = self._heeded()
+        if rows:  # by `generate`, which repeats rows for its beams
+            rows = [row for row in rows for _ in range(len(placeholders) // len(rows))]
+        else:
+            rows = self.images(pixels, placeholders, arguments)
+        HEEDED.set((self.model, rows))
+
+    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+        tiles = self.tiles(pixels, arguments)
+        counts = [count for row in self._heeded() for count in row]
+        if sum(counts) != len(tiles):
+            return tiles
+        each = iter(tiles)
+        return [_together([next(each) for _ in range(count)]) for count in counts]
 
     def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
         whole = features if isinstance(features, Tensor) else torch.cat(list(features))
         return whole.reshape(-1, whole.shape[-1]).split([layout.full for layout in layouts])
 
     def lengths(self, features: Any, known: Encoded | None) -> list[int]:
-        found = super().lengths(features, known)
-        if known is None or len({*known.kept}) > 1:
+        rows, found = self._heeded(), super().lengths(features, known)
+        if known is None:
             return found
-        return [n for n in known.kept[:1] for _ in range(sum(found) // n)]
+        kept, copies = iter(known.kept), sum(found) // sum(known.kept)
+        images = [[next(kept) for _ in row] for row in rows] if sum(map(len, rows)) == len(known.kept) else [known.kept]
+        return [n for row in images for n in row * copies]
+
+    def _heeded(self) -> list[list[int]]:
+        """Tiles of the images of each row of the prompt at hand."""
+        model, rows = HEEDED.get() or (None, [])
+        return rows if model is self.model else []
+
+
+def runs_of(mask: Tensor) -> list[list[tuple[int, int]]]:
+    """First column and end of the runs in each row of a mask [B, L]."""
+    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    found: list[list[tuple[int, int]]] = [[] for _ in mask]
+    for (row, start), (_, end) in zip(*((edges == x).nonzero().tolist() for x in (1, -1)), strict=True):
+        found[row].append((start, end))
+    return found
+
+
+def words_of(arguments: dict[str, Any], columns: int) -> list[list[int]]:
+    """The last `columns` of each row of a prompt as numbers, equal ones for equal words."""
+    ids = arguments.get("input_ids")
+    if ids is None:
+        embeds = arguments["inputs_embeds"].detach()
+        ids = embeds.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view(embeds.shape[:2])
+    return ids[:, -columns:].tolist()
+
+
+def _together(tiles: list[Layout]) -> Layout:
+    """Tiles, each as an image by itself, as one image."""
+    voids = [torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles]
+    return Layout(
+        grids=sum((x.grids for x in tiles), ()),
+        tile=tiles[0].tile,
+        live=sum((x.live for x in tiles), ()),
+        places=sum(x.places for x in tiles),
+        void=None if all(x.void is None for x in tiles) else torch.cat(voids),
+        masked=any(x.masked for x in tiles),
+    )
 
 
 def shuffled_replacements(
     model: Any,
-    kind: ShuffledTiles,
+    kind: ShuffledImages,
     tower: Tower,
     tower_model: Any,
     projector: nn.Module,

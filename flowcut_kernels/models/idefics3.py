@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from transformers.models.idefics3 import modeling_idefics3
@@ -16,7 +15,7 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 from ._features import Layout
-from ._shuffle import ShuffledTiles, shuffled_replacements
+from ._shuffle import ShuffledImages, runs_of, shuffled_replacements, words_of
 from ._tower import Tower, edge
 from .clip import vit_parts
 
@@ -40,8 +39,11 @@ IDEFICS3_VIT, SMOLVLM_VIT = (
 class Idefics3:
     """Adapter of ``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``.
 
-    Budgets count per tile, each a run of placeholders: what reaches the model does not say which tiles are an image.
-    The frames of a video are tiles too. Tokens that ``pixel_attention_mask`` hides go first.
+    Budgets count per image, over whose tiles and overview they are spread evenly; what is left of a tile stays behind
+    the words that say where it lies. A prompt in the form of the processor's tells which tiles are an image. Written
+    otherwise, each run of placeholders is an image, as are tiles whose features are made without a prompt
+    (``get_image_features``). The frames of a video are images of one tile: budgets count per frame. Tokens that
+    ``pixel_attention_mask`` hides go first.
     """
 
     def __init__(self, model_class: type, tower: Tower) -> None:
@@ -52,35 +54,51 @@ class Idefics3:
     ) -> tuple[PrunedEncoder, list[Replacement]]:
         inner, config = model.model, model.config
         patch = edge(config.vision_config.patch_size)
-        kind = Idefics3Tiles(inner, config.image_token_id, config.scale_factor, patch)
+        kind = Idefics3Images(inner, config.image_token_id, config.scale_factor, patch)
         return shuffled_replacements(
             model, kind, self.tower, inner.vision_model, inner.connector.modality_projection, policy, {},
             record=record, backend=backend, compact_cache=compact_cache,
         )  # fmt: skip
 
 
-class Idefics3Tiles(ShuffledTiles):
-    """Tiles of each row of a batch, which is filled up with tiles of zeros."""
+class Idefics3Images(ShuffledImages):
+    """Those of each row of a batch, which is filled up with tiles of zeros."""
 
-    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
+    apart = True
+
+    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
+        rows = super().images(pixels, placeholders, arguments)
+        if any(count > 1 for row in rows for count in row):  # with no text between
+            return rows
+        words = words_of(arguments, placeholders.shape[1])
+        return [_tiles_of_images(*row) for row in zip(words, runs_of(placeholders), strict=True)]
+
+    def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         if pixels.is_meta:
             raise ValueError("pixel_values on the meta device do not say which tiles are filling: give their values")
-        real = (pixels != 0).flatten(2).any(-1)
-        whole, mask = self.layout(pixels), arguments.get("pixel_attention_mask")
+        real, mask = (pixels != 0).flatten(2).any(-1), arguments.get("pixel_attention_mask")
         if mask is None or bool(mask[real].all()):
-            return [whole] * int(real.sum())
-        seen = torch.nn.functional.max_pool2d(mask[real].float(), self.patch)
-        least, most = (torch.nn.functional.max_pool2d(x, self.side).flatten(1) for x in (-seen, seen))
-        if bool((-least != most).any()):
-            raise ValueError(
-                f"pixel_attention_mask ends inside a token, {self.side} x {self.side} patches of {self.patch} pixels: "
-                "pad images to multiples of its edge, or unpatch"
-            )
-        live = most.sum(1).int().tolist()
-        return [
-            replace(whole, live=(n,), places=n, void=hidden[None], masked=True) if n < whole.tile else whole
-            for n, hidden in zip(live, (most == 0).cpu(), strict=True)
-        ]
+            return [self.tile(pixels)] * int(real.sum())
+        return self.seen(pixels, mask[real])
+
+
+def _tiles_of_images(words: list[int], runs: list[tuple[int, int]]) -> list[int]:
+    """Tiles of the images of a row of a prompt, which the processor writes as
+
+        mark place tile mark place tile newline ... mark place overview mark
+
+    with words for places: <row_1_col_1> and on, <global-img>. An image ends behind each run whose place is that of the
+    row's last run, whatever the tokenizer makes of these words. A prompt of another form has images of one tile.
+    """
+    mark = words[runs[-1][1]] if runs and runs[-1][1] < len(words) else None
+    places, before = [], 0
+    for start, end in runs:
+        text, before = words[before:start], end
+        places.append(text[len(text) - text[::-1].index(mark) :] if mark in text else [])
+    ends = [i for i, place in enumerate(places) if place == places[-1]]
+    if not all(places) or any(words[runs[i][1]] != mark for i in ends):
+        return [1] * len(runs)
+    return [end - start for start, end in pairwise([-1, *ends])]
 
 
 IDEFICS3 = Idefics3(modeling_idefics3.Idefics3ForConditionalGeneration, IDEFICS3_VIT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.internvl import modeling_internvl
@@ -12,8 +11,7 @@ from transformers.models.internvl import modeling_internvl
 from ..modules.encoder import LayerParts, PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import HEEDED, Encoded, Layout
-from ._shuffle import ShuffledTiles, shuffled_replacements
+from ._shuffle import ShuffledImages, runs_of, shuffled_replacements
 from ._tower import Tower, edge
 
 
@@ -88,50 +86,14 @@ class InternVL:
         )  # fmt: skip
 
 
-class InternVLImages(ShuffledTiles):
-    """Runs of placeholders; with no prompt at hand, tiles."""
+class InternVLImages(ShuffledImages):
+    """Each a run of placeholders."""
 
-    def heed(self, pixels: Tensor, placeholders: Tensor) -> None:
-        tiles, rows = len(pixels), self._heeded()
-        known = sum(map(sum, rows))
-        if known and tiles % known == 0:  # by `generate`, which repeats the images of a row for its beams
-            HEEDED.set((self.model, [row for row in rows for _ in range(tiles // known)]))
-            return
-        runs, size = _runs(placeholders), self.tokens(pixels)
-        count, total = sum(map(len, runs)), sum(map(sum, runs))
-        if total == tiles * size and not any(n % size for row in runs for n in row):
-            rows = [[n // size for n in row] for row in runs]
-        elif count in (1, tiles):  # of a prompt that fits what is left of one image, or of images of one tile
-            rows = [[tiles // count] * len(row) for row in runs]
-        else:
-            rows = []
-        HEEDED.set((self.model, rows))
-
-    def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        counts = [count for row in self._heeded() for count in row]
-        counts = counts if sum(counts) == len(pixels) else [1] * len(pixels)
-        return [self.layout(pixels, count) for count in counts]
-
-    def lengths(self, features: Any, known: Encoded | None) -> list[int]:
-        rows, found = self._heeded(), super().lengths(features, known)
-        if known is None or found == known.kept or len({*known.kept}) == 1:
-            return found
-        kept, copies = iter(known.kept), sum(found) // sum(known.kept)
-        images = [[next(kept) for _ in row] for row in rows] if sum(map(len, rows)) == len(known.kept) else [known.kept]
-        return [n for row in images for n in row * copies]
-
-    def _heeded(self) -> list[list[int]]:
-        """Tiles of the images of each row of the prompt at hand."""
-        model, rows = HEEDED.get() or (None, [])
-        return rows if model is self.model else []
-
-
-def _runs(mask: Tensor) -> list[list[int]]:
-    """Lengths of the runs in each row of a mask [B, L]."""
-    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
-    rows, starts = (edges > 0).nonzero(as_tuple=True)
-    lengths = (edges < 0).nonzero(as_tuple=True)[1] - starts
-    found: list[list[int]] = [[] for _ in mask]
-    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
-        found[row].append(length)
-    return found
+    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
+        rows, tiles = super().images(pixels, placeholders, arguments), len(pixels)
+        if sum(map(sum, rows)) == tiles:
+            return rows
+        counts = [len(row) for row in runs_of(placeholders)]
+        if sum(counts) in (1, tiles):  # of a prompt that fits what is left of one image, or of images of one tile
+            return [[tiles // sum(counts)] * n for n in counts]
+        return []

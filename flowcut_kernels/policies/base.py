@@ -26,7 +26,7 @@ class Policy:
 
     The budget is that of an image with all tiles that a model cuts it into, or of a video with all its frames, and is
     spread evenly over them. It counts what would enter the language model: merged tokens where patches are merged.
-    Where a model is not told which tiles are an image (Idefics3, SmolVLM), each counts as one.
+    Frames that a model is given as images of their own (InternVL, Idefics3, SmolVLM) have a budget each.
 
     Args:
         target_tokens: tokens kept per image, at least 1; a number at or above the image's tokens keeps everything.

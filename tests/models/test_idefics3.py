@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -9,15 +10,16 @@ import pytest
 import tiny
 import torch
 from oracle import Oracle
-from test_conformance import CLOSE
+from test_conformance import CLOSE, GREEDY, STEPS, likelihood
 from tiny import PATCH, SIDE
 from torch.testing import assert_close
 from transformers import Idefics3VisionConfig, SmolVLMVisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
-from zoo import Image, batched_tiles, idefics3, smolvlm
+from zoo import Image, idefics3, smolvlm
 
 import flowcut_kernels as fk
+from flowcut_kernels.models._features import heeding
 
 FAMILIES = pytest.mark.parametrize("family", [idefics3.FAMILY, smolvlm.FAMILY], ids=str)
 TOKENS, EDGE = idefics3.TOKENS, 2 * PATCH  # of a tile; of a token
@@ -112,9 +114,7 @@ def test_squares_of_four_by_four_patches():
         smolvlm.FAMILY,
         model=partial(smolvlm.FAMILY.model, scale_factor=4),
         prompt=prompt,
-        tiles=lambda model, inputs, kind: [
-            [x] for x in batched_tiles(inputs["pixel_values"].shape[1], (2, 2), block=16)
-        ],
+        tiles=partial(idefics3.tiles, side=4),
     )
     made, row, policy = family.model(dtype=torch.float64), [3, Image(35, 70), 5], fk.FlowCut(2)
     inputs = prompt([row])
@@ -137,3 +137,136 @@ def test_pixels_are_looked_at_once(family, monkeypatch):
         inputs["pixel_values"][0, -1] = 0  # in place: a tile of padding now
         with pytest.raises(ValueError, match="placeholders"):
             model(**inputs)
+
+
+WIDE, TALL = Image(35, 70), Image(80, 20, seed=2)  # 1 x 2 and 2 x 1 tiles, and an overview each
+FRAME = [idefics3.AROUND, idefics3.GLOBAL, *[idefics3.IMAGE] * TOKENS, idefics3.AROUND]
+
+
+@FAMILIES
+@torch.no_grad()
+def test_budget_of_an_image_is_spread_over_its_tiles(family):
+    """And what is left of a tile stays behind the words that say where it lies."""
+    model, inputs = family.model(), family.prompt([[3, WIDE, 4, TALL, 6], [7, 5], [Image(), 8]])
+    with fk.patched(model, fk.FlowCut(10), record=True):
+        model(**inputs)
+        encoder, features = fk.trace(model).stages[-2:]
+        assert encoder.kept == [4, 3, 3] * 2 + [2] * 5 and features.kept == [10] * 3
+        for image, tiles in enumerate((range(3), range(3, 6), range(6, 11))):
+            found = [n * TOKENS + encoder.indices[t, : encoder.kept[t]] for n, t in enumerate(tiles)]
+            assert torch.equal(torch.cat(found), features.indices[image])
+        seen: list[torch.Tensor] = []
+        hook = model.model.text_model.register_forward_pre_hook(
+            lambda _, args, given: seen.append(given["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+        # Without a prompt nobody knows which tiles are an image.
+        alone = features_of(model, inputs)
+        assert len(alone) == 11 * 10
+    words = model.get_input_embeddings().weight
+    first, place = seen[0][0], idefics3.CELL
+    there = [int((first == words[word]).all(1).nonzero()[0]) for word in (place, place + 1)]
+    assert there[1] - there[0] == 1 + 4 + 1  # its own four and a mark
+
+
+def features_of(model, inputs: dict) -> torch.Tensor:
+    output = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    return torch.cat([x.flatten(0, -2) for x in output])
+
+
+PLACED = {  # words -> images by their tiles
+    "of several tokens each": lambda row: [x for i in row for x in ([11, i, 12] if 82 <= i <= 86 else [i])],
+    "one token each": lambda row: row,
+    "newlines merged": lambda row: [i for i, j in zip(row, [*row[1:], 0], strict=True) if (i, j) != (81, 81)],
+}
+
+
+@pytest.mark.parametrize("form", PLACED)
+@torch.no_grad()
+def test_images_of_a_prompt(form):
+    """Whatever a tokenizer makes of the words for places; frames are images, and so is what has another form."""
+    made, rows = idefics3.FAMILY.model(), [[3, WIDE, TALL, 6, *FRAME, 7, *FRAME], [Image(), 8, WIDE]]
+    spelled = [PLACED[form](row) for row in idefics3.write(rows, idefics3.spelled)]
+    pixels = tiny.images(16, seed=3).view(2, 8, 3, SIDE * PATCH, SIDE * PATCH)
+    with fk.patched(made, fk.UniformTokens(retain_ratio=0.25), record=True):
+        inputs = idefics3.spell(spelled) | dict(pixel_values=pixels)
+        logits = made(**inputs).logits
+        assert fk.trace(made).stages[-1].kept == [12, 12, 4, 4, 20, 12]
+        ids = inputs.pop("input_ids")
+        assert torch.equal(made(inputs_embeds=made.get_input_embeddings()(ids), **inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_prompts_of_another_form():
+    """Runs of placeholders are images, of as many tiles as they are long."""
+    made, image = idefics3.FAMILY.model(), [idefics3.IMAGE] * TOKENS
+    pixels = tiny.images(3, seed=3)[None]
+    forms = {
+        "one run": ([3, *image * 3, 5], [12]),
+        "two runs": ([3, *image * 2, 5, *image, 6], [8, 4]),
+        "no places": ([3, 80, *image, 80, *image, 80, *image, 80], [4, 4, 4]),
+        "no mark at the end": ([3, *FRAME, *FRAME, *FRAME[:-1]], [4, 4, 4]),
+        "text between": ([3, *image, 5, *image, 6, 7, *image, 8], [4, 4, 4]),
+    }
+    with fk.patched(made, fk.UniformTokens(retain_ratio=0.25), record=True):
+        for name, (row, kept) in forms.items():
+            assert made(input_ids=torch.tensor([row]), pixel_values=pixels).logits.shape[1] == len(row) - 36, name
+            assert fk.trace(made).stages[-1].kept == kept, name
+        with pytest.raises(ValueError, match=r"input_ids hold \[13\] image placeholders per row for 3 image"):
+            row = [3, 80, *image[:4], 5, *image[:9], 7]
+            made(input_ids=torch.tensor([row]), pixel_values=pixels)
+
+
+@pytest.mark.parametrize("policy", [fk.FlowCut(10), fk.VFlowOpt(10)], ids=["flowcut", "vflowopt"])
+@torch.no_grad()
+def test_prompts_that_are_pruned_already(policy):
+    """As long as a token of every tile is left; features that were made before go with the whole prompt, too."""
+    made, inputs = idefics3.FAMILY.model(), idefics3.FAMILY.prompt([[3, WIDE, 5]])
+    ids = inputs["input_ids"][0]
+    number = (ids == idefics3.IMAGE).cumsum(0) - 1  # of placeholders
+    with fk.patched(made, policy, record=True):
+        want = made(**inputs).logits
+        (kept,) = fk.trace(made).stages[-1].indices
+        left = torch.bincount(kept // TOKENS, minlength=3)
+        assert left.min() > 0
+        short = ids[(ids != idefics3.IMAGE) | (number % TOKENS < left[number // TOKENS])][None]
+        pixels = dict(pixel_values=inputs["pixel_values"])
+        assert torch.equal(made(input_ids=short, **pixels).logits, want)
+        if "mm_encoder_outputs" in inspect.signature(type(made).forward).parameters:
+            tiles = dict(image=made.model.get_image_features(**pixels))  # each by itself
+            assert made(input_ids=ids[None], mm_encoder_outputs=tiles).logits.shape[1] == len(ids) - 3 * (TOKENS - 10)
+            with heeding():
+                vars(made.model)["get_image_features"].kind.heed(
+                    inputs["pixel_values"], ids[None] == idefics3.IMAGE, inputs
+                )
+                image = dict(image=made.model.get_image_features(**pixels))
+            assert torch.equal(made(input_ids=ids[None], mm_encoder_outputs=image).logits, want)
+
+
+@pytest.mark.parametrize("policy", [fk.FlowCut(retain_ratio=0.1), fk.VFlowOpt(retain_ratio=0.2)], ids=str)
+@torch.no_grad()
+def test_beams_of_images_that_keep_different_numbers(policy):
+    rows = [[3, WIDE, 4, Image(), 6], [7, 5], [TALL, 8]]
+    made, oracle = idefics3.FAMILY.model(dtype=torch.float64), Oracle(idefics3.FAMILY, policy)
+    inputs = idefics3.FAMILY.prompt(rows)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with fk.patched(made, policy):
+        beams = made.generate(**inputs, **GREEDY, num_beams=2, output_scores=True)
+    for ids, score, row in zip(beams.sequences, beams.sequences_scores, rows, strict=True):
+        assert_close(score.double(), likelihood(oracle, row, ids[-STEPS:]), **CLOSE)
+
+
+@torch.no_grad()
+def test_masks_of_an_image():
+    """Tiles that end early have a smaller part in its budget, and never more than they show."""
+    made, inputs = idefics3.FAMILY.model(dtype=torch.float64), idefics3.FAMILY.prompt([[3, WIDE, 5]])
+    mask = torch.ones(1, 3, SIDE * PATCH, SIDE * PATCH, dtype=torch.long)
+    mask[0, 1, EDGE:] = 0
+    inputs |= dict(pixel_values=inputs["pixel_values"].double(), pixel_attention_mask=mask)
+    for budget, kept in ((21, [9, 4, 8]), (46, [16, 4, 16])):
+        with fk.patched(made, fk.FlowCut(budget), record=True):
+            made(**inputs)
+            (index,) = fk.trace(made).stages[-1].indices
+            assert torch.bincount(index // TOKENS).tolist() == kept
+            assert (index[index // TOKENS == 1] % TOKENS < 4).all()

@@ -66,10 +66,16 @@ def prompt(rows: list[list[Part]], padding: str = "left", images: Any = IMAGES) 
     return given
 
 
-def tiles(model: Any, inputs: dict[str, Any], kind: str) -> list[list[Tile]]:
-    """Nothing tells the model which tiles are an image: each stands for itself."""
-    real = int((inputs["pixel_values"] != 0).flatten(2).any(-1).sum())
-    return [[tile] for tile in batched_tiles(real, (SIDE // 2, SIDE // 2), block=4)]
+def tiles(model: Any, inputs: dict[str, Any], kind: str, side: int = 2) -> list[list[Tile]]:
+    """An image ends with its overview."""
+    before, here = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:]
+    names = before[(here == IMAGE) & (before != IMAGE)].tolist()
+    found: list[list[Tile]] = [[]]
+    for name, tile in zip(names, batched_tiles(len(names), (SIDE // side, SIDE // side), block=side**2), strict=True):
+        found[-1].append(tile)
+        if name == GLOBAL:
+            found.append([])
+    return found[:-1]
 
 
 FAMILY = Family(
