@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reports registers, spills and shared memory.
+"""Compiles every Triton kernel for GPUs that need not be there: registers, spills, shared memory, and what is wrong.
 
 Real launches are prepared from meta tensors, so that what is compiled (specialisation, block sizes, warps) is what a
 launch of these sizes would run. The CUDA C++ kernels are read from the native library as nvcc built it.
@@ -6,11 +6,13 @@ launch of these sizes would run. The CUDA C++ kernels are read from the native l
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,27 +59,66 @@ class Row:
     local: int
     shared: int
     blocks: int  # that fit a multiprocessor at once, by registers, shared memory and warps
+    faults: tuple[str, ...] = ()  # of the code itself: `serialised` and `unordered`
 
     @property
     def failure(self) -> str | None:
-        """Why it must not be shipped: it spills, or needs more shared memory than a block may have."""
+        """Why it must not be shipped: faults, spills, or more shared memory than a block may have."""
+        reasons, (most, _) = list(self.faults), limits(self.arch)
         if self.stack or self.local:
-            return f"spills {self.stack + self.local} bytes"
-        most, _ = limits(self.arch)
-        return f"needs {self.shared} bytes of shared memory, a block has {most}" if self.shared > most else None
+            reasons.append(f"spills {self.stack + self.local} bytes")
+        if self.shared > most:
+            reasons.append(f"needs {self.shared} bytes of shared memory, a block has {most}")
+        return "; ".join(reasons) or None
 
 
-def compile_launch(launch: Launch, arch: int) -> triton.compiler.CompiledKernel:
-    """What `launch` would run on ``sm_<arch>``, compiled by the path of a real launch."""
+def compile_launch(launch: Launch, arch: int) -> tuple[triton.compiler.CompiledKernel, tuple[str, ...]]:
+    """What `launch` would run on ``sm_<arch>``, compiled by the path of a real launch, and the faults of its code."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel, meta = launch.kernel, dict(launch.meta, debug=False)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*launch.arguments, **meta)
     options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
-    return triton.compile(
+    compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target, options=dict(options.__dict__)
     )
+    ptx = compiled.asm["ptx"]
+    if "wgmma" not in ptx:
+        return compiled, unordered(ptx)
+    # Triton keeps what ptxas says to itself, and a cached kernel is not assembled at all: once more, with its log.
+    with redirect_stdout(io.StringIO()) as log, triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, options, arch)
+    return compiled, (*unordered(ptx), *serialised(log.getvalue()))
+
+
+def serialised(log: str) -> tuple[str, ...]:
+    """What ptxas says it lost, such as tensor-core products that wait for one another (C7510 to C7514)."""
+    return tuple(re.findall(r"Potential Performance Loss: (.+)", log))
+
+
+_MEMORY = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?(?:(bar(?:rier)?\.sync\s+0;)|(atom\.global\S*)|(?:ld|st)\.global|\$L__BB)", re.M
+)
+
+
+def unordered(ptx: str) -> tuple[str, ...]:
+    """How a counter in device memory fails to order what blocks write before it and what the last of them reads.
+
+    The one thread that counts speaks for its block: a barrier of all threads, with no access and no branch target
+    between, must come before its atomic and another one after it, and the atomic must release and acquire.
+    """
+    steps, faults = list(_MEMORY.finditer(ptx)), []
+    for before, atomic, after in zip(steps, steps[1:], steps[2:], strict=False):
+        if atomic[2]:
+            if "acq_rel" not in atomic[2]:
+                faults.append(f"{atomic[2]} neither releases nor acquires")
+            if not before[1]:
+                faults.append("no barrier before an atomic that announces a block's results")
+            if not after[1]:
+                faults.append("no barrier after an atomic that tells of other blocks' results")
+    return tuple(faults)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -278,13 +319,13 @@ def compile_all(architectures: Iterable[int] = ARCHITECTURES, only: str | None =
         for arch, (variant, launch) in zip(architectures, variants, strict=True):
             if only and only not in launch.kernel.fn.__name__:
                 continue
-            compiled = compile_launch(launch, arch)
+            compiled, faults = compile_launch(launch, arch)
             used, warps, shared = resources(compiled.asm["cubin"]), launch.meta["num_warps"], compiled.metadata.shared
             rows.append(
                 Row(
                     launch.kernel.fn.__name__.lstrip("_"), variant, arch, warps,
                     used["REG"], used["STACK"], used["LOCAL"], shared,
-                    resident_blocks(arch, warps, used["REG"], shared),
+                    resident_blocks(arch, warps, used["REG"], shared), faults,
                 )
             )  # fmt: skip
     return [*rows, *native(architectures, only)]

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from ctypes import c_float
 from dataclasses import dataclass, field
 from math import gcd
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .._ops import Select
 # Programs that fill a large GPU about three times over (132 multiprocessors); launchers shrink their blocks until a
 # launch has as many. Only a heuristic: fewer multiprocessors just see more waves.
 ENOUGH_PROGRAMS = 400
+
+_IMAGES = 65535  # of a launch: a grid's second axis (CUDA C++ Programming Guide, "Compute Capabilities")
 
 LOG2_E = 1.4426950408889634
 _SCORE_ONLY = tl.constexpr(int(Select.SCORE_ONLY))
@@ -46,7 +49,15 @@ class Launch:
     outputs: list[Tensor] = field(default_factory=list)
 
     def __call__(self) -> list[Tensor]:
-        """Launch on the device's current stream (nothing for an empty grid); returns the outputs."""
+        """Launch on the device's current stream (nothing for an empty grid); returns the outputs.
+
+        ValueError for more images than the grid's second axis takes.
+        """
+        if len(self.grid) > 1 and self.grid[1] > _IMAGES:
+            raise ValueError(
+                f"{self.kernel.fn.__name__.lstrip('_')}: {self.grid[1]} images (or segments of cu_seqlens) in one "
+                f"call, a GPU's grid takes {_IMAGES}: pass fewer at a time"
+            )
         if all(self.grid):
             with device_guard(self.device):
                 self.kernel[self.grid](*self.arguments, **self.meta)
@@ -96,15 +107,18 @@ def contiguous_rows(x: Tensor | None) -> Tensor | None:
 # Zeroed counters by (device, stream), and by device those that nobody has taken yet.
 _counters: dict[tuple[int, int], Tensor] = {}
 _reserve: dict[int, Tensor] = {}
+_lock = Lock()  # threads launch too, and no two streams may have the same counters
 _RESERVE, _SHARE = 1 << 16, 1 << 10
 
 
 def reserve_counters(device: torch.device) -> None:
     """Make a GPU's counters, so that no later launch allocates any, be it captured or in a private memory pool."""
-    if device.index not in _reserve:
-        with device_guard(device):
-            _reserve[device.index] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
-            torch.cuda.synchronize(device)  # launches of any stream may take from it
+    with _lock:
+        if device.index not in _reserve:
+            with device_guard(device):
+                reserve = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+                torch.cuda.synchronize(device)  # launches of any stream may take from it
+            _reserve[device.index] = reserve
 
 
 def arrival_counters(count: int, device: torch.device) -> Tensor:
@@ -128,11 +142,12 @@ def arrival_counters(count: int, device: torch.device) -> Tensor:
 
 
 def _take(count: int, device: torch.device) -> Tensor:
-    reserve = _reserve.get(device.index)
-    if reserve is None or reserve.numel() < count:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    _reserve[device.index] = reserve[count:]
-    return reserve[:count]
+    with _lock:
+        reserve = _reserve.get(device.index)
+        if reserve is not None and reserve.numel() >= count:
+            _reserve[device.index] = reserve[count:]
+            return reserve[:count]
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def powers(criteria_weights: Sequence[float], entropy_exponent: float) -> tuple[tuple, float | None]:
@@ -241,7 +256,10 @@ def head_mean_softmax(logits, heads, pitch, out, tokens, scored_from, end, HEADS
 
     logits [heads, pitch], -inf where dead, pitch a multiple of 4; out [tokens] is 0 outside the scored tokens
     [scored_from, end). Two passes over tiles of TOKENS tokens, all loads of a tile in flight at once; the second finds
-    them in L1 (16 heads of 577 tokens are 37 KB).
+    them in L1 (16 heads of 577 tokens are 37 KB). A peak and a total left by every block would spare the first pass,
+    but each block would have to reduce over its tokens: across warps in every step of its stream, or after one more
+    trip of its logits through L2, the last of which the tail waits for. At 577 tokens in blocks of 8 that is what it
+    saves.
     """
     # Padded heads read the last one and weigh nothing: loads need no mask for them.
     head = tl.arange(0, HEADS)
