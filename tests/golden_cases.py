@@ -75,17 +75,18 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def one_image(start: int, count: int, length: int) -> VisualTokens:
-    """A prompt of `length` columns with one image; its last column asks."""
+def one_image(start: int, count: int, length: int, batch: int = 1) -> VisualTokens:
+    """Prompts of `length` columns with one image each; their last column asks."""
+    column = torch.arange(length).repeat(batch, 1)
     return VisualTokens(
-        columns=torch.arange(start, start + count)[None],
-        lengths=[count],
-        full=[count],
-        sources=[0],
-        samples=torch.tensor([0]),
-        counts=[1],
-        ends=torch.tensor([[length - 1, length - 1]]),
-        tokens=torch.arange(length)[None].sub(start).div(count, rounding_mode="floor") == 0,
-        live=torch.ones(1, length, dtype=torch.bool),
+        columns=column[:, start : start + count],
+        lengths=[count] * batch,
+        full=[count] * batch,
+        sources=list(range(batch)),
+        samples=torch.arange(batch),
+        counts=[1] * batch,
+        ends=column[:, [-1, -1]],
+        tokens=(column >= start) & (column < start + count),
+        live=torch.ones_like(column, dtype=torch.bool),
         right=False,
     )

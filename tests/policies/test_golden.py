@@ -29,12 +29,15 @@ def runs(kind: str) -> list:
     for name, case in CASES.items():
         if case["kind"] != kind:
             continue
-        big, batch, quick = "big" in name, case.get("batch", 1) > 1, torch.cuda.is_available()
+        config = CASES[case["weights"].split()[0]]["config"]
+        work = (config["image_size"] // config["patch_size"]) ** 2 * config["num_hidden_layers"]
+        small, big = work > 500, work > 5000
+        batch, target, quick = case.get("batch", 1) > 1, case["target_patches"], torch.cuda.is_available()
         for backend in ("reference", "cpp", "triton"):
             if backend == "triton":
-                late = not quick and (big or ("small" in name and "t16_b1" not in name))
+                late = not quick and (big or (small and (batch or target > 16)))
             else:
-                late = big and (batch or (backend == "reference" and "t64" not in name))
+                late = big and (batch or (backend == "reference" and target > 64))
             params.append(pytest.param(name, backend, marks=[slow] if late else []))
     return params or [pytest.param("", "", marks=pytest.mark.skip("no ../shared/golden"))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -46,11 +47,12 @@ def test_importance(name, monkeypatch):
     monkeypatch.setattr(vflowopt, "patch_entropy", lambda *_, **options: tensors["entropy"])  # of wrapped bytes
     policy = fk.VFlowOpt(retain_ratio=0.5, hub_threshold=case["t"], entropy_weight=case["alpha_v"])
     found = policy.encoder_select(EncoderStep(Select.SCORE_ONLY), seen(tensors["attention"]))
-    expected = tensors["combined_map"]
-    if case["checks"]["has_nan"]:
-        assert expected.isnan().all()
-        expected = tensors["attention"].mean((1, 2))
-    assert_close(found.score, expected, rtol=0, atol=1e-5)
+    expected, received = tensors["combined_map"], tensors["attention"].mean((1, 2))
+    if case["alpha_v"]:
+        received += case["alpha_v"] * tensors["entropy"].softmax(1)
+    hubs = tensors["selected_query_counts"][:, None]
+    assert torch.equal(expected.isnan(), (hubs == 0).expand_as(expected))
+    assert_close(found.score, expected.where(hubs > 0, received), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", cases("vflowopt_entropy"))
@@ -71,9 +73,10 @@ def test_plain_images(name):
     case, tensors = CASES[name], golden_tensors(name)
     weight = tensors["attn_map"]
     images, patches = weight.shape
+    side = math.isqrt(patches)
     policy = fk.VFlowOpt(retain_ratio=case["ratio"], counts="release")
     view = FeatureView(
-        torch.arange(weight.numel())[:, None].float(), weight.flatten(), [patches] * images, [((27, 27),)] * images,
+        torch.arange(weight.numel())[:, None].float(), weight.flatten(), [patches] * images, [((side, side),)] * images,
         None, None, None,
     )  # fmt: skip
     choice = policy.feature_select(view)
