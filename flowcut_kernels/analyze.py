@@ -16,8 +16,9 @@ from ._library import resolve_backend
 from ._ops import Relevance, accumulate_dtype
 from .calibrate import encode_images
 from .models import ADAPTERS, family_of, is_patched
+from .models._packed import PackedTower
 from .models._tower import Tower
-from .models.qwen_vl import QwenVL, block_parts, raster
+from .models.qwen_vl import QwenVL
 from .modules.encoder import PrunedEncoder
 from .modules.packed_encoder import Segments
 from .ops import anchor_stats, received_attention
@@ -117,7 +118,7 @@ def analyze(
         raise ValueError("analyze: the model is patched, but all tokens are to be looked at: call unpatch(model) first")
     watched: list[_Watched] = [_Watched(module, backend) for module in model.modules() if type(module) in _TOWERS]
     if isinstance(adapter, QwenVL):
-        watched = [_WatchedPacked(model.get_submodule("model.visual"), backend)]
+        watched = [_WatchedPacked(model.get_submodule("model.visual"), adapter.tower, backend)]
     if any(tower.module.training for tower in watched):
         raise ValueError("analyze: the model is in training mode, where dropout is at work: call model.eval() first")
     with ExitStack() as hooks:
@@ -191,8 +192,8 @@ class _Watched:
 class _WatchedPacked(_Watched):
     """The same of blocks that are given the patches of several images, or frames, in one sequence."""
 
-    def __init__(self, module: Any, backend: str | None) -> None:
-        self.module, self.backend, self.protect = module, backend, 0
+    def __init__(self, module: Any, tower: PackedTower, backend: str | None) -> None:
+        self.module, self.tower, self.backend, self.protect = module, tower, backend, 0
         self.seen = [[] for _ in module.blocks]
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
@@ -207,14 +208,14 @@ class _WatchedPacked(_Watched):
         if len(sizes) > 1:
             shown = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
             raise ValueError(f"analyze: images of {shown} patches have no grid in common: give those of one size")
-        (self.size,), self.order = sizes, raster(module, grids)
+        (self.size,), self.order = sizes, self.tower.raster(module, grids)
 
     def look(self, number: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         bounds = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
         heads = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1))
         query, key, value = heads.unbind(1)
-        query, key = block_parts(self.module.blocks[number]).rotate(query, key, *kwargs["position_embeddings"])
+        query, key = self.tower.parts(self.module.blocks[number]).rotate(query, key, *kwargs["position_embeddings"])
         options = dict(scale=module.scaling, backend=self.backend)
         segments = Segments(tuple(bounds.diff().tolist()), hidden.device)  # images, frames or windows
         q, k = (segments.pad(x).transpose(1, 2) for x in (query, key))

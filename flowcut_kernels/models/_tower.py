@@ -70,13 +70,8 @@ class Tower:
                 f"feature_layer={index} of {len(layers)} layers leaves no layer to prune before it: use "
                 f"2..{states - 1} or {2 - states}..-1"
             )
-        if getattr(policy, "anchor", None) == "cls" and not self.protect:
-            raise ValueError(f"anchor='cls' but {type(model).__name__} has no class token: use anchor='auto' or 'mean'")
-        if policy.needs_class_token and not self.protect:
-            raise ValueError(
-                f"{type(policy).__name__} asks for a class token, which {type(model).__name__} lacks: use another "
-                "policy, such as FlowCut"
-            )
+        if not self.protect:
+            check_anchor(policy, model)
         if len(several) > 1 and policy.merges_features:
             raise ValueError(
                 f"{type(policy).__name__} merges tokens of one layer's output, but of {type(model).__name__} the "
@@ -100,6 +95,17 @@ class Tower:
     def patches(self, model: Any) -> int:
         """Patches per image at the configured size."""
         return (edge(model.config.image_size) // edge(model.config.patch_size)) ** 2
+
+
+def check_anchor(policy: Policy, model: Any) -> None:
+    """ValueError where a policy asks for a class token, which `model` lacks."""
+    name = type(model).__name__
+    if getattr(policy, "anchor", None) == "cls":
+        raise ValueError(f"anchor='cls' but {name} has no class token: use anchor='auto' or 'mean'")
+    if policy.needs_class_token:
+        raise ValueError(
+            f"{type(policy).__name__} asks for a class token, which {name} lacks: use another policy, such as FlowCut"
+        )
 
 
 def check_squares(policy: Policy, model: Any, side: int) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
@@ -22,103 +22,12 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from transformers.vision_utils import get_vision_window_index
 
 from ..modules.decoder import PrunedDeepstack
-from ..modules.packed_encoder import PackedBlock, PackedEncoder, PackedMerger, PackedParts
+from ..modules.packed_encoder import PackedEncoder, PackedParts
 from ..policies.base import Policy
 from ._bound import Replacement
 from ._features import Kind, Layout
+from ._packed import PackedTower
 from ._vlm import MANY, vlm_replacements
-
-
-class QwenVL:
-    """Adapter of a Qwen-VL: images and videos of different sizes side by side.
-
-    Args:
-        mean, std: of the usual image processor, on a scale of 0..1.
-    """
-
-    def __init__(self, model_class: type[nn.Module], mean: Sequence[float], std: Sequence[float]) -> None:
-        self.model_class, self.mean, self.std = model_class, mean, std
-
-    def replacements(
-        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
-    ) -> tuple[PackedEncoder, list[Replacement]]:
-        inner, config = model.model, model.config
-        encoder, replacements = self._pruned(inner.visual, policy, record=record, backend=backend)
-        if policy.renumbers:
-            raise ValueError(
-                f"positions='renumber' with {type(model).__name__}: its positions have three axes and gaps of their "
-                "own, which numbers in a row cannot replace; leave positions='keep'"
-            )
-        kinds = [QwenVisuals(inner, getattr(config, f"{kind}_token_id"), kind) for kind in ("image", "video")]
-        replacements += vlm_replacements(
-            model, kinds, policy, MANY, encoder, {}, backend=backend, compact_cache=compact_cache
-        )
-        if hasattr(inner.language_model, "_deepstack_process"):
-            replacements.append((inner.language_model, "_deepstack_process", PrunedDeepstack(inner.language_model)))
-        return encoder, replacements
-
-    def _pruned(
-        self, visual: Any, policy: Policy, *, record: bool, backend: str | None
-    ) -> tuple[PackedEncoder, list[Replacement]]:
-        """What replaces the parts of a vision encoder, whose last block is what the merger reads."""
-        name, depth, full = type(visual).__name__, len(visual.blocks), getattr(visual, "fullatt_block_indexes", None)
-        wanted = getattr(policy, "feature_layer", None)
-        if wanted not in (None, -1, depth):
-            raise ValueError(f"feature_layer={wanted} but {name} merges what its last block puts out; leave it None")
-        if getattr(policy, "anchor", None) == "cls":
-            raise ValueError(f"anchor='cls' but {name} has no class token: use anchor='auto' or 'mean'")
-        if policy.needs_class_token:
-            raise ValueError(
-                f"{type(policy).__name__} asks for a class token, which {name} lacks: use another policy, such as "
-                "FlowCut"
-            )
-        if depth < 2:
-            raise ValueError(f"{name} of {depth} layer has none to prune before its last")
-        deepstack = zip(
-            getattr(visual, "deepstack_visual_indexes", ()), getattr(visual, "deepstack_merger_list", ()), strict=True
-        )
-        mergers = [(depth - 1, visual.merger), *deepstack]
-        encoder = PackedEncoder(
-            visual,
-            policy,
-            block=visual.spatial_merge_size**2,
-            feature_layer=depth - 1,
-            windows=None if full is None else _windows,
-            mergers=mergers,
-            pixel_mean=self.mean,
-            pixel_std=self.std,
-            record=record,
-            backend=backend,
-        )
-        replacements: list[Replacement] = [(visual, "forward", encoder)]
-        for i, block in enumerate(visual.blocks):
-            windowed = full is not None and i not in full
-            replacements.append((block, "forward", PackedBlock(block, block_parts, i, windowed)))
-        return encoder, [*replacements, *((merger, "forward", PackedMerger(merger, encoder)) for _, merger in mergers)]
-
-
-QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-QWEN2_5_VL = QwenVL(Qwen2_5_VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-QWEN3_VL = QwenVL(Qwen3VLForConditionalGeneration, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
-
-
-def _windows(visual: Any, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    size = visual.window_size
-    return get_vision_window_index(grid_thw, visual.spatial_merge_size, size, visual.patch_size, kwargs=kwargs)
-
-
-def raster(visual: Any, grid_thw: Tensor) -> Tensor:
-    """int64 [R] rows of the blocks' input in the order of images, frames and lines of patches."""
-    side, rows, total = visual.spatial_merge_size, [], 0
-    for count, height, width in grid_thw.tolist():  # squares of patches that the merger takes together are neighbours
-        places = torch.arange(count * height * width).view(count, height // side, side, width // side, side)
-        rows.append(places.transpose(2, 3).flatten() + total)
-        total += places.numel()
-    place = torch.cat(rows).to(grid_thw.device)
-    if getattr(visual, "fullatt_block_indexes", None) is not None:
-        window, _ = _windows(visual, grid_thw, {})
-        place = place.view(-1, side**2)[window].flatten()
-    return place.argsort()
 
 
 def block_parts(block: Any) -> PackedParts:
@@ -134,6 +43,40 @@ def block_parts(block: Any) -> PackedParts:
     )
 
 
+def _windows(visual: Any, grid_thw: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    size = visual.window_size
+    return get_vision_window_index(grid_thw, visual.spatial_merge_size, size, visual.patch_size, kwargs=kwargs)
+
+
+class QwenVL:
+    """Adapter of a Qwen-VL: images and videos of different sizes side by side.
+
+    Args:
+        mean, std: of the usual image processor, on a scale of 0..1.
+    """
+
+    def __init__(self, model_class: type[nn.Module], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.model_class, self.tower = model_class, PackedTower(block_parts, _windows, mean, std)
+
+    def replacements(
+        self, model: Any, policy: Policy, *, record: bool, backend: str | None, compact_cache: bool
+    ) -> tuple[PackedEncoder, list[Replacement]]:
+        inner, config = model.model, model.config
+        encoder, replacements = self.tower.build(inner.visual, policy, record=record, backend=backend)
+        if policy.renumbers:
+            raise ValueError(
+                f"positions='renumber' with {type(model).__name__}: its positions have three axes and gaps of their "
+                "own, which numbers in a row cannot replace; leave positions='keep'"
+            )
+        kinds = [QwenVisuals(inner, getattr(config, f"{kind}_token_id"), kind) for kind in ("image", "video")]
+        replacements += vlm_replacements(
+            model, kinds, policy, MANY, encoder, {}, backend=backend, compact_cache=compact_cache
+        )
+        if hasattr(inner.language_model, "_deepstack_process"):
+            replacements.append((inner.language_model, "_deepstack_process", PrunedDeepstack(inner.language_model)))
+        return encoder, replacements
+
+
 class QwenVisuals(Kind):
     """Images, or videos, by their grids; of a video every temporal patch is a frame."""
 
@@ -145,14 +88,13 @@ class QwenVisuals(Kind):
         self.pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        return [
-            Layout(((rows, columns),) * n, rows * columns, (rows * columns,) * n, n * rows * columns)
-            for n, rows, columns in self._grids(arguments)
-        ]
-
-    def _grids(self, arguments: dict[str, Any]) -> list[tuple[int, int, int]]:
-        """Frames, rows and columns of tokens."""
         grids, side = arguments.get(self.grid), self.model.visual.spatial_merge_size
         if grids is None:
             raise ValueError(f"{self.grid} is missing, which says how large each one is: pass the processor's")
-        return [(count, rows // side, columns // side) for count, rows, columns in grids.tolist()]
+        frames = [(count, (rows // side, columns // side)) for count, rows, columns in grids.tolist()]
+        return [Layout((grid,) * n, prod(grid), (prod(grid),) * n, n * prod(grid)) for n, grid in frames]
+
+
+QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+QWEN2_5_VL = QwenVL(Qwen2_5_VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+QWEN3_VL = QwenVL(Qwen3VLForConditionalGeneration, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)

@@ -6,6 +6,8 @@ import inspect
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import PIL.Image
 import pytest
 import tiny
 import torch
@@ -195,6 +197,17 @@ def test_images_of_a_prompt(form):
         assert fk.trace(made).stages[-1].kept == [12, 12, 4, 4, 20, 12]
         ids = inputs.pop("input_ids")
         assert torch.equal(made(inputs_embeds=made.get_input_embeddings()(ids), **inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_the_processor_itself():
+    made, read = idefics3.FAMILY.model(), idefics3.processor()
+    wide, tall = (PIL.Image.fromarray(image.pixels) for image in (WIDE, TALL))
+    given = read(images=[[wide, tall], [tall]], text=["w3 <image> w5 <image> w6", "<image> w7"], padding=True)
+    inputs = {name: torch.tensor(np.array(x)) for name, x in given.items()}
+    with fk.patched(made, fk.FlowCut(9), record=True):
+        made(**inputs)
+        assert fk.trace(made).stages[-2].kept == [3] * 9 and fk.trace(made).stages[-1].kept == [9] * 3
 
 
 @torch.no_grad()
