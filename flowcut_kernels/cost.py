@@ -3,8 +3,9 @@
 FLOPs are those of matrix products, two per multiply-add, of padding too. Attention counts every query by every key, as
 ``torch.utils.flop_counter`` does; a causal kernel does about half of that, one that knows a language model's sliding
 window less. In an encoder that packs images, pairs within an image count, or within a window where a layer has some:
-the C++ attention, which pads images that were cut to different lengths, computes more. What a kernel computes twice
-rather than keep (`received_attention`) counts twice. Norms, softmax, rotary tables and element-wise work are left out.
+the C++ attention, which pads images that were cut to different lengths, computes more. Norms, softmax, rotary tables
+and element-wise work are left out, and what `received_attention` computes twice on a GPU where attention leaves no
+log-sum-exp.
 
 How many multiply-adds a row costs is how many weights the matrices have that it goes through, so that a family needs no
 formula of its own: what its layers, its projector and its output head are made of is read from the modules.

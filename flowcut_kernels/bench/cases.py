@@ -407,8 +407,11 @@ class AttentionWithStats:
 class Received:
     """`received_attention`; and with the rows of the tokens that receive most (hubs, by `anchor_stats`) against SDPA.
 
+    "lse" is given the rows' log-sum-exp, which in a model the layer's own attention leaves.
+
     received: bytes = 2 B N H d size (Q and K once) + 4 B N, FLOPs = 2 B H N N d (exponentials not counted)
     with R hubs: bytes + B (N + R) H d size + 4 B N R, FLOPs + 2 B H N R d
+    with the log-sum-exp: bytes + 4 B H N
     """
 
     def __init__(
@@ -427,24 +430,31 @@ class Received:
             for by_image in ([False, True] if batch > 1 else [False])
         }
         chosen = choose_backend("received_attention", backend, self.key)
+        logits = (q.float() @ k.float().mT * dim**-0.5 for q, k in zip(self.query, self.key, strict=True))
+        self.lse = torch.stack([x.logsumexp(-1) for x in logits])
         self.cases = [
             Case(
                 "received_attention", name, dtype, chosen, self.run, forms, self.check_received, moved, flops,
                 wants_speedup=2.0,
             ),
-            Case(
-                "received+hubs", name, dtype, chosen, self.both, {"sdpa": self.sdpa}, self.check_both,
-                moved + (elements + hub_elements) * dtype.itemsize + 4 * batch * tokens * self.hubs,
-                flops + 2 * elements * self.hubs,
-                wants_speedup=1.0 if device.type == "cuda" else 1 / 1.5,
+            *(
+                Case(
+                    "received+hubs", name + " lse" * (lse is not None), dtype, chosen, partial(self.both, lse),
+                    {"sdpa": self.sdpa}, partial(self.check_both, lse),
+                    moved + (elements + hub_elements) * dtype.itemsize + 4 * batch * tokens * self.hubs
+                    + (0 if lse is None else 4 * lse.numel()),
+                    flops + 2 * elements * self.hubs,
+                    wants_speedup=1.0 if device.type == "cuda" else 1 / 1.5,
+                )
+                for lse in (None, self.lse)
             ),
         ]  # fmt: skip
 
-    def run(self) -> Tensor:
-        return received_attention(self.query, self.key, backend=self.backend)
+    def run(self, lse: Tensor | None = None) -> Tensor:
+        return received_attention(self.query, self.key, lse=lse, backend=self.backend)
 
-    def both(self) -> tuple[Tensor, Tensor, Tensor]:
-        received = self.run()
+    def both(self, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        received = self.run(lse)
         index = received.topk(self.hubs).indices
         rows = self.query.gather(2, index[:, None, :, None].expand(-1, HEADS, -1, self.query.shape[3]))
         options: dict[str, Any] = dict(relevance=Relevance.NONE, value_norm=ValueNorm.NONE, backend=self.backend)
@@ -457,8 +467,8 @@ class Received:
         query, key = self.query[-1:], self.key[-1:]
         return budgeted([self.run()[-1:]], [plain.received(query, key, 64)], [self._exact(query, key)])
 
-    def check_both(self) -> Check:
-        received, index, hubs = (x[-1:] for x in self.both())
+    def check_both(self, lse: Tensor | None) -> Check:
+        received, index, hubs = (x[-1:] for x in self.both(lse))
         query, key = self.query[-1:], self.key[-1:]
         rows = query[:, :, index[0]]
         theirs = (rows @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)

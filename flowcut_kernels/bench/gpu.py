@@ -311,6 +311,8 @@ def targets(sections: Iterable[Section]) -> list[dict[str, Any]]:
                 of("of_torch", max, 8, op="attention_with_stats")),
         at_most("received_attention and 25 hub rows : SDPA, 10 tiles of 729", 1.0,
                 of("of_torch", op="received+hubs", case="B=10 N=729 d=72", dtype="bfloat16")),
+        at_most("same, with the log-sum-exp that the layer's attention leaves", 1.0,
+                of("of_torch", op="received+hubs", case="B=10 N=729 d=72 lse", dtype="bfloat16")),
         at_least("compact_kv, 32 layers, 3,000→400: share of copy", 0.85,
                  of("of_copy", op="compact_kv", wants_copy=0.85)),
         at_least("same: times faster than index_select by layer", 3.0,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -304,10 +305,12 @@ class PrunedEncoderLayer:
         """
         residual, normed = hidden_states, parts.norm1(hidden_states)
         key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
-        key_mask, key_lengths, query, merged = pruning.mask, pruning.lengths, None, None
+        key_mask, key_lengths, query, merged, flash = pruning.mask, pruning.lengths, None, None, None
         if step is not None:
             if not step.prunes or step.merges:  # all queries are needed anyway; the anchor's is among them
                 query = _heads(parts, parts.q_proj(normed))
+            if step.lse and query is not None and key_mask is None:
+                flash = _flash(parts, query, key, value)
             view = EncoderView(
                 key=key,
                 value=value,
@@ -322,6 +325,7 @@ class PrunedEncoderLayer:
                 block=pruning.block,
                 budgets=None if budgets is None else constant(tuple(budgets), key.device, torch.int32),
                 places=pruning.places,
+                lse=None if flash is None else flash[1],
             )
             choice = pruning.select(self.number, step, budgets, view)
             if step.merges:
@@ -331,7 +335,9 @@ class PrunedEncoderLayer:
         if query is None:
             query = _heads(parts, parts.q_proj(normed))
         # Where everything stays, what comes out is the stock model's, bit for bit.
-        if step is not None and pruning.prunes and has_native_attention(parts.attention, query, pruning.backend):
+        if flash is not None:
+            mixed = flash[0]
+        elif step is not None and pruning.prunes and has_native_attention(parts.attention, query, pruning.backend):
             span = None if key_lengths is None else torch.stack((torch.zeros_like(key_lengths), key_lengths), 1)
             scale: Any = parts.attention.scale
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
@@ -373,11 +379,43 @@ def _attend(parts: LayerParts, query: Tensor, key: Tensor, value: Tensor, mask: 
     return attend(module, query, key, value, mask, **options)[0]
 
 
+def _flash(parts: LayerParts, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """SDPA's output [B, N, H, d], and [B, H, N] the row log-sum-exp that its kernel knows and SDPA throws away.
+
+    None where the layer's attention is another one, or runs as a kernel that keeps none.
+    """
+    module: Any = parts.attention
+    heads, scale, device = (query, key, value), module.scale, query.device.type
+    if device not in ("cpu", "cuda") or not _has_stock_sdpa(module) or torch.compiler.is_compiling():
+        return None
+    # Here SDPA would give its kernel other heads: cast, or filled up.
+    if torch.is_autocast_enabled(device) or (device == "cuda" and query.shape[-1] % 8):
+        return None
+    aten, kernel = torch.ops.aten, SDPBackend(torch._fused_sdp_choice(*heads, scale=scale))
+    if kernel == SDPBackend.FLASH_ATTENTION and device == "cpu":
+        output, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+    elif kernel == SDPBackend.FLASH_ATTENTION:
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(*heads, scale=scale)
+    elif kernel == SDPBackend.EFFICIENT_ATTENTION:
+        output, lse, *_ = aten._scaled_dot_product_efficient_attention(*heads, None, True, scale=scale)
+    elif kernel == SDPBackend.CUDNN_ATTENTION:
+        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, None, True, scale=scale)
+    else:
+        return None
+    # The memory-efficient kernel fills rows up to 32, cuDNN has one more dimension.
+    return output.transpose(1, 2).contiguous(), lse.flatten(2).narrow(2, 0, query.shape[2])
+
+
+def _has_stock_sdpa(module: Any) -> bool:
+    """Whether a layer's attention is SDPA by transformers' own function, which somebody may have replaced."""
+    if module.config._attn_implementation != "sdpa" or module.training:
+        return False
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
 def has_native_attention(module: Any, query: Tensor, backend: str | None) -> bool:
     """Whether the C++ attention takes the place of SDPA at a layer that scores: several times faster on a CPU."""
-    if query.device.type != "cpu" or module.config._attn_implementation != "sdpa" or module.training:
-        return False
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:  # somebody put their own in its place
+    if query.device.type != "cpu" or not _has_stock_sdpa(module):
         return False
     backend = resolve_backend(backend)
     return backend in ("auto", "cpp") and choose_backend("attention", backend, query, ("cpp",)) == "cpp"

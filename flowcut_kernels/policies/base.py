@@ -318,6 +318,7 @@ class EncoderStep(NamedTuple):
     divisor: float = 0.0  # sqrt of the remaining layers, for the adaptive modes
     static: bool = False  # counts follow from the step and the shapes alone: nothing has to be read back
     merges: bool = False  # the layer runs on all rows, and the choice merges its output
+    lse: bool = False  # of a layer that keeps all rows: the choice wants what its attention knows of them
 
     @property
     def prunes(self) -> bool:
@@ -344,6 +345,8 @@ class EncoderView:
     # int64 [B, n] of each token in its grid, row by row, made when asked for; None: in this order, all there
     places: Callable[[], Tensor] | None = None
     grids: list[tuple[int, int]] | None = None  # each one's; None: all the same
+    # [B, H, N] row log-sum-exp of the layer's attention, where the step wants it; None: it leaves none
+    lse: Tensor | None = None
 
 
 class Pixels(NamedTuple):

@@ -139,7 +139,7 @@ class VFlowOpt(Policy):
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         needed = layer == feature_layer and (self.may_prune or self.llm_stages)
-        return EncoderStep(Select.SCORE_ONLY, static=True) if needed else None
+        return EncoderStep(Select.SCORE_ONLY, static=True, lse=True) if needed else None
 
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         score = self._context(view)
@@ -165,7 +165,9 @@ class VFlowOpt(Policy):
         """Attention of the hubs' mean row to every patch [B, N], or what a patch receives where there is no hub."""
         assert view.query is not None
         first = view.protect
-        received = received_attention(view.query, view.key, lengths=view.lengths, backend=view.backend)[:, first:]
+        received = received_attention(view.query, view.key, lse=view.lse, lengths=view.lengths, backend=view.backend)[
+            :, first:
+        ]
         patches, span, mean = received.shape[1], None, received.mean(1, keepdim=True)
         if view.lengths is not None:  # nothing is received behind them
             span = torch.stack([torch.zeros_like(view.lengths), view.lengths], 1)
@@ -205,9 +207,9 @@ class VFlowOpt(Policy):
     def encoder_scoring_flops(
         self, step: EncoderStep, tokens: int, protect: int, width: int, heads: int, anchor: Callable[[str], int]
     ) -> int:
-        # All queries by all keys, which the kernels do twice, and those of the hubs: as many as there can be.
+        # All queries by all keys, and those of the hubs: as many as there can be.
         rows = protect + tokens
-        return 2 * width * rows * (2 * rows + protect + self._most_hubs(tokens))
+        return 2 * width * rows * (rows + protect + self._most_hubs(tokens))
 
     def feature_select(self, view: FeatureView) -> FeatureSelection:
         if self.counts == "exact":

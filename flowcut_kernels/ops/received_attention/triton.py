@@ -56,11 +56,12 @@ def _receive(
     keys_kept, query, query_step, lse, rows, scale, base,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STREAMED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """What the keys receive from STREAMED rows (of which `rows` live, None: all)."""
+    """What the keys receive from STREAMED rows (of which `rows` live, None: all), whose `lse` is to base 2^(1/base)."""
     row = tl.arange(0, STREAMED)
     norm = tl.load(lse + row) if rows is None else tl.load(lse + row, mask=row < rows, other=float("inf"))
+    norm = norm if base is None else norm * base
     product = dots(keys_kept, query, query_step, rows, D, MAIN, REST, STREAMED, WIDEN)
-    return tl.sum(tl.exp2(product * scale - (norm * base)[None, :]), 1)
+    return tl.sum(tl.exp2(product * scale - norm[None, :]), 1)
 
 
 # Other numbers of tokens are no new kernel.
@@ -186,7 +187,7 @@ def prepare(
     counters = arrival_counters(batch * tiles, key.device)
     arguments = (
         query, key, norm, lengths, new(batch, query_heads, tokens), counters, received, *steps, tokens, tiles,
-        scale * LOG2_E, 1.0 if lse is None else LOG2_E,
+        scale * LOG2_E, None if lse is None else LOG2_E,
     )  # fmt: skip
     meta = dict(meta, HEADS=triton.next_power_of_2(query_heads))
     launches.append(Launch(_received_attention, grid, arguments, meta, key.device, [received]))
