@@ -30,6 +30,7 @@ def retained_count(
     *,
     modality: str = "image",
     pixel_shape: Sequence[int] | None = None,
+    batch_num_images: Sequence[int] | None = None,
 ) -> list[int]:
     """Tokens of every image that enter the language model, exactly, before anything is encoded.
 
@@ -42,6 +43,8 @@ def retained_count(
         pixel_shape: of the processor's pixel values, where the count follows from it: of videos without grids
             [videos, frames, 3, height, width]; of one image of InternVL [tiles, 3, height, width], of Idefics3 or
             SmolVLM [1, tiles, 3, height, width], thumbnail included.
+        batch_num_images: of LLaVA-OneVision as its processor says, how many images each prompt has, where one has
+            several: then their base views are all there is of them.
 
     Returns:
         A count for each image or video, in order. What the language model drops later on is not counted.
@@ -63,7 +66,8 @@ def retained_count(
     visuals, shape = features.kind, tuple(pixel_shape or (len(image_sizes), *unknown))  # type: ignore[arg-type]
     pixels, sizes = torch.ones(()).expand(shape), None if image_sizes is None else torch.as_tensor(image_sizes)
     columns = () if sizes is None else (("image_sizes", 2), (f"{modality}_grid_thw", 3))
-    arguments = {name: sizes for name, count in columns if sizes.shape[-1] in (0, count)}  # type: ignore[union-attr]
+    given = {name: sizes for name, count in columns if sizes.shape[-1] in (0, count)}  # type: ignore[union-attr]
+    arguments: dict[str, Any] = dict(batch_num_images=batch_num_images, **given)
     with heeding():
         if pixel_shape is None:  # then there are no pixels to count by
             areas = [layout.area for layout in visuals.layouts(pixels, arguments)]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BatchFeature, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
@@ -44,29 +43,12 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Given(zoo.Image):
-    """A picture in a prompt of the zoo."""
-
-    image: Image.Image | None = None
-
-    @property
-    def pixels(self) -> np.ndarray:
-        return np.asarray(self.image)
-
-
-class Reader:
-    """What a family's processor is to `look`, which without torchvision cannot be made for all of them."""
-
-    image_token = "<image>"
+class Reader(zoo.Reader):
+    """What a family's processor is to `look`."""
 
     def __init__(self, name: str) -> None:
-        self.family = next(family for family in zoo.families() if family.name == name)
-        self.image_processor, self.tokenizer = FAMILIES[name][0], zoo.tokenizer()
-
-    def __call__(self, images: list[Image.Image], text: list[str], return_tensors: str) -> BatchFeature:
-        (image,) = images
-        return BatchFeature(self.family.prompt([[Given(image.height, image.width, image=image), 3, 14, 15]]))
+        super().__init__(next(family for family in zoo.families() if family.name == name))
+        self.image_processor = FAMILIES[name][0]
 
 
 def picture(name: str) -> Image.Image:

@@ -28,6 +28,7 @@ def test_counts_are_those_of_a_patched_model(family: Family, kind: str):
     for policy in POLICIES:
         if type(policy) not in family.policies:
             continue
+        found: list[int] = []
         for inputs in prompts:
             with fk.patched(model, policy, record=True), torch.no_grad():
                 model(**inputs)
@@ -37,9 +38,16 @@ def test_counts_are_those_of_a_patched_model(family: Family, kind: str):
             sizes = inputs.get(f"{kind}_grid_thw", inputs.get("image_sizes"))
             known = dict(pixel_shape=shape) if sizes is None else dict(image_sizes=sizes)
             assert retained_count(model.config, policy, modality=kind, **known) == kept
+            found += kept
+        together = family.prompt([[3, *(word for part in shown for word in (part, 4))]])
+        with fk.patched(model, policy, record=True), torch.no_grad():
+            model(**together)
+            kept = fk.trace(model).stages[-1].kept
+        sizes = together.get(f"{kind}_grid_thw", together.get("image_sizes"))
         if sizes is not None:
-            sizes = torch.cat([x.get(f"{kind}_grid_thw", x.get("image_sizes")) for x in prompts])
-            assert len(retained_count(model.config, policy, sizes, modality=kind)) == len(prompts)
+            given = dict(batch_num_images=together.get("batch_num_images"), modality=kind)
+            found = retained_count(model.config, policy, sizes, **given)
+        assert found == kept
 
 
 def test_all_tokens_of_a_fixed_size_and_its_class_token():

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from tiny import IMAGE, PAD, VIDEO, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerFast
 
 import flowcut_kernels as fk
 
@@ -166,6 +167,38 @@ def tokenizer(**special: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="w2", additional_special_tokens=others, padding_side="left"
     )
+
+
+@dataclass(frozen=True)
+class Picture(Image):
+    """A picture of its own as an image of a prompt."""
+
+    shown: PIL.Image.Image | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return np.asarray(self.shown)
+
+
+class Reader:
+    """What stands for a family's processor, where that cannot be made without torchvision: words "w3", "<image>"."""
+
+    image_token = "<image>"
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.tokenizer = family, tokenizer()
+
+    def __call__(self, images: Any, text: Any, return_tensors: str, **_: Any) -> BatchFeature:
+        shown = iter(images if isinstance(images, list) else [images])
+        (words,) = [text] if isinstance(text, str) else text
+        row: list[Part] = []
+        for word in self.tokenizer(words)["input_ids"]:
+            picture = next(shown) if word == IMAGE else None
+            row.append(word if picture is None else Picture(picture.height, picture.width, shown=picture))
+        return BatchFeature(self.family.prompt([row]))
+
+    def post_process_image_text_to_text(self, ids: Any, **options: Any) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def _noise(seed: tuple, shape: tuple[int, ...]) -> np.ndarray:
