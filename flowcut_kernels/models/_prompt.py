@@ -47,6 +47,11 @@ class Shrunk(NamedTuple):
     def kept(self) -> int:
         return self.columns.shape[1]
 
+    @property
+    def right(self) -> bool:
+        """Whether a row ended in padding, of which nothing need be left."""
+        return bool((~self.dropped[:, -1] & (self.columns[:, -1] != self.length - 1)).any())
+
     def then(self, more: Shrunk) -> Shrunk:
         """This prompt, continued by another."""
         if not self.length:
@@ -341,7 +346,8 @@ class PrunedForward(_PromptMethod):
         shrunk = self.shrink(arguments) if self.shrinker.shrinks else None
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
-        visual = None if self.decoder is None else self.visual_tokens(arguments)
+        right = shrunk is not None and shrunk[0].right
+        visual = None if self.decoder is None else self.visual_tokens(arguments, right)
         if self.decoder is None and is_pruned(arguments.get("past_key_values")):
             raise ValueError(
                 "past_key_values was filled under a policy that prunes in the language model, which the policy of this "
@@ -356,8 +362,12 @@ class PrunedForward(_PromptMethod):
                 setattr(cache, _PROMPT, talk)
         return output
 
-    def visual_tokens(self, arguments: dict[str, Any]) -> VisualTokens | None:
-        """The images of this pass, in a prompt that fits what the encoder leaves of them."""
+    def visual_tokens(self, arguments: dict[str, Any], right: bool = False) -> VisualTokens | None:
+        """The images of this pass, in a prompt that fits what the encoder leaves of them.
+
+        Args:
+            right: it was padded on the right before it was made to fit.
+        """
         masks = self._placeholders(arguments) if self.shrinker.comes(arguments) else None
         if masks is None:
             return None
@@ -411,7 +421,7 @@ class PrunedForward(_PromptMethod):
         return VisualTokens(
             **_located(found, ends, length, device),
             live=live,
-            right=bool((~live[:, -1]).any() and live[:, 0].all()),
+            right=right or bool((~live[:, -1]).any() and live[:, 0].all()),
         )
 
     def _with_pruned_decoder(self, arguments: dict[str, Any], visual: VisualTokens) -> Any:

@@ -326,7 +326,7 @@ class Text:
         scaling: float,
     ) -> Tensor | None:  # fmt: skip
         """int64 columns of an image that go on from a layer."""
-        if isinstance(self.policy, fk.VFlowOpt):
+        if getattr(self.policy, "llm_stages", ()):
             cuts = staged(Item(image.columns, image.importance, []), image.columns.tolist(), self.policy.llm_stages)
             return torch.tensor(cuts[layer]) if layer in cuts else None
         left, count = image.columns[live[image.columns]], self.kept(layer, image.full)
@@ -470,7 +470,8 @@ class Oracle:
             for tile, x in zip(tiles, tower.importance, strict=True):
                 importance[tile.tokens] = x
             importance = self._assembled(inputs, kind, importance[:, None])[:, 0].masked_fill(~patch, 1.0)
-            made = self._recycled(inputs, kind, groups, Visuals(features, lead, visual, importance))
+            every = torch.ones_like(lead)
+            made = self._recycled(inputs, kind, groups, Visuals(features, every, visual, importance), lead)
         else:
             alive, score = torch.zeros_like(owner), torch.zeros_like(owner, dtype=torch.float64)
             for tile, still, found, budget in zip(tiles, tower.alive, tower.history, budgets, strict=True):
@@ -491,6 +492,9 @@ class Oracle:
                 if pruned[i] and resampled[i]:
                     self._most_important(kept, score, (visual == i) & patch, left[i], len(groups[i]), kind)
             made = Visuals(features, kept, visual)
+            if self.policy.prunes_features:  # among what the encoder leaves
+                made.importance = score.masked_fill(~patch, 1.0)
+                made = self._recycled(inputs, kind, groups, made, lead)
         made.output, made.tiles = output, [left.nonzero().flatten() for left in tower.alive]
         made.output.pooler_output = laid_out(made.features, output.pooler_output, self.later)
         return made
@@ -506,18 +510,24 @@ class Oracle:
             kept[places] = False
             kept[best] = True
 
-    def _recycled(self, inputs: dict[str, Any], kind: str, groups: list[list[Tile]], made: Visuals) -> Visuals:
-        """By the oracle of test_feature_stage.py; what is kept already stays besides."""
+    def _recycled(
+        self, inputs: dict[str, Any], kind: str, groups: list[list[Tile]], made: Visuals, lead: Tensor
+    ) -> Visuals:
+        """What is kept, by the oracle of test_feature_stage.py; `lead` [T] stays besides."""
         assert made.importance is not None
         if self.family.grids is None:
             grids = [[tile.grid for tile in group] for group in groups]
         else:
             grids = self.family.grids(self.model, inputs, kind)
-        stays = made.kept.clone()
         for i, grid in enumerate(grids):
-            at = ((made.visual == i) & ~stays).nonzero().flatten()
-            item = Item(made.features[at], made.importance[at], list(grid), len(at) - sum(h * w for h, w in grid))
-            left = pruned_by_hand(item, self.policy.budget(len(at)), self.policy.recycle_cell)
+            mine = ((made.visual == i) & ~lead).nonzero().flatten()
+            places = made.kept[mine].nonzero().flatten()
+            at, inside = mine[places], int((places < sum(h * w for h, w in grid)).sum())
+            item = Item(
+                made.features[at], made.importance[at], list(grid), len(at) - inside, places[:inside].tolist()
+            )  # fmt: skip
+            left = pruned_by_hand(item, self.policy.budget(len(mine)), self.policy.recycle_cell)
+            made.kept[at] = False
             made.features[at[left.kept]], made.kept[at[left.kept]] = left.features, True
         return made
 

@@ -98,6 +98,7 @@ def test_prompts_are_of_different_sizes(family):
 PRUNING = {
     "flowcut": fk.FlowCut(12),
     "flowcut llm": fk.FlowCut(9, llm_layer=1),
+    "hybrid": fk.FlowCut(retain_ratio=0.1, recycle_cell=2.5, llm_stages=((2, 0.5),)),
     "vflowopt": fk.VFlowOpt(
         retain_ratio=0.3,
         hub_threshold=1.6,
@@ -125,7 +126,7 @@ def policies_of(family: Family) -> dict[str, fk.policies.base.Policy]:
     found = {name: policy for name, policy in PRUNING.items() if isinstance(policy, family.policies)}
     if not family.prunes_llm:
         found.pop("flowcut llm")
-        found["vflowopt"] = dataclasses.replace(PRUNING["vflowopt"], llm_stages=())
+        found |= {name: dataclasses.replace(PRUNING[name], llm_stages=()) for name in ("vflowopt", "hybrid")}
     if "visionzip" in found and "video" in family.kinds:  # whose frames bring their class tokens along
         found["visionzip"] = dataclasses.replace(PRUNING["visionzip"], class_token=False)
     return found
