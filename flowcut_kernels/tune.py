@@ -35,6 +35,7 @@ _POLICY = "policy"  # attributes of a trial: its policy as JSON, whether that is
 _START = "start"
 _REASON = "reason"
 _LEAST_LAST = 0.05  # the ratios before leave that much to the last one
+_MANY = 10**6  # tokens of an image, of which any share is a whole number
 _PUBLISHED_DEPTHS = (9 / 28, 18 / 28)  # of VFlowOpt's stages
 
 
@@ -59,8 +60,8 @@ def tune(
     The objective of a policy is the mean over all prompts of the cosine similarity between the final-norm hidden state
     of the last prompt token with and without pruning; no labels are needed, and the unpruned pass runs once. All
     policies compared leave an average of `budget` of the visual tokens over the layers of the language model: the last
-    ratio follows from the others. The first trial is the policy as it was given, so the result is never worse by the
-    objective. Ctrl-C ends the search with what was found so far.
+    ratio, that of a policy's last cut, follows from all else. The first trial is the policy as it was given, so the
+    result is never worse by the objective. Ctrl-C ends the search with what was found so far.
 
     Args:
         model: an unpatched VLM, one of :func:`supported_models`.
@@ -159,8 +160,6 @@ class _Search:
             raise TypeError(f"tune: policy={base!r} is not a policy: use for example VFlowOpt(retain_ratio=0.1)")
         if getattr(base, "schedule", None) is not None:
             raise ValueError("tune: the policy has a calibrated schedule: tune first, calibrate the result")
-        if getattr(base, "llm_layer", None) is not None:
-            raise ValueError("tune: llm_layer cuts to the policy's own count, not to an average: set it to None")
         base.check_decoder(layers)
         if space is not None and not isinstance(space, Mapping):
             raise TypeError(f"tune: space={space!r} must map fields to their ranges")
@@ -277,7 +276,29 @@ class _Search:
                 items[int(item)] = value
                 value = tuple(items)
             changes[field] = value
-        return replace(self.base, **changes)
+        made = replace(self.base, **changes)
+        return made if self.stages else self._at_budget(made)
+
+    def _at_budget(self, policy: Policy) -> Policy:
+        """`policy` with the ratio whose average the budget is: another one where it cuts in the language model."""
+        if policy.feature_budget(_MANY) is None:
+            return policy
+
+        def average(ratio: float) -> float:
+            return replace(policy, retain_ratio=ratio).average_tokens(self.layers, _MANY) / _MANY
+
+        low, high = 1 / _MANY, 1.0
+        if average(low) > self.budget:
+            raise ValueError(
+                f"tune: {policy} leaves {average(low):.4g} of the tokens on average even with a retain_ratio of 0: cut "
+                f"in earlier layers for an average of {self.budget:g}"
+            )
+        if abs(average(self.budget) - self.budget) < 2 / _MANY:
+            return policy
+        for _ in range(40):  # it grows with the ratio
+            middle = (low + high) / 2
+            low, high = (middle, high) if average(middle) < self.budget else (low, middle)
+        return replace(policy, retain_ratio=high)
 
     def facts(self) -> dict[str, Any]:
         space = {name: list(self.space[name]) for name in sorted(self.space)}

@@ -87,6 +87,31 @@ def test_published_ratios_are_where_a_search_from_them_starts():
     assert set(found.start) == {"hub_threshold", "entropy_weight", "recycle_cell", "retain_ratio", "llm_stages.0"}
 
 
+@pytest.mark.parametrize(
+    ("policy", "space"),
+    [
+        (fk.FlowCut(3, llm_layer=1), dict(encoder_surplus=(1.0, 3.0))),
+        (fk.FlowCut(3, llm_layer=0), dict(interval=(1, 3, "int"))),
+        (fk.FastV(3, layer=1), dict(layer=(1, 3, "int"))),
+        (fk.PyramidDrop(3, layers=(1, 4)), {"layers.1": (2, 9, "int")}),
+        (fk.SparseVLM(3, layers=(0, 1), surplus=(3.0,)), {"surplus.0": (1.0, 4.0)}),
+        (fk.VisionZip(3), dict(contextual_share=(0.05, 0.5))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [0.0, 0.7, 1.0])
+def test_policies_that_cut_in_the_language_model_meet_the_budget(policy, space, place):
+    """Whatever is drawn: what they keep in the end is solved for."""
+    budget, layers, ((name, (low, high, *kind)),) = 0.4, 10, space.items()
+    found = _Search(policy, budget, layers, space)
+    drawn = low + place * (high - low)
+    made = found.policy({name: int(drawn) if kind else drawn})
+    assert made.average_tokens(layers, 10**6) == pytest.approx(budget * 10**6, abs=layers)
+    start = found.policy(found.start)
+    assert start.average_tokens(layers, 10**6) == pytest.approx(budget * 10**6, abs=layers)
+    assert dataclasses.replace(start, target_tokens=3, retain_ratio=None) == policy
+
+
 def test_spaces_name_what_has_an_effect():
     assert set(fk.FlowCut(8).search_space(0.1)) == {
         "criteria_weights.1", "criteria_weights.2", "history_weight", "interval", "entropy_exponent"
@@ -295,7 +320,7 @@ def test_a_search_without_a_result_is_an_error(monkeypatch):
         (dict(policy="FlowCut"), TypeError, "'FlowCut' is not a policy"),
         (dict(policy=fk.RandomTokens(3)), ValueError, "RandomTokens has no numbers to search"),
         (dict(policy=fk.FlowCut(3, schedule=((2, 9), (5, 3)))), ValueError, "tune first, calibrate the result"),
-        (dict(policy=fk.FlowCut(3, llm_layer=1)), ValueError, "llm_layer cuts to the policy's own count"),
+        (dict(policy=fk.FastV(3, layer=2), space=dict(layer=(1, 2, "int"))), ValueError, "leaves 0.5 .* even with a"),
         (dict(policy=fk.VFlowOpt(3, llm_stages=((1, 1.0), (4, 1.0)))), ValueError, "layer 4, but .* has 4 layers"),
         (dict(space={}), ValueError, "no numbers to search"),
         (dict(space=["interval"]), TypeError, r"space=\['interval'\] must map fields to their ranges"),
