@@ -190,6 +190,19 @@ def test_best_trial_is_returned(policy, sampler, tmp_path):
     assert type(best).from_json(tmp_path / "best.json") == best
 
 
+def test_unpruned_pass_runs_once(capsys):
+    """And a bar tells how far the search is."""
+    passes: list = []
+    hook = model().get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    try:
+        _, trials = search(0.25, 3, policy=fk.FlowCut(3), progress=True)
+    finally:
+        hook.remove()
+    assert len(passes) == len(SAMPLES) * (1 + len(trials))
+    bar = capsys.readouterr().err
+    assert "3/3" in bar and f"best={max(trial.value for trial in trials):.4f}" in bar
+
+
 def drawn(trials) -> list:
     return [(trial.number, trial.params, trial.value) for trial in trials]
 

@@ -305,8 +305,11 @@ def tune(
         raise typer.BadParameter(f"--sampler {sampler!r} is unknown: use {' or '.join(SAMPLERS)}")
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split {split!r} is unknown: use dev or test")
+    shares = shares_of("--budget", budget)
+    if max(shares) == 1:
+        raise typer.BadParameter(f"--budget {budget!r} keeps all tokens: a search needs shares below 1")
     options = dict(
-        policy=policy, budgets=shares_of("--budget", budget), trials=trials, samplers=chosen, samples=samples,
+        policy=policy, budgets=shares, trials=trials, samplers=chosen, samples=samples,
         questions=questions, split=split, seed=seed, storage=storage, folder=out,
     )  # fmt: skip
     section("tune", measure, options, threads, device, json, csv, out)

@@ -247,6 +247,7 @@ def test_flow(untrained, tmp_path):
         ("quality --ablation flowcut --policies random", "variants of its own"),
         ("quality --ablation flowcut --out somewhere", "no plots"),
         ("tune --policy none", "hybrid"),
+        ("tune --budget 0.1,1", "keeps all tokens"),
         ("tune --sampler gp,grid", "gp,grid"),
         ("tune --budget 10", "--budget '10'"),
         ("tune --split train", "train"),
