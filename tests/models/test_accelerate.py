@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from torch.testing import assert_close
-from zoo import llava
-from zoo.llava import Image
+from zoo import Image, families
 
 import flowcut_kernels as fk
 
 TESTS = Path(__file__).parents[1]
 POLICY = fk.FlowCut(9, llm_layer=1)
+# Placeholders that go, tiles, ones that stay until the language model, several layers of features.
+FAMILIES = [family for family in families() if family.name in ("llava", "internvl", "qwen2_5_vl", "qwen3_vl")]
 ROWS = [[3, Image(seed=i), *range(5, 6 + i)] for i in range(5)]
 GREEDY = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
 WORKER = """
@@ -32,14 +33,16 @@ import test_accelerate as test
 
 accelerator = Accelerator(cpu=True)
 assert (accelerator.num_processes, accelerator.process_index) == (2, rank)
-model = fk.patch(test.llava.model(), test.POLICY)
-wrapped = accelerator.prepare(model)
-assert type(wrapped).__name__ == "DistributedDataParallel" and accelerator.unwrap_model(wrapped) is model
-with accelerator.split_between_processes(test.ROWS, apply_padding=True) as rows, torch.no_grad():
-    inputs = test.llava.prompt(rows)
-    last = wrapped(**inputs, logits_to_keep=1).logits[:, -1]
-    new = accelerator.unwrap_model(wrapped).generate(**inputs, **test.GREEDY)[:, -3:]
-gathered = [x[: len(test.ROWS)] for x in accelerator.gather((last, new))]
+gathered = []
+for family in test.FAMILIES:
+    model = fk.patch(family.model(), test.POLICY)
+    wrapped = accelerator.prepare(model)
+    assert type(wrapped).__name__ == "DistributedDataParallel" and accelerator.unwrap_model(wrapped) is model
+    with accelerator.split_between_processes(test.ROWS, apply_padding=True) as rows, torch.no_grad():
+        inputs = family.prompt(rows)
+        last = wrapped(**inputs, logits_to_keep=1).logits[:, -1]
+        new = accelerator.unwrap_model(wrapped).generate(**inputs, **test.GREEDY)[:, -3:]
+    gathered.append([x[: len(test.ROWS)] for x in accelerator.gather((last, new))])
 if accelerator.is_main_process:
     torch.save(gathered, result)
 accelerator.end_training()
@@ -65,7 +68,7 @@ def test_data_parallel(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    last, new = torch.load(tmp_path / "result")
-    model, inputs = fk.patch(llava.model(), POLICY), llava.prompt(ROWS)
-    assert_close(last, model(**inputs, logits_to_keep=1).logits[:, -1], rtol=1e-3, atol=1e-3)
-    assert torch.equal(new, model.generate(**inputs, **GREEDY)[:, -3:])
+    for family, (last, new) in zip(FAMILIES, torch.load(tmp_path / "result"), strict=True):
+        model, inputs = fk.patch(family.model(), POLICY), family.prompt(ROWS)
+        assert_close(last, model(**inputs, logits_to_keep=1).logits[:, -1], rtol=1e-3, atol=1e-3)
+        assert torch.equal(new, model.generate(**inputs, **GREEDY)[:, -3:])
