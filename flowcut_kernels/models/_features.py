@@ -27,14 +27,15 @@ Grids = tuple[tuple[int, int], ...]  # rows and columns
 _ENCODED = "_flowcut_encoded"
 # What is running: a projector works on what it left, and a family's videos may be made by its images' method.
 _PASS: ContextVar[EncoderPass | None] = ContextVar("encoder_pass", default=None)
-HEEDED: ContextVar[Any] = ContextVar("heeded", default=None)  # what a kind learned of a prompt, while it is at hand
+# What a kind learned of a prompt, for a model, while it is at hand; None: there is none.
+HEEDED: ContextVar[tuple[Any, Any] | None] = ContextVar("heeded", default=None)
 _TAPS = 4  # bilinear resampling makes a token of that many at most
 
 
 @contextmanager
 def heeding() -> Iterator[None]:
     """While a prompt is at hand. What `generate` learned of it, `forward` knows too."""
-    before = HEEDED.set(HEEDED.get())
+    before = HEEDED.set(HEEDED.get() or (None, None))
     try:
         yield
     finally:

@@ -8,8 +8,8 @@ from typing import Any
 from ..modules.encoder import PrunedEncoder
 from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
-from ._bound import Replacement
-from ._features import Kind, PrunedFeatures, ScatteredProjector
+from ._bound import Bound, Replacement, named
+from ._features import HEEDED, Kind, PrunedFeatures, ScatteredProjector
 from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
 from .clip import replace_tower
 from .llm import decoder_replacements
@@ -42,12 +42,33 @@ def vlm_replacements(
         model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
         entrance=not all(each.kind.shrinks for each in features),
     )  # fmt: skip
+    inner: list[Replacement] = [] if decoder is None else [(model.model, "forward", _Inner(model.model, shrinker))]
     return [
         *((model.model, each.method, each) for each in features),
+        *inner,
         (model, "forward", PrunedForward(model, shrinker, decoder, first_position)),
         (model, "generate", PrunedGenerate(model, shrinker)),
         *layers,
     ]
+
+
+class _Inner(Bound):
+    """Replacement ``forward`` of what is inside a VLM whose language model drops tokens: by itself it cannot tell that
+    one which tokens are an image, nor which of them the encoder left."""
+
+    method = "forward"
+
+    def __init__(self, model: Any, shrinker: PromptShrinker) -> None:
+        super().__init__(model)
+        self.shrinker = shrinker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if HEEDED.get() is None and self.shrinker.comes(named(self, args, kwargs)):
+            raise ValueError(
+                f"images came to a {type(self.model).__name__} by itself, but the policy drops tokens inside the "
+                "language model, which has to know the prompt: call the patched model, not its .model"
+            )
+        return self.original(*args, **kwargs)
 
 
 def tiled_replacements(

@@ -273,6 +273,20 @@ def test_precision(family, dtype, attention):
             assert error < 3 * noise, policy
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_what_is_inside_by_itself(family):
+    """Without the model that reads prompts: refused where images come, rather than answered from what is left."""
+    model, inputs = family.model(), given(family, prompts(family)["one image"])
+    for policy in policies_of(family).values():
+        with fk.patched(model, policy):
+            with pytest.raises((ValueError, RuntimeError), match=r"not its \.model|do not match|elements of source"):
+                model.model(**inputs)
+            text = model.model(**given(family, [[3, 4, 5]]))
+            model(**inputs)
+        assert torch.equal(text.last_hidden_state, model.model(**given(family, [[3, 4, 5]])).last_hidden_state)
+
+
 @torch.no_grad()
 def test_trace(family):
     """Tokens of every tile, numbered row by row as the tile has them."""
