@@ -280,7 +280,7 @@ def test_what_is_inside_by_itself(family):
     model, inputs = family.model(), given(family, prompts(family)["one image"])
     for policy in policies_of(family).values():
         with fk.patched(model, policy):
-            with pytest.raises((ValueError, RuntimeError), match=r"not its \.model|do not match|elements of source"):
+            with pytest.raises((ValueError, RuntimeError), match=r"not its \.model|not match|source|divisible"):
                 model.model(**inputs)
             text = model.model(**given(family, [[3, 4, 5]]))
             model(**inputs)
