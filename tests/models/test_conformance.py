@@ -278,9 +278,10 @@ def test_precision(family, dtype, attention):
 def test_what_is_inside_by_itself(family):
     """Without the model that reads prompts: refused where images come, rather than answered from what is left."""
     model, inputs = family.model(), given(family, prompts(family)["one image"])
+    words = r"not its \.model|tokens do not match|elements of source|not divisible|out of bounds"  # by versions
     for policy in policies_of(family).values():
         with fk.patched(model, policy):
-            with pytest.raises((ValueError, RuntimeError), match=r"not its \.model|not match|source|divisible"):
+            with pytest.raises((ValueError, RuntimeError, IndexError), match=words):
                 model.model(**inputs)
             text = model.model(**given(family, [[3, 4, 5]]))
             model(**inputs)
