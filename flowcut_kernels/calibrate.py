@@ -19,9 +19,9 @@ def calibrate(
 ) -> FlowCut:
     """The same policy with the mean schedule of sample images.
 
-    A model patched with the result has static shapes and reads nothing back, but where an encoder has windows
-    (Qwen2.5-VL): it can be captured as a CUDA graph and compiled as one graph. Which tokens go is still decided by
-    every image; only how many is fixed.
+    An encoder patched with the result has static shapes and reads nothing back (of Qwen-VL: docs/static_shapes.md):
+    it can be captured as a CUDA graph and compiled as one graph. Which tokens go is still decided by every image; only
+    how many is fixed.
 
     Args:
         model: an unpatched instance of one of :func:`supported_models`.

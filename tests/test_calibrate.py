@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import flowcut_kernels as fk
+from flowcut_kernels.policies import recycling
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -133,6 +134,16 @@ def test_bad_input(policy, inputs, error, message):
     with pytest.raises(error, match=message):
         fk.calibrate(tower, policy, inputs)
     assert "_flowcut_patch" not in vars(tower)
+
+
+def test_constants_of_a_captured_graph_are_kept(monkeypatch):
+    """It reads them where they are, when others have long pushed them out of the cache."""
+    monkeypatch.setattr(recycling, "_constant", lambda *key: torch.tensor(key[0]))
+    monkeypatch.setattr(recycling, "_captured", [])
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        made = recycling.constant((1, 2), torch.device("cuda", 0))
+        assert [x is made for x in recycling._captured] == [True] * capturing
 
 
 @GPU

@@ -6,8 +6,9 @@ and statistics are over all its rows, also at layers whose attention stays withi
 
 As in encoder.py a layer that prunes computes attention output, projection and MLP for the kept rows alone; their
 queries attend to all rows. Queries of dropped rows are projected, as the mean query after RoPE is made of all of them.
-Layers that score nothing run the stock block on what is left. The mergers work on that too, but what they put out has
-every place again, zeros where tokens were dropped: the rest of the model sees the shapes it expects.
+Layers that score nothing compute what the stock block does, on what is left: its lengths are known to the host, whom
+the stock block keeps waiting for them. The mergers work on that too, but what they put out has every place again, zeros
+where tokens were dropped: the rest of the model sees the shapes it expects.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -35,6 +35,17 @@ from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._signature import signature_of
 from .encoder import PrunedEncoder, has_native_attention
+
+
+class cached_property:
+    """That of functools without its lock (before Python 3.12), which torch.compile does not trace."""
+
+    def __init__(self, make: Callable) -> None:
+        self.make = make
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        value = vars(owner)[self.make.__name__] = self.make(owner)
+        return value
 
 
 @dataclass(frozen=True)
@@ -283,7 +294,8 @@ class PackedState:
         """
         rows, index, lengths, window = self.rows, choice.index, choice.lengths, self.rows.window
         if index is None or window is None:
-            if lengths.device.type != "cpu" and (step.static or index is None):  # a frame's are known
+            on_host = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+            if not on_host and (step.static or index is None):  # a frame's are known
                 return tuple(self.block * budget for budget in budgets), window
             counts = lengths.tolist()
         else:
@@ -393,16 +405,7 @@ class PackedBlock:
         packing: PackedState | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        made = None
-        if packing is not None:
-            rows, made = packing.enter(self.number), packing.step(self.number)
-            if rows.rotary is not None:
-                position_embeddings = rows.rotary
-                if made is None:
-                    lengths = [n for n in self._pieces(rows) if n]
-                    cu_seqlens = constant(tuple(accumulate(lengths, initial=0)), hidden_states.device, torch.int32)
-                    max_seqlen = max(lengths)
-        if packing is None or made is None:
+        if packing is None:
             return type(self.block).forward(
                 self.block,
                 hidden_states,
@@ -411,8 +414,8 @@ class PackedBlock:
                 max_seqlen=max_seqlen,
                 **kwargs,
             )
-        parts = self.parts_of(self.block)
-        hidden_states = self._attention_half(parts, hidden_states, position_embeddings, packing, made, **kwargs)
+        parts, rotary = self.parts_of(self.block), packing.enter(self.number).rotary or position_embeddings
+        hidden_states = self._attention_half(parts, hidden_states, rotary, packing, **kwargs)
         return hidden_states + parts.mlp(parts.norm2(hidden_states))
 
     def _pieces(self, rows: Rows) -> Sequence[int]:
@@ -425,7 +428,6 @@ class PackedBlock:
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
         state: PackedState,
-        made: Any,
         **kwargs: Any,
     ) -> Tensor:
         """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
@@ -433,9 +435,10 @@ class PackedBlock:
         heads = module.qkv(parts.norm1(hidden_states)).unflatten(-1, (3, module.num_heads, -1))
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *rotary)
-        keys = self._pieces(state.rows)
-        hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made)
-        stock = state.rows.number is None  # nothing is pruned: the very sums of the stock block
+        keys, made = self._pieces(state.rows), state.step(self.number)
+        if made is not None:
+            hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made)
+        stock = made is None or state.rows.number is None  # nothing is pruned: the very sums of the stock block
         mixed = _attend(
             parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.encoder.backend,
             **kwargs,
@@ -525,7 +528,7 @@ class PackedEncoder:
         kernel = self.encoder.patch_embed.proj
         return (kernel.in_channels, *kernel.kernel_size)
 
-    def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, grid_thw: Tensor | list[list[int]], **kwargs: Any) -> Any:
         if kwargs.get("output_attentions") or getattr(self.encoder.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True was asked of a patched vision encoder, whose pruning layers form no attention "
@@ -543,10 +546,23 @@ class PackedEncoder:
         self.importance = state.importance if self.policy.prunes_features else None
         return output
 
-    def started(self, grid_thw: Tensor, device: torch.device, kwargs: dict[str, Any]) -> PackedState:
+    def started(self, grid_thw: Tensor | list[list[int]], device: torch.device, kwargs: dict[str, Any]) -> PackedState:
         """The state of a pass over images or videos of (frames, rows, columns) of patches; `kwargs` of the stock
-        forward are given what it would work out again."""
-        grids = grid_thw.tolist()
+        forward are given what it would work out again.
+
+        As a list the sizes are constants of a compiled graph, and `kwargs` has what the stock forward would work out
+        from a tensor; ValueError where that is missing.
+        """
+        if isinstance(grid_thw, list):
+            grids, needed = grid_thw, ["position_ids", "cu_seqlens"]
+            if hasattr(self.encoder, "interpolation_mode"):
+                needed += ["interp_indices", "interp_weights"]
+            if missing := [name for name in needed if kwargs.get(name) is None]:
+                raise ValueError(
+                    f"grid_thw is a list, which needs {', '.join(missing)} too: make them by transformers.vision_utils"
+                )
+        else:
+            grids = grid_thw.tolist()
         frames = Frame.of(grids, round(self.block**0.5), self.policy)
         rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device), self.block)
         checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)

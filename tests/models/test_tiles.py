@@ -20,7 +20,7 @@ from zoo import Image, Video, llava, llava_next, llava_onevision
 
 import flowcut_kernels as fk
 from flowcut_kernels.models._features import spread
-from flowcut_kernels.policies.recycling import constant
+from flowcut_kernels.policies.recycling import _constant, constant
 
 SIZES = [(56, 56), (40, 110), (110, 40), (100, 60), (112, 112), (30, 31), (57, 200), (300, 250), (4, 900), (500, 4)]
 MAKERS = {"next": llava_next, "onevision": llava_onevision}
@@ -94,7 +94,7 @@ def test_counts(aspect):
 def test_tiles_without_a_share():
     """Which tiles get nothing is no constant that numbers like them could have left behind."""
     inputs = llava_next.FAMILY.prompt([[3, Image(40, 110), 5]])
-    constant.cache_clear()
+    _constant.cache_clear()
     constant((0, 0, 1), torch.device("cpu"))
     with fk.patched(llava_next.model(), fk.FlowCut(2)) as model:
         (features,) = features_of(model, inputs)
