@@ -208,8 +208,9 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             relevance=Relevance.COSINE if anchored else Relevance.NONE,
             value_norm=ValueNorm.FULL if anchored else ValueNorm.NONE, arch=arch,
         )  # fmt: skip
-    for dim, dtype, batch, tokens, heads_per_key, ragged in (
+    for dim, dtype, batch, tokens, heads_per_key, ragged, *given in (
         (64, bf16, 1, 577, 1, False), (72, bf16, 10, 729, 1, True), (80, bf16, 1, 16384, 1, False),
+        (72, bf16, 10, 729, 1, False, "lse"),
         (88, half, 8, 577, 1, False), (96, bf16, 8, 577, 1, False), (128, bf16, 8, 4096, 4, True),
         (64, single, 8, 577, 1, False), (128, single, 8, 577, 1, True),
     ):  # fmt: skip
@@ -219,8 +220,9 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
             for n in (heads, heads // heads_per_key)
         )
         lengths = torch.empty(batch, dtype=torch.int32, device="meta") if ragged else None
-        name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}" + " ragged" * ragged
-        for launch in prepare_received(query, key, None, lengths, scale=dim**-0.5, arch=arch):
+        lse = torch.empty(batch, heads, tokens, device="meta") if given else None
+        name = " ".join([f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]}", *["ragged"] * ragged, *given])
+        for launch in prepare_received(query, key, lse, lengths, scale=dim**-0.5, arch=arch):
             yield name, launch
     for tokens, mode, powers, *group in (
         (577, Select.ADAPTIVE_BATCH, False), (2305, Select.FIXED, False), (16384, Select.ADAPTIVE, False),
