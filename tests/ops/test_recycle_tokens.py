@@ -174,6 +174,7 @@ def test_compiles_without_graph_break_or_recompile():
         (dict(cell=torch.tensor([0, -2, 0, 0, 0])), r"cell has values -2..0, which must lie in -1..2"),
         (dict(cell=torch.tensor([0, 3, 0, 0, 0])), r"cell has values 0..3, which must lie in -1..2"),
         (dict(cells=-1), "cells=-1"),
+        (dict(cells=3.0), "cells=3.0 must be a whole number"),
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
 )
@@ -224,7 +225,14 @@ def test_cells_made_in_inference_mode_serve_autograd():
 
 @pytest.mark.parametrize(
     ("grids", "cell", "message"),
-    [([(2, 2)], 0.5, "cell=0.5"), ([(2, 2)], math.nan, "cell=nan"), ([(2, -2)], 2.0, "none of them negative")],
+    [
+        ([(2, 2)], 0.5, "cell=0.5"),
+        ([(2, 2)], math.nan, "cell=nan"),
+        ([(2, 2)], "2", "cell='2'"),
+        ([(2, -2)], 2.0, "none of them negative"),
+        ([(2, 2.5)], 2.0, "in whole tokens"),
+        ([2, 2], 2.0, r"grids=\[2, 2\] must be \(rows, columns\)"),
+    ],
 )
 def test_grid_cells_bad_input(grids, cell, message):
     with pytest.raises(ValueError, match=message):

@@ -61,13 +61,17 @@ def _check(pixels, patch_size, mean, std) -> None:
     whole = pixels.dtype == torch.uint8
     if not whole and pixels.dtype not in (*NATIVE_DTYPES, torch.float64):
         raise ValueError(f"patch_entropy: pixels must be uint8 or floating point, got {pixels.dtype}")
-    if patch_size < 1:
-        raise ValueError(f"patch_entropy: patch_size={patch_size} must be at least 1")
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"patch_entropy: patch_size={patch_size!r} must be a whole number of pixels, at least 1")
     for name, x in (("mean", mean), ("std", std)):
         if x is not None and whole:
             raise ValueError(f"patch_entropy: {name} is given but pixels are uint8, which nothing normalised; drop it")
-        if x is not None and len(x) != pixels.shape[1]:
-            raise ValueError(f"patch_entropy: {name} has {len(x)} values but pixels have {pixels.shape[1]} channels")
+        if x is not None and (not hasattr(x, "__len__") or len(x) != pixels.shape[1]):
+            raise ValueError(
+                f"patch_entropy: {name}={x!r} must be {pixels.shape[1]} numbers, one for each channel of pixels"
+            )
+    if std is not None and not all(x > 0 for x in std):
+        raise ValueError(f"patch_entropy: std={std!r} must be positive")
 
 
 def _triton(*arguments, **options):

@@ -56,8 +56,8 @@ def _check(tokens, importance, cell, cells) -> None:
                 f"recycle_tokens: {name} must be {dtype} [{tokens.shape[0]}] on {tokens.device}, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-    if cells < 0:
-        raise ValueError(f"recycle_tokens: cells={cells} must not be negative")
+    if not isinstance(cells, int) or cells < 0:
+        raise ValueError(f"recycle_tokens: cells={cells!r} must be a whole number, not negative")
     if cell.device.type == "cpu" and not torch.compiler.is_compiling() and len(cell):
         least, most = (x.item() for x in cell.aminmax())
         if least < -1 or most >= cells:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -27,12 +28,15 @@ def grid_cells(grids: Sequence[tuple[int, int]], cell: float, device: torch.devi
     Raises:
         ValueError: an edge below 1, or a negative number of rows or columns.
     """
-    if not cell >= 1:
-        raise ValueError(f"grid_cells: cell={cell} must be at least 1")
-    grids = tuple((int(rows), int(columns)) for rows, columns in grids)
-    if any(rows < 0 or columns < 0 for rows, columns in grids):
-        raise ValueError(f"grid_cells: grids={grids} must be (rows, columns), none of them negative")
-    return _cells(grids, float(cell), torch.device(device))
+    if not isinstance(cell, (int, float)) or not cell >= 1:
+        raise ValueError(f"grid_cells: cell={cell!r} must be a number of tokens, at least 1")
+    try:
+        sizes = tuple((index(rows), index(columns)) for rows, columns in grids)
+    except (TypeError, ValueError):
+        sizes = ((-1, -1),)
+    if any(rows < 0 or columns < 0 for rows, columns in sizes):
+        raise ValueError(f"grid_cells: grids={grids!r} must be (rows, columns) in whole tokens, none of them negative")
+    return _cells(sizes, float(cell), torch.device(device))
 
 
 @lru_cache(maxsize=16)
