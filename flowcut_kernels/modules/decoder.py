@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from .._ops import Relevance, ValueNorm, accumulate_dtype
 from ..ops import anchor_stats, gather_tokens
@@ -282,7 +283,7 @@ class DecoderState:
                 made = self._selected(given, new, columns)
             else:
                 made = columns >= 0 if given is None else self._padding(given, columns)
-                if queries is keys and self.decoder.model.config._attn_implementation.startswith("flash"):
+                if queries is keys and is_flash_attention_requested(self.decoder.model.config):
                     # Causal by itself. A mask shorter than a static cache's keys says how many of them count.
                     made = made[:, : self.length + self.seen - (0 if held is None else held.dropped)]
                 else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+import transformers
 from test_llava import IMG, inputs_for
 from tiny import IMAGE
 from torch import Tensor
@@ -31,6 +32,7 @@ from transformers import (
     Qwen3Config,
     StaticCache,
 )
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import flowcut_kernels as fk
@@ -391,28 +393,81 @@ def test_second_turn_with_another_image(positions, cache, form):
     check_steps(oracle, [(embeds, images)], new, tuple(logits))
 
 
-def flash_stub(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """What flash attention takes: padding as [B, keys] or nothing; causality is aligned to the last key."""
-    queries, keys = query.shape[2], key.shape[2]
-    allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    if attention_mask is not None:
-        assert attention_mask.shape == (len(key), keys)
-        allowed = allowed & attention_mask[:, None, None].bool()
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed, scale=scaling)
-    return out.transpose(1, 2), None
+def flash(query, key, value, causal=False, softmax_scale=None, **_):
+    """flash_attn_func [B, N, H, d]: causality is aligned to the last key, and a query without keys gets zeros."""
+    queries, keys = query.shape[1], key.shape[1]
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries if causal else keys)
+    group = query.shape[2] // key.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, *(x.repeat_interleave(group, 2) for x in (key, value))))
+    weights = (query @ key.mT * softmax_scale).masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights.nan_to_num(0) @ value).transpose(1, 2)
+
+
+def flash_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=0, max_seqlen_k=0, causal=False, softmax_scale=None, dropout_p=0.0
+):
+    """flash_attn_varlen_func [tokens, H, d]; transformers looks at its signature for what it takes."""
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:])
+    pieces = [(q[None, a:b], k[None, c:d], v[None, c:d]) for a, b, c, d in ends]
+    return torch.cat([flash(*piece, causal, softmax_scale)[0] for piece in pieces])
+
+
+@pytest.fixture(params=["flash_attention_2", "kernels-community/flash-attn2"])
+def flash_model(request, monkeypatch):
+    """A model on FlashAttention as transformers calls it: all of its masking and unpadding, kernels in plain torch."""
+    utils = transformers.modeling_flash_attention_utils
+    own = flash, flash_varlen, None, utils._pad_input, utils._unpad_input
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: own)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, request.param, flash_attention_forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, request.param, flash_attention_mask)
+    model = model_of()
+    for config in (model.config.get_text_config(), model.config.vision_config):
+        monkeypatch.setattr(config, "_attn_implementation", request.param)
+    return model
 
 
 @pytest.mark.parametrize("compact_cache", [False, True])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @torch.no_grad()
-def test_masks_of_flash_attention(prompt, compact_cache, monkeypatch):
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stub", flash_stub)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_stub", flash_attention_mask)
-    model = model_of()
-    monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation", "flash_stub")
-    out, samples, oracle = generated(model, spread(), PROMPTS[prompt], compact_cache=compact_cache, **GREEDY)
+def test_flash_attention(flash_model, prompt, compact_cache):
+    out, samples, oracle = generated(flash_model, spread(), PROMPTS[prompt], compact_cache=compact_cache, **GREEDY)
     check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
+
+
+@pytest.mark.parametrize("compact_cache", [False, True])
+@torch.no_grad()
+def test_flash_attention_on_a_static_cache(flash_model, compact_cache):
+    """With padding: a prompt without any is read wrongly by transformers itself, which leaves out its mask."""
+    rows = PROMPTS["one, two or none"]
+    cache = StaticCache(config=flash_model.config.get_text_config(), max_cache_len=120)
+    out, samples, oracle = generated(
+        flash_model, spread(positions="renumber"), rows, compact_cache=compact_cache, past_key_values=cache,
+        disable_compile=True, **GREEDY,
+    )  # fmt: skip
+    check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_flash_attention_in_two_turns(flash_model, side):
+    """More queries than one, fewer than keys; and padding on either side of the first turn."""
+    rows, policy, cache = PROMPTS["one, two or none"], spread(), DynamicCache()
+    oracle = Oracle(flash_model, policy)
+    with Inside(flash_model) as inside, fk.patched(flash_model, policy):
+        first = given(rows, side)
+        out = flash_model(**first, past_key_values=cache)
+        if side == "left":
+            new = torch.tensor([[40, 41, 42]] * len(rows))
+            mask = torch.nn.functional.pad(first["attention_mask"], (0, 3), value=1)
+            again = flash_model(input_ids=new, past_key_values=cache, attention_mask=mask)
+    table = oracle.model.get_input_embeddings().weight
+    for b, (embeds, images) in enumerate(prompts_of(inside, rows, side)):
+        wanted = oracle(embeds, images)[0]
+        got = out.logits[b, -len(wanted) :] if side == "left" else out.logits[b, : len(wanted)]
+        assert_close(got, wanted, **oracle.close)
+        if side == "left":
+            assert_close(again.logits[b], oracle(torch.cat([embeds, table[new[b]]]), images)[0][-3:], **oracle.close)
 
 
 @torch.no_grad()
