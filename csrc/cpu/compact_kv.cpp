@@ -9,13 +9,31 @@ namespace {
 constexpr int64_t kGrain = 64 * 1024;  // bytes that are worth a thread
 constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
 
+template <int64_t kBytes>
+struct Fixed {
+  constexpr operator int64_t() const { return kBytes; }
+};
+
+// f(bytes), known to the compiler for the usual widths of a head: 64 and 128 numbers of two bytes or of four.
+template <class F>
+inline void with_width(int64_t bytes, const F& f) {
+  if (bytes == 128) return f(Fixed<128>());
+  if (bytes == 256) return f(Fixed<256>());
+  if (bytes == 512) return f(Fixed<512>());
+  f(bytes);
+}
+
 }  // namespace
 
 // Kept rows are too far apart for the processor to see a pattern (ahead.h). Large outputs go past the caches,
-// unless their pages are new: then that took 1.7 times as long. (2 cores, 32 layers, 3,000 -> 400 rows of 256
-// bytes: 5.5 ms plain, 4 with rows asked for ahead and stores past the caches, 3 where their pages are asked for
-// before.) In place a head is swept forward: row m comes from a row at or after m, so what it overwrites was
-// read before.
+// unless their pages are new: then that took 1.7 times as long. In place a head is swept forward: row m comes
+// from a row at or after m, so what it overwrites was read before.
+//
+// What limits is finding where rows lie: every second one is on a page of its own, and an instruction that asks
+// for a row waits for its page at the end of the processor's window. How many pages are looked up at a time is
+// how many rows fit into the window, so the loop over rows has few instructions: what to do with a row is
+// decided outside of it, its width is known, and nothing in it reads through `p`, whose fields any store to
+// `out` might have changed.
 void compact_kv(const CompactKV& p, ParallelFor run) {
   int64_t bytes = 1;
   for (int64_t i = 0; i < p.count; ++i) bytes = max(bytes, p.kept * p.tensors[i].row_bytes);
@@ -26,30 +44,40 @@ void compact_kv(const CompactKV& p, ParallelFor run) {
   parallel_for(run, p.count * heads, max(1, kGrain / bytes), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const CacheRows& x = p.tensors[i / heads];
-      const int64_t batch = i % heads / p.heads, head = i % p.heads;
+      const int64_t batch = i % heads / p.heads, head = i % p.heads, row_bytes = x.row_bytes;
       const char* data = x.data + batch * x.batch_stride + head * x.head_stride;
-      char* out = p.in_place ? (char*)data : x.out + i % heads * p.kept * x.row_bytes;
-      const int64_t step = p.in_place ? x.token_stride : x.row_bytes;
-      const bool turned = i / heads < p.turned;
-      for (int64_t m = 0; m < p.kept; ++m, out += step) {
-        const int64_t at = batch * p.kept + m, token = p.keep[at];
-        if (token < 0) {
-          if (!p.in_place) memset(out, 0, x.row_bytes);
-          continue;
+      char* out = p.in_place ? (char*)data : x.out + i % heads * p.kept * row_bytes;
+      const int64_t stride = x.token_stride, step = p.in_place ? stride : row_bytes;
+      const int64_t* keep = p.keep + batch * p.kept;
+      int64_t live = p.kept;
+      while (live > 0 && keep[live - 1] < 0) --live;
+      auto sweep = [&](auto width, auto move) {
+        for (int64_t m = 0; m < live; ++m) {
+          ask_ahead(m, live, width, [=](int64_t ahead) { return data + keep[m + ahead] * stride; });
+          move(m, data + keep[m] * stride, out + m * step);
         }
-        const char* row = data + token * x.token_stride;
-        ask_ahead(m, p.kept, x.row_bytes,
-                  [&](int64_t ahead) { return data + max(p.keep[at + ahead], 0) * x.token_stride; });
-        int64_t done = 0;
-        if (turned)
-          with_dtype(p.dtype, [&](auto type) {
-            using T = decltype(type);
-            turn_row((const T*)row, p.cos + at * p.half, p.sin + at * p.half, p.half, (T*)out);
-            done = 2 * p.half * sizeof(T);
+      };
+      if (i / heads < p.turned)
+        with_dtype(p.dtype, [&](auto type) {
+          using T = decltype(type);
+          sweep(row_bytes, [&, done = 2 * p.half * (int64_t)sizeof(T)](int64_t m, const char* row, char* to) {
+            const int64_t at = (batch * p.kept + m) * p.half;
+            turn_row((const T*)row, p.cos + at, p.sin + at, p.half, (T*)to);
+            if (row != to) memcpy(to + done, row + done, row_bytes - done);
           });
-        if (row != out) copy(out + done, row + done, x.row_bytes - done, streamed);
-      }
+        });
+      else
+        with_width(row_bytes, [&](auto width) {
+          if (streamed)
+            sweep(width, [=](int64_t, const char* row, char* to) { copy(to, row, width, true); });
+          else
+            sweep(width, [=](int64_t, const char* row, char* to) {
+              if (row != to) memcpy(to, row, width);
+            });
+        });
+      if (live < p.kept && !p.in_place) memset(out + live * step, 0, (p.kept - live) * row_bytes);
     }
+    if (streamed) publish_streamed();
   });
 }
 

@@ -5,8 +5,8 @@
 
 namespace flowcut::FLOWCUT_ISA {
 
-constexpr int64_t kRowsAhead = 6;    // whole rows
-constexpr int64_t kPagesAhead = 24;  // one line: finding where a page lies takes longer than fetching the row
+constexpr int64_t kRowsAhead = 16;   // whole rows
+constexpr int64_t kPagesAhead = 32;  // one line: finding where a page lies takes longer than fetching the row
 
 // Before row m of `count` is read: asks for a later one, row_at(ahead) being the address of row m + ahead. Always
 // inlined: GCC takes a function that does nothing but prefetch for one without effects, and drops its calls.
@@ -15,7 +15,8 @@ __attribute__((always_inline)) inline void ask_ahead(int64_t m, int64_t count, i
   if (m + kPagesAhead < count) __builtin_prefetch(row_at(kPagesAhead));
   if (m + kRowsAhead >= count) return;
   const char* row = row_at(kRowsAhead);
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+#pragma GCC unroll 8
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 0);
 }
 
 }  // namespace flowcut::FLOWCUT_ISA

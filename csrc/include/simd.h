@@ -41,8 +41,17 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// memcpy; `streamed` past the caches, which saves reading the lines that are about to be overwritten.
+// memcpy; `streamed` past the caches, which saves reading the lines that are about to be overwritten. In whole
+// lines where there are vectors of that size: halves of a line may leave for memory one by one.
 inline void copy(char* out, const char* in, int64_t bytes, [[maybe_unused]] bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed && (uintptr_t)out % 64 == 0 && bytes % 64 == 0) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm512_stream_si512((__m512i*)(out + i), _mm512_loadu_si512((const __m512i*)(in + i)));
+    return;
+  }
+#endif
 #if defined(__AVX2__)
   if (streamed && (uintptr_t)out % 32 == 0 && bytes % 32 == 0) {
     for (int64_t i = 0; i < bytes; i += 32)

@@ -407,23 +407,26 @@ def flash_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=0, max_seqlen_k=0, causal=False, softmax_scale=None, dropout_p=0.0
 ):
     """flash_attn_varlen_func [tokens, H, d]; transformers looks at its signature for what it takes."""
-    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:])
-    pieces = [(q[None, a:b], k[None, c:d], v[None, c:d]) for a, b, c, d in ends]
-    return torch.cat([flash(*piece, causal, softmax_scale)[0] for piece in pieces])
+    queries, keys, values = (
+        x.split(ends.diff().tolist()) for x, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+    )
+    pieces = zip(queries, keys, values, strict=True)
+    return torch.cat([flash(*(x[None] for x in piece), causal, softmax_scale)[0] for piece in pieces])
 
 
-@pytest.fixture(params=["flash_attention_2", "kernels-community/flash-attn2"])
+@pytest.fixture
 def flash_model(request, monkeypatch):
     """A model on FlashAttention as transformers calls it: all of its masking and unpadding, kernels in plain torch."""
+    name = getattr(request, "param", "flash_attention_2")
     utils = transformers.modeling_flash_attention_utils
     own = flash, flash_varlen, None, utils._pad_input, utils._unpad_input
     monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: own)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
-    monkeypatch.setitem(AttentionInterface._global_mapping, request.param, flash_attention_forward)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, request.param, flash_attention_mask)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_attention_forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, flash_attention_mask)
     model = model_of()
     for config in (model.config.get_text_config(), model.config.vision_config):
-        monkeypatch.setattr(config, "_attn_implementation", request.param)
+        monkeypatch.setattr(config, "_attn_implementation", name)
     return model
 
 
@@ -448,6 +451,7 @@ def test_flash_attention_on_a_static_cache(flash_model, compact_cache):
     check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
 
 
+@pytest.mark.parametrize("flash_model", ["flash_attention_2", "kernels-community/flash-attn2"], indirect=True)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_flash_attention_in_two_turns(flash_model, side):

@@ -111,9 +111,11 @@ void turn(float* row, const float* cos, const float* sin, int64_t half) {
   }
 }
 
-void check_compact_kv(bool in_place) {
-  const int64_t batch = draw(1, 3), heads = draw(1, 3), tokens = draw(0, 40), kept = draw(0, 45);
-  const int64_t dim = draw(1, 70), half = draw(0, 1) ? draw(0, dim / 2) : 0;
+// `width` floats in a row, and so many rows that the output goes past the caches; 0: few rows, of any width.
+void check_compact_kv(bool in_place, int64_t width = 0) {
+  const int64_t batch = draw(1, 3), heads = draw(1, 3), dim = width ? width : draw(1, 70);
+  const int64_t kept = width ? (9 << 20) / (2 * batch * heads * dim * 4) : draw(0, 45);
+  const int64_t tokens = width ? kept + draw(0, 40) : draw(0, 40), half = draw(0, 1) ? draw(0, dim / 2) : 0;
   std::vector<int64_t> keep;
   for (int64_t b = 0; b < batch; ++b)
     for (const int64_t row : draw_keep(tokens, kept)) keep.push_back(row);
@@ -437,5 +439,6 @@ int main() {
     check_recycle_tokens();
     if (round % 10 == 0) check_received_attention();
   }
+  for (const int64_t width : {31, 32, 48, 64, 128}) check_compact_kv(false, width);
   std::printf("%d rounds: all results as they should be\n", kRounds);
 }
