@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,23 @@ from torch import nn
 from ..modules._signature import signature_of
 
 Replacement = tuple[nn.Module, str, Callable]
+
+
+class Turns:
+    """One thread at a time: what is known of a prompt is kept beside the model. A copy of a model has turns of its
+    own."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
 
 
 class Bound:

@@ -19,7 +19,7 @@ from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
 from ..policies.recycling import constant, images_of, select_features
 from ..trace import Stage
-from ._bound import Bound, named
+from ._bound import Bound, Turns, named
 
 Grids = tuple[tuple[int, int], ...]  # rows and columns
 
@@ -202,18 +202,27 @@ class PrunedFeatures(Bound):
     """
 
     def __init__(
-        self, kind: Kind, policy: Policy, encoder: VisionEncoder, fixed: dict[str, Any], backend: str | None
+        self,
+        kind: Kind,
+        policy: Policy,
+        encoder: VisionEncoder,
+        fixed: dict[str, Any],
+        backend: str | None,
+        turns: Turns,
     ) -> None:
         super().__init__(kind.model)
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
-        self.fixed, self.backend = fixed, backend
+        self.fixed, self.backend, self.turns = fixed, backend, turns
         self.encoded: Encoded | None = None  # of the last call
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
         self.found: tuple[Tensor, list[Layout]] | None = None
         self.ahead: tuple[Tensor, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = named(self, args, kwargs)
+        with self.turns:
+            return self._features(named(self, args, kwargs))
+
+    def _features(self, arguments: dict[str, Any]) -> Any:
         if _PASS.get() is not None:
             return self.original(**arguments)
         for name, value in self.fixed.items():

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ..policies.recycling import constant
-from ._bound import Bound, named
+from ._bound import Bound, Turns, named
 from ._features import Encoded, PrunedFeatures, Visuals, heeding
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
@@ -78,6 +78,7 @@ class PromptShrinker:
     """Drops the placeholders that pruned features no longer fill."""
 
     kinds: tuple[PrunedFeatures, ...]
+    turns: Turns
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -104,7 +105,7 @@ class PromptShrinker:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While a prompt is at hand; what was found out, or made, for it is then forgotten."""
-        with heeding():
+        with self.turns, heeding():
             try:
                 yield
             finally:

@@ -8,7 +8,7 @@ from typing import Any
 from ..modules.encoder import PrunedEncoder
 from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
-from ._bound import Bound, Replacement, named
+from ._bound import Bound, Replacement, Turns, named
 from ._features import HEEDED, Kind, PrunedFeatures, ScatteredProjector
 from ._prompt import PromptShrinker, PrunedForward, PrunedGenerate
 from .clip import replace_tower
@@ -36,8 +36,9 @@ def vlm_replacements(
         fixed: settings that must not change after patching.
         first_position: of a prompt's first token, in the positions that ``forward`` takes.
     """
-    features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend) for kind in kinds)
-    shrinker = PromptShrinker(features)
+    turns = Turns()
+    features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend, turns) for kind in kinds)
+    shrinker = PromptShrinker(features, turns)
     decoder, layers = decoder_replacements(
         model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
         entrance=not all(each.kind.shrinks for each in features),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -286,6 +289,23 @@ def test_what_is_inside_by_itself(family):
             text = model.model(**given(family, [[3, 4, 5]]))
             model(**inputs)
         assert torch.equal(text.last_hidden_state, model.model(**given(family, [[3, 4, 5]])).last_hidden_state)
+
+
+@torch.no_grad()
+def test_threads(family, request):
+    """That call one model at once get what each gets alone."""
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-5)
+    model, rows = family.model(dtype=torch.float64), prompts(family)["sizes in a batch"]
+    inputs = [given(family, [row], dtype=torch.float64) for row in rows] * 3
+
+    @torch.no_grad()
+    def answer(x: dict[str, Any]) -> torch.Tensor:
+        return model.generate(**x, **GREEDY | dict(output_logits=False)).sequences
+
+    with fk.patched(model, first_policy(family)), ThreadPoolExecutor(len(inputs)) as threads:
+        want = [answer(x) for x in inputs[: len(rows)]] * 3
+        assert all(map(torch.equal, threads.map(answer, inputs), want))
 
 
 @torch.no_grad()
