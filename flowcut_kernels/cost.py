@@ -379,7 +379,8 @@ class _Vision:
             if step.prunes:
                 adapts |= _adapts(step)
                 ends = ends or [step.budget] * len(live)
-                state.left = live = _kept(policy, step, ends, live, entropy)
+                live = _kept(policy, step, ends, live, entropy)
+                state.leave(live)
                 cuts[layer] = protect + state.block * max(live)
             if step.merges:
                 merging.add(layer)

@@ -152,6 +152,10 @@ def prefill(
     toy: Annotated[
         bool, typer.Option("--toy", help="With --model or --family: the same structure at a toy's size.")
     ] = False,
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="With --family: CPU time alone, as a share of the least that a prefill takes."),
+    ] = False,
     json: Json = None,
     csv: Csv = None,
 ) -> None:
@@ -166,11 +170,15 @@ def prefill(
         if unknown or model is not None:
             wrong = f"{unknown[0]!r} is unknown" if unknown else "does not go with --model"
             raise typer.BadParameter(f"--family {wrong}: use all or {', '.join(families.FAMILIES)}")
-        asked = dict(
-            families=names, size="toy" if toy else "real", dtype=single(dtype), repeats=repeats, backend=backend
-        )
+        asked = dict(families=names, backend=backend)
+        if host:
+            section("prefill", families.measure_host, asked, threads, device, json, csv)
+            return
+        asked |= dict(size="toy" if toy else "real", dtype=single(dtype), repeats=repeats)
         section("prefill", families.measure, asked, threads, device, json, csv)
         return
+    if host:
+        raise typer.BadParameter("--host counts by family: give --family too")
     if model in REAL:
         shape = real(model, toy)
     elif model is None:

@@ -38,6 +38,7 @@ KINDS = {
         ("first_seconds", "python_seconds", "adapter_seconds"),
         {"first_seconds": "speedup"},
     ),
+    "host": Kind(("family", "prompt"), ("python_seconds", "adapter_seconds")),
     "policies": Kind(
         ("model", "policy", "dtype", "batch", "tokens"),
         ("encoder_seconds", "first_seconds", "decode_seconds", "choosing", "kv_bytes", "peak_bytes"),

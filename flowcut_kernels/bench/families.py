@@ -2,6 +2,9 @@
 
 A family's real size is that of a published model. A thin model has all its layers, but hardly any width, so that its
 forward pass costs little but the Python around the layers; a toy is thin and shallow.
+
+How long the stock model's prefill takes at real size is known from below without a GPU: the host has to run the Python
+of all layers, which a thin model's pass shows, and the device has to do the matrix products, which `fk.cost` counts.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..cost import Matrices, cost
+from ..integrations.serving import retained_count
 from ..models import patched, trace
 from ..policies import FlowCut, UniformTokens
 from .report import Section
 from .shapes import NoInit, twin
-from .timing import Clock, interleave
+from .timing import Clock, Run, interleave, synchronise
 
 Tick = Callable[..., object]
 Arguments = dict[str, Any]
@@ -32,7 +37,8 @@ Settings = dict[str, Any]
 
 TEXT = 32  # words after the picture
 SHARE = 0.11  # of the visual tokens that stay
-CALLS = 10  # forward passes whose CPU time is compared, in turns
+CALLS = 15  # forward passes whose CPU time is compared, in turns
+PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Family:
     narrow_vision: Settings = field(default_factory=dict)  # instead of NARROW
     narrow: Settings = field(default_factory=dict)  # of the settings
     narrow_text: Settings = field(default_factory=dict)
+    largest: Callable[[Any], Arguments] | None = None  # as `shown`, of what fills the model; None: that does
 
     def config(self, size: str) -> Any:
         """The configuration; `size` is "real", "thin" or "toy"."""
@@ -65,30 +72,39 @@ class Family:
         )
 
     def build(self, size: str, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """The model with random weights, made on `device`."""
+        """The model with random weights, made on `device`; on the meta device without any."""
         kind = getattr(transformers, f"{self.model}ForConditionalGeneration")
         with NoInit(), torch.device(device):
             model = kind._from_config(self.config(size), dtype=dtype).eval()
-        generator = torch.Generator(device).manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    bound = math.sqrt(3 / parameter[0].numel())
-                    parameter.uniform_(-bound, bound, generator=generator)
+        if model.device.type != "meta":
+            generator = torch.Generator(device).manual_seed(1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        bound = math.sqrt(3 / parameter[0].numel())
+                        parameter.uniform_(-bound, bound, generator=generator)
         return model.requires_grad_(False)
 
 
 def prompt(model: Any, shown: Arguments) -> Arguments:
-    """What the processor would hand to `model`: the picture or video, its placeholders and TEXT words."""
-    config, device = model.config, model.device
+    """What the processor would hand to `model`: the picture or video, its placeholders and TEXT words.
+
+    For a model on the meta device, of which only `cost` asks anything, it is on the CPU.
+    """
+    config, device = model.config, torch.device("cpu" if model.device.type == "meta" else model.device)
     shown = {
         name: value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
         for name, value in shown.items()
     }
     video = "pixel_values_videos" in shown
-    with torch.inference_mode():
-        features = (model.model.get_video_features if video else model.model.get_image_features)(**shown).pooler_output
-    tokens = sum(len(rows) for rows in features) if not isinstance(features, Tensor) else features[..., 0].numel()
+    pixels = shown["pixel_values_videos" if video else "pixel_values"]
+    sizes = next((value for name, value in shown.items() if name in ("image_sizes", "image_grid_thw")), None)
+    tokens = sum(
+        retained_count(
+            config, UniformTokens(retain_ratio=1.0), sizes, modality="video" if video else "image",
+            pixel_shape=pixels.shape,
+        )
+    )  # fmt: skip
     token_id = config.video_token_id if video else config.image_token_id
     text = 1 + torch.arange(TEXT, device=device)
     ids = torch.cat([text[:1], torch.full((tokens,), token_id, device=device), text])[None]
@@ -96,7 +112,8 @@ def prompt(model: Any, shown: Arguments) -> Arguments:
     # Families differ in who says which tokens are visual; each forward takes one of the two at most.
     named = {"mm_token_type_ids": kinds * (1 + video), "token_type_ids": kinds}
     takes = inspect.signature(type(model).forward).parameters
-    return shown | dict(input_ids=ids) | {name: value for name, value in named.items() if name in takes}
+    named = {name: value for name, value in named.items() if name in takes}
+    return shown | named | dict(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def square(config: Any) -> Arguments:
@@ -104,33 +121,38 @@ def square(config: Any) -> Arguments:
     return dict(pixel_values=_noise(1, 3, *_size(config)))
 
 
-def anyres(config: Any) -> Arguments:
-    """A picture of two by two tiles, and its base view."""
-    height, width = _size(config)
-    return dict(pixel_values=_noise(1, 5, 3, height, width), image_sizes=torch.tensor([[2 * height, 2 * width]]))
+def anyres(side: int) -> Callable[[Any], Arguments]:
+    """A picture of side x side tiles, and its base view."""
+
+    def shown(config: Any) -> Arguments:
+        height, width = _size(config)
+        size = torch.tensor([[side * height, side * width]])
+        return dict(pixel_values=_noise(1, 1 + side**2, 3, height, width), image_sizes=size)
+
+    return shown
 
 
-def tiles(config: Any) -> Arguments:
-    """A picture of two by two tiles, and its thumbnail, as images one after another."""
-    return dict(pixel_values=_noise(5, 3, *_size(config)))
+def tiles(count: int) -> Callable[[Any], Arguments]:
+    """A picture of so many tiles, its thumbnail among them, as images one after another."""
+    return lambda config: dict(pixel_values=_noise(count, 3, *_size(config)))
 
 
-def stacked_tiles(config: Any) -> Arguments:
+def stacked_tiles(count: int) -> Callable[[Any], Arguments]:
     """The same, by sample."""
-    return dict(pixel_values=_noise(1, 5, 3, *_size(config)))
+    return lambda config: dict(pixel_values=_noise(1, count, 3, *_size(config)))
 
 
-def frames(config: Any) -> Arguments:
-    """A video of eight frames."""
-    return dict(pixel_values_videos=_noise(1, 8, 3, *_size(config)))
+def frames(count: int) -> Callable[[Any], Arguments]:
+    """A video of so many frames."""
+    return lambda config: dict(pixel_values_videos=_noise(1, count, 3, *_size(config)))
 
 
 def packed(side: int) -> Callable[[Any], Arguments]:
-    """A picture of side x side patches; narrow models are shown an eighth of each side."""
+    """A picture of side x side patches; narrow models are shown eight by eight."""
 
     def shown(config: Any) -> Arguments:
         vision = config.vision_config
-        edge = side if vision.num_heads > NARROW["num_heads"] else side // 8
+        edge = side if vision.num_heads > NARROW["num_heads"] else 8
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return dict(pixel_values=_noise(edge * edge, values), image_grid_thw=torch.tensor([[1, edge, edge]]))
 
@@ -177,7 +199,7 @@ def _text(
 _VICUNA = _text("LlamaConfig", 4096, 11008, 32, 32, 32, 32064)
 _QWEN: tuple[int, int, int, int, int, int] = (3584, 18944, 28, 28, 4, 152064)
 _ANYRES = dict(image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])
-_NARROW_ANYRES = dict(image_grid_pinpoints=[[112, 112]])
+_NARROW_ANYRES = dict(image_grid_pinpoints=[[112, 112], [336, 336]])
 _MROPE: Settings = dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
 _NARROW_MROPE: Settings = dict(rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]))
 _QWEN_IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652)
@@ -203,22 +225,24 @@ FAMILIES: dict[str, Family] = {
         narrow=dict(image_token_index=90, vision_feature_layer=[-2, -5, 3]),
     ),
     "llava-next-7b": Family(
-        "LlavaNext", _clip(), _VICUNA, anyres, dict(image_token_index=32000, **_ANYRES),
+        "LlavaNext", _clip(), _VICUNA, anyres(2), dict(image_token_index=32000, **_ANYRES),
         narrow=dict(image_token_index=90, **_NARROW_ANYRES),
     ),
     "llava-onevision-7b": Family(
-        "LlavaOnevision", _siglip(layers=26, vision_use_head=False), _text("Qwen2Config", *_QWEN), anyres,
+        "LlavaOnevision", _siglip(layers=26, vision_use_head=False), _text("Qwen2Config", *_QWEN), anyres(2),
         dict(image_token_index=151646, video_token_index=151647, vision_feature_layer=-1,
              image_grid_pinpoints=[[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)]),
         narrow=dict(image_token_index=90, video_token_index=91, **_NARROW_ANYRES),
+        largest=anyres(6),
     ),
     "video-llava-7b": Family(
-        "VideoLlava", _clip(224), _VICUNA, frames, dict(image_token_index=32000, video_token_index=32001),
+        "VideoLlava", _clip(224), _VICUNA, frames(8), dict(image_token_index=32000, video_token_index=32001),
         narrow=dict(image_token_index=90, video_token_index=91),
     ),
     "llava-next-video-7b": Family(
-        "LlavaNextVideo", _clip(), _VICUNA, frames, dict(image_token_index=32001, video_token_index=32000, **_ANYRES),
+        "LlavaNextVideo", _clip(), _VICUNA, frames(8), dict(image_token_index=32001, video_token_index=32000, **_ANYRES),
         narrow=dict(image_token_index=90, video_token_index=91, **_NARROW_ANYRES),
+        largest=frames(24),
     ),
     "internvl3-8b": Family(
         "InternVL",
@@ -226,12 +250,14 @@ FAMILIES: dict[str, Family] = {
             hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24, image_size=448,
             patch_size=14, attention_bias=True,
         )),
-        _text("Qwen2Config", *_QWEN), tiles, dict(image_token_id=151667), narrow=dict(image_token_id=90),
+        _text("Qwen2Config", *_QWEN), tiles(5), dict(image_token_id=151667), narrow=dict(image_token_id=90),
+        largest=tiles(13),
     ),
     "qwen2-vl-7b": Family(
         "Qwen2VL", ("Qwen2VLVisionConfig", dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4)),
         _text("Qwen2VLTextConfig", *_QWEN, **_MROPE), packed(64), _QWEN_IDS, narrow=_NARROW_IDS,
         narrow_text=_NARROW_MROPE,
+        largest=packed(256),
     ),
     "qwen2.5-vl-7b": Family(
         "Qwen2_5_VL",
@@ -241,6 +267,7 @@ FAMILIES: dict[str, Family] = {
         )),
         _text("Qwen2_5_VLTextConfig", *_QWEN, **_MROPE), packed(64), _QWEN_IDS, narrow=_NARROW_IDS,
         narrow_text=_NARROW_MROPE,
+        largest=packed(256),
     ),
     "qwen3-vl-8b": Family(
         "Qwen3VL",
@@ -252,12 +279,14 @@ FAMILIES: dict[str, Family] = {
             rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20],
         )),
         packed(64), _QWEN_IDS, narrow=_NARROW_IDS, narrow_text=_NARROW_MROPE | dict(head_dim=16),
+        largest=packed(256),
     ),
     "gemma-3-4b": Family(
         "Gemma3", _siglip(size=896, vision_use_head=False),
-        _text("Gemma3TextConfig", 2560, 10240, 34, 8, 4, 262208, head_dim=256, sliding_window=1024), square,
+        _text("Gemma3TextConfig", 2560, 10240, 34, 8, 4, 262208, head_dim=256, sliding_window=1024), tiles(1),
         dict(image_token_index=262144, mm_tokens_per_image=256),
         narrow=dict(image_token_index=90, mm_tokens_per_image=4), narrow_text=dict(head_dim=16),
+        largest=tiles(5),
     ),
     "paligemma-3b": Family(
         "PaliGemma", _siglip(size=448, vision_use_head=False),
@@ -267,11 +296,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "idefics3-8b": Family(
         "Idefics3", _siglip("Idefics3VisionConfig", 364), _text("LlamaConfig", 4096, 14336, 32, 32, 8, 128260),
-        stacked_tiles, dict(image_token_id=128257, scale_factor=2), narrow=dict(image_token_id=90),
+        stacked_tiles(5), dict(image_token_id=128257, scale_factor=2), narrow=dict(image_token_id=90),
+        largest=stacked_tiles(17),
     ),
     "smolvlm2-2.2b": Family(
         "SmolVLM", _siglip("SmolVLMVisionConfig", 378), _text("LlamaConfig", 2048, 8192, 24, 32, 32, 49280),
-        stacked_tiles, dict(image_token_id=49190, scale_factor=3), narrow=dict(image_token_id=90, scale_factor=2),
+        stacked_tiles(5), dict(image_token_id=49190, scale_factor=3), narrow=dict(image_token_id=90, scale_factor=2),
+        largest=stacked_tiles(17),
     ),
 }  # fmt: skip
 
@@ -302,8 +333,9 @@ def measure(
         try:
             row |= first_token(FAMILIES[name], size, device, dtype, repeats, backend)
             if row["ok"]:
-                row |= overhead(FAMILIES[name], device, backend)
-                row["adapter_share"] = row["adapter_seconds"] / row["stock_first_seconds"]
+                row |= overhead(FAMILIES[name], FAMILIES[name].shown, device, backend)
+                if size == "real":  # of a toy's it would say nothing
+                    row["adapter_share"] = row["adapter_seconds"] / row["stock_first_seconds"]
         except Exception as error:  # one family's failure must not cost the others
             row |= dict(ok=False, refcheck=f"FAILED: {type(error).__name__}: {error}")
         failed += [] if row["ok"] else [f"{name}: {row['refcheck']}"]
@@ -320,7 +352,7 @@ def measure(
             "host: CPU time of a patched forward pass of a thin model (all layers, width 64) beyond the stock one's, "
             "were its language model given as many tokens. "
             "adapter: one cut without scoring (UniformTokens), what prompts, features and caches take; all: FlowCut, "
-            "its operators on the CPU included. Of stock: the adapter's share of the stock first token at this size",
+            "its operators on the CPU included. Of stock: the adapter's share of the stock first token",
         ],
         failed=failed,
     )
@@ -354,15 +386,28 @@ def first_token(
     )  # fmt: skip
 
 
+class _HostClock(Clock):
+    """CPU time of this process, whatever the device still has to do."""
+
+    def _span(self, run: Run, calls: int) -> float:
+        synchronise(self.device)
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        return time.process_time() - start
+
+
 @torch.inference_mode()
-def overhead(family: Family, device: torch.device, backend: str | None) -> dict[str, float]:
-    """CPU seconds of this process that a patched forward pass of the thin model takes beyond the stock one's.
+def overhead(
+    family: Family, shown: Callable[[Any], Arguments], device: torch.device, backend: str | None
+) -> dict[str, float]:
+    """CPU seconds of this process: the thin stock model's forward pass, and what a patched one takes beyond it.
 
     A shorter prompt is less work even for a thin model. What that saves is measured by itself and not set against what
     the adapter takes.
     """
     stock = family.build("thin", device, torch.float32)
-    inputs = prompt(stock, family.shown(stock.config)) | dict(use_cache=True, logits_to_keep=1)
+    inputs = prompt(stock, shown(stock.config)) | dict(use_cache=True, logits_to_keep=1)
     policies = dict(adapter_seconds=UniformTokens(retain_ratio=SHARE), python_seconds=FlowCut(retain_ratio=SHARE))
     models = {name: twin(stock) for name in policies}
     runs: dict[str, Callable[[], Any]] = {
@@ -375,18 +420,75 @@ def overhead(family: Family, device: torch.device, backend: str | None) -> dict[
         for name, length in (("long", inputs["input_ids"].shape[1]), ("short", rows)):
             embeds = torch.zeros(1, length, decoder.config.hidden_size, device=device)
             runs[name] = partial(decoder, inputs_embeds=embeds, use_cache=True)
-        spent: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(CALLS + 1):
-            for name, run in runs.items():
-                start = time.process_time()
-                run()
-                spent[name].append(time.process_time() - start)
-    found = {}
+        spent = interleave(runs, repeats=CALLS, clock=_HostClock(device), least=0)
+    whole, long, short = (spent[name].values for name in ("stock", "long", "short"))
+    found = dict(stock_host_seconds=spent["stock"].median)
     for name in models:
-        turns = zip(*(spent[x] for x in (name, "stock", "long", "short")), strict=True)
-        beyond = [ours - whole + long - short for ours, whole, long, short in turns]
-        found[name] = median(beyond[1:])  # without the first, which warms up
+        found[name] = median(a - b + c - d for a, b, c, d in zip(spent[name].values, whole, long, short, strict=True))
     return found
+
+
+def products(family: Family, shown: Callable[[Any], Arguments]) -> dict[str, int]:
+    """Visual tokens of the stock model's prefill at real size, and the FLOPs of its matrix products."""
+    model = family.build("real", "meta", torch.bfloat16)
+    inputs = prompt(model, shown(model.config))
+    flops = cost(model, UniformTokens(retain_ratio=SHARE), inputs).full.flops
+    columns = inputs["input_ids"].shape[1]  # a causal kernel does half of what counts as attention there
+    flops -= 2 * columns**2 * sum(Matrices.of(layer).width for layer in model.get_decoder().layers)
+    return dict(stock_tokens=int(_is_visual(model.config, inputs).sum()), flops=flops)
+
+
+def measure_host(
+    *,
+    device: torch.device | str = "cpu",
+    families: tuple[str, ...] = tuple(FAMILIES),
+    backend: str | None = None,
+    command: str = "flowcut-bench prefill --family all --host",
+    tick: Tick = lambda label, share=None: None,
+) -> Section:
+    """What patching costs in CPU time, as a share of the least that the stock model's prefill takes at real size."""
+    device = torch.device(device)
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(families):
+        tick(name, number / len(families))
+        family, checked = FAMILIES[name], thin_check(FAMILIES[name], device, backend)
+        for size, shown in (("usual", family.shown), ("largest", family.largest)):
+            if shown is None:
+                continue
+            row: dict[str, Any] = dict(family=name, prompt=size, ok=checked == "ok", refcheck=checked)
+            if row["ok"]:
+                row |= overhead(family, shown, device, backend) | products(family, shown)
+                row["least_seconds"] = max(row["stock_host_seconds"], row["flops"] / PEAK)
+                row["adapter_share"] = row["adapter_seconds"] / row["least_seconds"]
+            rows.append(row)
+    return Section(
+        "host",
+        "Host time of a patched prefill, by family",
+        command,
+        rows,
+        facts=dict(share=SHARE, calls=CALLS, prompt_words=TEXT, peak=PEAK),
+        notes=[
+            f"CPU time of a forward pass of a thin model: all layers, width 64, small tiles; {TEXT} words behind one "
+            "picture or video, which has as many tiles or frames as at real size, the usual ones or the most",
+            "adapter, all: beyond the stock model's, were its language model given as many tokens. adapter: one cut "
+            "without scoring (UniformTokens), what prompts, features and caches take; all: FlowCut, its operators on "
+            "the CPU included",
+            "stock takes at least: at real size, the longer of the stock host time of the thin model and the matrix "
+            f"products (fk.cost, half of the attention where it is causal) at {PEAK / 1e12:.0f} TFLOP/s, the peak of "
+            "an H200",
+        ],
+        failed=[f"{row['family']}: {row['refcheck']}" for row in rows if not row["ok"]],
+    )
+
+
+@torch.inference_mode()
+def thin_check(family: Family, device: torch.device, backend: str | None) -> str:
+    """ "ok", or how a patched thin model that keeps all tokens differs from the stock one."""
+    stock = family.build("thin", device, torch.float32)
+    inputs = prompt(stock, family.shown(stock.config)) | dict(logits_to_keep=1)
+    with patched(ours := twin(stock), UniformTokens(retain_ratio=1.0), backend=backend):
+        same = torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+    return "ok" if same else "FAILED: keeping all tokens differs from the stock model"
 
 
 def _is_visual(config: Any, inputs: Arguments) -> Tensor:

@@ -206,6 +206,16 @@ TABLES: dict[str, list[Column]] = {
         Column("adapter", _time("adapter_seconds")),
         Column("of stock", _cell("adapter_share", "{:.1%}".format)),
     ],
+    "host": [
+        Column("family", _cell("family"), False),
+        Column("prompt", _cell("prompt"), False),
+        Column("tokens", lambda r: f"{r['stock_tokens']:,}" if r["ok"] else r["refcheck"]),
+        Column("stock", _time("stock_host_seconds")),
+        Column("all", _time("python_seconds")),
+        Column("adapter", _time("adapter_seconds")),
+        Column("stock takes at least", _time("least_seconds")),
+        Column("adapter : that", _cell("adapter_share", "{:.1%}".format)),
+    ],
     "prefill limits": [
         Column("type", precision, False),
         Column("B", _cell("batch")),

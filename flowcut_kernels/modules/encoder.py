@@ -105,16 +105,13 @@ class EncoderState:
 
     def __post_init__(self) -> None:
         self.kinds = sorted({*zip(self.tokens, self.budgets, strict=True)})  # of tiles
-
-    @property
-    def prunes(self) -> bool:
-        return any(budget < math.prod(self.grid) for budget in self.budgets)
+        self.prunes = any(budget < math.prod(self.grid) for budget in self.budgets)
+        self.done = False  # every tile is down to what is to be left of it
 
     def enter(self, layer: int) -> None:
-        """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
-        if self.entries is None:
-            return
-        travels = ("patches", "lengths", "mask", "history", "left", "void")
+        """With gradient checkpointing, called by every layer: they run again in the backward pass, the last first."""
+        assert self.entries is not None
+        travels = ("patches", "lengths", "mask", "history", "left", "done", "void")
         if layer in self.entries:
             for name, value in zip(travels, self.entries[layer], strict=True):
                 setattr(self, name, value)
@@ -127,12 +124,14 @@ class EncoderState:
 
         None once every tile is down to what is to be left of it.
         """
-        if self.left is not None and all(n <= budget for n, budget in zip(self.left, self.budgets, strict=True)):
+        if self.done:
             return None, None
+        if len(self.kinds) == 1:
+            return self.policy.encoder_step(layer, self.feature_layer, *self.kinds[0]), None
         steps = {kind: self.policy.encoder_step(layer, self.feature_layer, *kind) for kind in self.kinds}
         made = [step for step in steps.values() if step is not None]
         cuts = [step for step in made if step.prunes]
-        if not cuts or len(steps) == 1:
+        if not cuts:
             return (made[0] if made else None), None
         ends = {kind: kind[0] if step is None or not step.prunes else step.budget for kind, step in steps.items()}
         budgets = [ends[kind] for kind in zip(self.tokens, self.budgets, strict=True)]
@@ -185,12 +184,12 @@ class EncoderState:
         if step.static and not on_host:
             if choice.index is not None:
                 ends = budgets or [step.budget] * len(self.tokens)
-                self.left = [min(*pair) for pair in zip(self.left or self.tokens, ends, strict=True)]
+                self.leave([min(*pair) for pair in zip(self.left or self.tokens, ends, strict=True)])
         elif choice.index is not None or on_host:
             lengths = choice.lengths.tolist()
             raise_if_not_finite(lengths, f"encoder layer {layer}")
             if choice.index is not None:
-                self.left = [(n - self.protect) // self.block for n in lengths]
+                self.leave([(n - self.protect) // self.block for n in lengths])
                 choice.index = choice.index[:, : max(lengths)]
         if choice.index is not None:
             assert self.left is not None
@@ -199,6 +198,10 @@ class EncoderState:
             self._record(layer, view, choice)
         self.history = choice.score
         return choice
+
+    def leave(self, left: list[int]) -> None:
+        """So many tokens of each tile go on."""
+        self.left, self.done = left, all(n <= budget for n, budget in zip(left, self.budgets, strict=True))
 
     def _freeze(self, choice: Selection) -> None:
         """A tile that was cut to its budget keeps its score, however long the others of the batch take."""
@@ -278,7 +281,8 @@ class PrunedEncoderLayer:
         self.layer, self.parts_of, self.number = layer, parts_of, number
 
     def __call__(self, hidden_states: Tensor, *mask: Tensor | None, pruning: EncoderState, **kwargs: Any) -> Tensor:
-        pruning.enter(self.number)
+        if pruning.entries is not None:
+            pruning.enter(self.number)
         step, budgets = pruning.step(self.number)
         if step is not None and step.prunes:
             hidden_states = pruning.drop_void(hidden_states)
