@@ -240,7 +240,8 @@ FAMILIES: dict[str, Family] = {
         narrow=dict(image_token_index=90, video_token_index=91),
     ),
     "llava-next-video-7b": Family(
-        "LlavaNextVideo", _clip(), _VICUNA, frames(8), dict(image_token_index=32001, video_token_index=32000, **_ANYRES),
+        "LlavaNextVideo", _clip(), _VICUNA, frames(8),
+        dict(image_token_index=32001, video_token_index=32000, **_ANYRES),
         narrow=dict(image_token_index=90, video_token_index=91, **_NARROW_ANYRES),
         largest=frames(24),
     ),

@@ -736,7 +736,7 @@ class _Rows:
 
 
 def _heads(parts: DecoderParts, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-    x = x.unflatten(-1, (-1, parts.attention.head_dim))
+    x = torch.unflatten(x, -1, (-1, parts.attention.head_dim))
     return (x if norm is None else norm(x)).transpose(1, 2)
 
 

@@ -89,7 +89,7 @@ class EncoderState:
     feature_layer: int
     grid: tuple[int, int]  # of a tile's tokens
     protect: int
-    backend: str | None
+    backend: str
     tokens: list[int]  # of each tile
     budgets: list[int]  # of each tile, to end with
     block: int = 1  # patches of a token
@@ -351,7 +351,8 @@ class PrunedEncoderLayer:
 
 
 def _heads(parts: LayerParts, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, parts.attention.head_dim)).transpose(1, 2)
+    # torch's own function: the method of a tensor goes through Python first.
+    return torch.unflatten(x, -1, (-1, parts.attention.head_dim)).transpose(1, 2)
 
 
 def _anchor(
@@ -527,7 +528,7 @@ class PrunedEncoder:
             feature_layer=self.feature_layer,
             grid=grid,
             protect=self.protect,
-            backend=self.backend,
+            backend=resolve_backend(self.backend),  # once: the environment is slow to read
             tokens=tokens,
             budgets=[max(n, 1) for n in budgets],  # nothing attends to nothing
             block=side**2,

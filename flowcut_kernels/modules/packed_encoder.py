@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from .._library import resolve_backend
 from .._ops import accumulate_dtype
 from ..ops import attention, gather_tokens
 from ..ops.score_select import raise_if_not_finite
@@ -173,6 +174,7 @@ class PackedState:
     rows: Rows
     order: Tensor | None = None  # int64 [T] place of each token, in the encoder's order; None: as they come
     pixels: Pixels | None = None  # where the policy wants them
+    backend: str | None = None
     trace: Trace | None = None
     entries: dict[int, Rows] | None = None  # with gradient checkpointing: what each layer found on entry
 
@@ -246,7 +248,7 @@ class PackedState:
             history=before.history,
             grid=grids[0],
             pixels=None if self.pixels is None else self.pixels._replace(arrange=self._arranged),
-            backend=self.encoder.backend,
+            backend=self.backend,
             block=self.block,
             budgets=constant(tuple(budgets), device, torch.int32) if len(set(budgets)) > 1 else None,
             places=None if self.order is None and before.number is None else lambda: self._places(before),
@@ -269,9 +271,7 @@ class PackedState:
             travels = dict(number=before.number, history=None if score is None else segments.unpad(score))
             travels = {name: x for name, x in travels.items() if x is not None}
             given = [x[None] for x in (hidden, query.flatten(1), *rotary, *travels.values())]
-            hidden, flat, cos, sin, *rest = (
-                x[0] for x in gather_tokens(given, kept[None], backend=self.encoder.backend)
-            )
+            hidden, flat, cos, sin, *rest = (x[0] for x in gather_tokens(given, kept[None], backend=self.backend))
             query, found = flat.view(-1, *query.shape[1:]), dict(zip(travels, rest, strict=True))
             score = found.get("history")
             windows: tuple[int, ...] = ()
@@ -440,7 +440,7 @@ class PackedBlock:
             hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made)
         stock = made is None or state.rows.number is None  # nothing is pruned: the very sums of the stock block
         mixed = _attend(
-            parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.encoder.backend,
+            parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.backend,
             **kwargs,
         )  # fmt: skip
         return hidden_states + module.proj(mixed.flatten(1))
@@ -567,8 +567,9 @@ class PackedEncoder:
         rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device), self.block)
         checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)
         state = PackedState(
-            self, frames, rows, trace=Trace() if self.record else None, entries={} if checkpoints else None
-        )
+            self, frames, rows, backend=resolve_backend(self.backend), trace=Trace() if self.record else None,
+            entries={} if checkpoints else None,
+        )  # fmt: skip
         if self.windows is not None:
             order, ends = (x.cpu() for x in self.windows(self.encoder, torch.tensor(grids), kwargs))
             lengths = np.diff(ends.numpy())
