@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..cost import Matrices, cost
 from ..integrations.serving import retained_count
@@ -37,7 +38,7 @@ Settings = dict[str, Any]
 
 TEXT = 32  # words after the picture
 SHARE = 0.11  # of the visual tokens that stay
-CALLS = 15  # forward passes whose CPU time is compared, in turns
+CALLS = 25  # forward passes whose CPU time is compared, in turns
 PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
 
@@ -97,23 +98,24 @@ def prompt(model: Any, shown: Arguments) -> Arguments:
         for name, value in shown.items()
     }
     video = "pixel_values_videos" in shown
-    pixels = shown["pixel_values_videos" if video else "pixel_values"]
-    sizes = next((value for name, value in shown.items() if name in ("image_sizes", "image_grid_thw")), None)
-    tokens = sum(
-        retained_count(
-            config, UniformTokens(retain_ratio=1.0), sizes, modality="video" if video else "image",
-            pixel_shape=pixels.shape,
-        )
-    )  # fmt: skip
     token_id = config.video_token_id if video else config.image_token_id
     text = 1 + torch.arange(TEXT, device=device)
-    ids = torch.cat([text[:1], torch.full((tokens,), token_id, device=device), text])[None]
+    ids = torch.cat([text[:1], torch.full((sum(counts(config, shown)),), token_id, device=device), text])[None]
     kinds = (ids == token_id).int()
     # Families differ in who says which tokens are visual; each forward takes one of the two at most.
     named = {"mm_token_type_ids": kinds * (1 + video), "token_type_ids": kinds}
     takes = inspect.signature(type(model).forward).parameters
     named = {name: value for name, value in named.items() if name in takes}
     return shown | named | dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def counts(config: Any, shown: Arguments) -> list[int]:
+    """Tokens of each image or video as the stock model makes them."""
+    video = "pixel_values_videos" in shown
+    pixels = shown["pixel_values_videos" if video else "pixel_values"]
+    sizes = next((value for name, value in shown.items() if name in ("image_sizes", "image_grid_thw")), None)
+    everything, modality = UniformTokens(retain_ratio=1.0), "video" if video else "image"
+    return retained_count(config, everything, sizes, modality=modality, pixel_shape=pixels.shape)
 
 
 def square(config: Any) -> Arguments:
@@ -351,7 +353,7 @@ def measure(
             f"one picture or video and {TEXT} words; random weights; FlowCut(retain_ratio={SHARE})",
             "1st token: encoder, projector, prefill",
             "host: CPU time of a patched forward pass of a thin model (all layers, width 64) beyond the stock one's, "
-            "were its language model given as many tokens. "
+            "without the time in modules that are the same. "
             "adapter: one cut without scoring (UniformTokens), what prompts, features and caches take; all: FlowCut, "
             "its operators on the CPU included. Of stock: the adapter's share of the stock first token",
         ],
@@ -388,14 +390,33 @@ def first_token(
 
 
 class _HostClock(Clock):
-    """CPU time of this process, whatever the device still has to do."""
+    """CPU time of this process, whatever the device still has to do, without what calls of some modules take."""
+
+    def __init__(self, device: torch.device, without: Container[nn.Module] = ()) -> None:
+        super().__init__(device)
+        self.without = without
 
     def _span(self, run: Run, calls: int) -> float:
+        taken, entered = 0.0, []  # one of these modules may call another
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if module in self.without:
+                entered.append(time.process_time())
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            nonlocal taken
+            if module in self.without and (start := entered.pop()) and not entered:
+                taken += time.process_time() - start
+
         synchronise(self.device)
-        start = time.process_time()
-        for _ in range(calls):
-            run()
-        return time.process_time() - start
+        with ExitStack() as stack:
+            if self.without:  # hooks of all modules: a module's own would change what the package does
+                for hook in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave)):
+                    stack.callback(hook.remove)
+            start = time.process_time()
+            for _ in range(calls):
+                run()
+            return time.process_time() - start - taken
 
 
 @torch.inference_mode()
@@ -404,29 +425,26 @@ def overhead(
 ) -> dict[str, float]:
     """CPU seconds of this process: the thin stock model's forward pass, and what a patched one takes beyond it.
 
-    A shorter prompt is less work even for a thin model. What that saves is measured by itself and not set against what
-    the adapter takes.
+    Fewer tokens are less work even for a thin model, and must not be set against what the adapter takes. So the time in
+    modules that the patch leaves alone is left out, on both sides.
     """
     stock = family.build("thin", device, torch.float32)
-    inputs = prompt(stock, shown(stock.config)) | dict(use_cache=True, logits_to_keep=1)
+    inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
     policies = dict(adapter_seconds=UniformTokens(retain_ratio=SHARE), python_seconds=FlowCut(retain_ratio=SHARE))
-    models = {name: twin(stock) for name in policies}
-    runs: dict[str, Callable[[], Any]] = {
-        name: partial(model, **inputs) for name, model in (("stock", stock), *models.items())
-    }
+    models = dict(stock=stock) | {name: twin(stock) for name in policies}
+    runs: dict[str, Run] = {name: partial(model, **inputs) for name, model in models.items()}
     with ExitStack() as stack:
         for name, policy in policies.items():
             stack.enter_context(patched(models[name], policy, backend=backend))
-        decoder, rows = stock.get_decoder(), runs["adapter_seconds"]().past_key_values.layers[-1].keys.shape[2]
-        for name, length in (("long", inputs["input_ids"].shape[1]), ("short", rows)):
-            embeds = torch.zeros(1, length, decoder.config.hidden_size, device=device)
-            runs[name] = partial(decoder, inputs_embeds=embeds, use_cache=True)
-        spent = interleave(runs, repeats=CALLS, clock=_HostClock(device), least=0)
-    whole, long, short = (spent[name].values for name in ("stock", "long", "short"))
-    found = dict(stock_host_seconds=spent["stock"].median)
-    for name in models:
-        found[name] = median(a - b + c - d for a, b, c, d in zip(spent[name].values, whole, long, short, strict=True))
-    return found
+        ours = models["adapter_seconds"].named_modules()
+        same = [name for name, module in ours if not any("forward" in vars(part) for part in module.modules())]
+        alone = {model.get_submodule(name) for model in models.values() for name in same}
+        around = interleave(runs, repeats=CALLS, clock=_HostClock(device, alone), least=0)
+        host = interleave(dict(stock=runs["stock"]), repeats=CALLS, clock=_HostClock(device), least=0)["stock"]
+    rounds = {name: zip(around[name].values, around["stock"].values, strict=True) for name in policies}
+    return dict(stock_host_seconds=host.median) | {
+        name: median(ours - theirs for ours, theirs in pairs) for name, pairs in rounds.items()
+    }
 
 
 def products(family: Family, shown: Callable[[Any], Arguments]) -> dict[str, int]:
@@ -471,9 +489,9 @@ def measure_host(
         notes=[
             f"CPU time of a forward pass of a thin model: all layers, width 64, small tiles; {TEXT} words behind one "
             "picture or video, which has as many tiles or frames as at real size, the usual ones or the most",
-            "adapter, all: beyond the stock model's, were its language model given as many tokens. adapter: one cut "
-            "without scoring (UniformTokens), what prompts, features and caches take; all: FlowCut, its operators on "
-            "the CPU included",
+            "adapter, all: beyond the stock model's, without the time in modules that are the same, as fewer tokens "
+            "make up for nothing here. adapter: one cut without scoring (UniformTokens), what prompts, features and "
+            "caches take; all: FlowCut, its operators on the CPU included",
             "stock takes at least: at real size, the longer of the stock host time of the thin model and the matrix "
             f"products (fk.cost, half of the attention where it is causal) at {PEAK / 1e12:.0f} TFLOP/s, the peak of "
             "an H200",
