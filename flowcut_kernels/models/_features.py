@@ -240,7 +240,8 @@ class PrunedFeatures(Bound):
         as_tuple = arguments.get("return_dict") is False
         layouts = self._layouts(pixels, arguments)
         output, known = self._make(arguments, layouts)
-        self.encoded, kept = self._expected(layouts), [self._kept(layout) for layout in layouts]
+        kept = [self._kept(layout) for layout in layouts]
+        self.encoded = self._expected(layouts, kept)
         full = self.encoded.full
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
@@ -275,9 +276,9 @@ class PrunedFeatures(Bound):
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
         return None if budget is None else min(budget, left) + layout.besides
 
-    def _expected(self, layouts: list[Layout]) -> Encoded:
-        """What is known of visuals that are not encoded yet."""
-        full, kept = [layout.full + layout.besides for layout in layouts], [self._kept(layout) for layout in layouts]
+    def _expected(self, layouts: list[Layout], kept: list[int | None] | None = None) -> Encoded:
+        """What is known of visuals that are not encoded yet, `kept` of which `_kept` says."""
+        full, kept = [layout.full + layout.besides for layout in layouts], kept or [*map(self._kept, layouts)]
         tile = layouts[0].tile if self.kind.apart and layouts else None
         return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
 

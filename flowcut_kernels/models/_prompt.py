@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ class Shrunk(NamedTuple):
 
     columns: Tensor  # int64 [B, L'], -1 where a row is padded
     dropped: Tensor  # bool [B, L] placeholders that no feature fills
+    pads: bool = False  # whether some row may be padded
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Shrunk:
@@ -50,23 +53,20 @@ class Shrunk(NamedTuple):
     @property
     def right(self) -> bool:
         """Whether a row ended in padding, of which nothing need be left."""
-        return bool((~self.dropped[:, -1] & (self.columns[:, -1] != self.length - 1)).any())
+        return self.pads and bool((~self.dropped[:, -1] & (self.columns[:, -1] != self.length - 1)).any())
 
     def then(self, more: Shrunk) -> Shrunk:
         """This prompt, continued by another."""
-        if not self.length:
-            return more
         columns = torch.where(more.columns < 0, more.columns, more.columns + self.length)
-        return Shrunk(torch.cat([self.columns, columns], 1), torch.cat([self.dropped, more.dropped], 1))
+        dropped = torch.cat([self.dropped, more.dropped], 1)
+        return Shrunk(torch.cat([self.columns, columns], 1), dropped, self.pads or more.pads)
 
     def take(self, x: Tensor, pad: int) -> Tensor:
         """The columns of x [B, L, ...], `pad` where a row is padded."""
-        trailing, absent = [1] * (x.dim() - 2), self.columns < 0
-        index = self.columns.clamp_min(0).to(x.device, non_blocking=True)
-        out = x.gather(1, index.view(*index.shape, *trailing).expand(*index.shape, *x.shape[2:]))
-        if absent.any():
-            out = out.masked_fill(absent.to(x.device, non_blocking=True).view(*absent.shape, *trailing), pad)
-        return out
+        index = self.columns.to(x.device, non_blocking=True)
+        if x.dim() > 2:
+            index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+        return x.gather(1, index.clamp_min(0)).masked_fill(index < 0, pad) if self.pads else x.gather(1, index)
 
     def removed(self) -> Tensor:
         """Placeholders dropped before each column [B, L']: original minus new position."""
@@ -80,7 +80,7 @@ class PromptShrinker:
     kinds: tuple[PrunedFeatures, ...]
     turns: Turns
 
-    @property
+    @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """The placeholder of each kind of visual."""
         return tuple(features.kind.token_id for features in self.kinds)
@@ -123,14 +123,15 @@ class PromptShrinker:
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        dropped, counts, drops = torch.zeros_like(masks[0]), [0] * masks.shape[1], False
+        dropped, counts, lost = torch.zeros_like(masks[0]), [0] * masks.shape[1], [0] * masks.shape[1]
         for visuals in given:
             is_image = masks[self.token_ids.index(visuals.token_id)]
             rows = is_image.sum(1).tolist()
             counts = [a + b for a, b in zip(counts, rows, strict=True)]
             if visuals.kept == visuals.full:
                 continue
-            if _images_of_rows(rows, visuals.full) is None:
+            images = _images_of_rows(rows, visuals.full)
+            if images is None:
                 if _images_of_rows(rows, visuals.kept) is not None:
                     continue
                 raise ValueError(
@@ -138,16 +139,17 @@ class PromptShrinker:
                     f"needs {_said(visuals.full)} (the processor's output) or {_said(visuals.kept)} (already pruned), "
                     f"id {visuals.token_id}"
                 )
-            drops = True
-            images = is_image.flatten().nonzero()[:, 0].split(visuals.full)
-            dropped.view(-1)[torch.cat([*_surplus(images, visuals.runs())])] = True
+            gone = iter([n - m for n, m in zip(visuals.full, visuals.kept, strict=True)])
+            lost = [n + sum(islice(gone, count)) for n, count in zip(lost, images, strict=True)]
+            places = is_image.flatten().nonzero()[:, 0].split(visuals.full)
+            dropped.view(-1)[torch.cat([*_surplus(places, visuals.runs())])] = True
             if attention_mask is not None and attention_mask.shape != is_image.shape:
                 raise ValueError(
                     f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
                 )
-        if not drops:
+        if not any(lost):
             return None
-        even = len({*dropped.sum(1).tolist()}) == 1
+        even = len({*lost}) == 1
         if attention_mask is None and not even:
             raise ValueError(
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
@@ -163,7 +165,7 @@ class PromptShrinker:
         # Padding columns that no row needs any more go too.
         used = live.gather(1, order).any(0).nonzero().flatten()
         columns = columns[:, : int(used[-1]) + 1] if right else columns[:, int(used[0]) :]
-        return Shrunk(columns, dropped)
+        return Shrunk(columns, dropped, pads=True)
 
 
 def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
@@ -215,11 +217,11 @@ class _PromptMethod(Bound):
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is not None:
             ids = ids.cpu()
-            return torch.stack([ids == token_id for token_id in self.shrinker.token_ids])
+            return _stacked([ids == token_id for token_id in self.shrinker.token_ids])
         if embeds is None:
             return None
         tokens = torch.tensor(self.shrinker.token_ids, device=embeds.device)
-        return torch.stack([(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]).cpu()
+        return _stacked([(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]).cpu()
 
     @staticmethod
     def _is_one_token(arguments: dict[str, Any]) -> bool:
@@ -244,18 +246,19 @@ class _PromptMethod(Bound):
         masks = self._placeholders(arguments)
         if masks is None:
             return None
-        is_image = masks.any(0)
+        is_image = masks.any(0) if len(masks) > 1 else masks[0]
         batch, length = is_image.shape
         seen = 0 if cache is None else int(cache.get_seq_length())
-        cached, past = Shrunk.whole(batch, seen), _cached_prompt(cache, seen, batch)
+        cached, past = Shrunk.whole(batch, seen) if seen else None, _cached_prompt(cache, seen, batch)
 
         new, repeats = is_image, False
         if self.may_repeat_cache and seen:
             repeats = arguments.get("inputs_embeds") is not None or mask is None or mask.shape[1] == length
         if repeats:
-            old = past or cached
             if past is not None and not (length > past.length and is_image[:, : past.length][past.dropped].all()):
-                old, past = cached, None  # the pruned conversation is repeated, not the original one
+                past = None  # the pruned conversation is repeated, not the original one
+            old = past or cached
+            assert old is not None
             new, masks = is_image[:, old.length :], masks[:, :, old.length :]
         new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
         visuals = self.shrinker.visuals(arguments, masks) if given else []
@@ -270,7 +273,9 @@ class _PromptMethod(Bound):
             )
         drops = piece is not None
         piece = piece or Shrunk.whole(*new.shape)
-        short, talk = cached.then(piece), (past or cached).then(piece)
+        short = talk = piece
+        if cached is not None:
+            short, talk = cached.then(piece), (past or cached).then(piece)
         prompt = talk if repeats else piece
 
         if mask is not None and mask.dim() == 2 and mask.shape[1] in (talk.length, short.length):
@@ -287,17 +292,21 @@ class _PromptMethod(Bound):
                 original = mask.shape[1] == talk.length
             removed = (talk if original else short).removed()[:, -prompt.kept :].to(positions.device)
             arguments["position_ids"] = (prompt.take(positions.expand(batch, -1), 0) - removed).clamp_min(0)
-        pad_id, taken = self.model.config.get_text_config().pad_token_id, self.shrinker.token_ids
-        pads = dict(
-            input_ids=pad_id if pad_id not in (None, *taken) else next(i for i in range(3) if i not in taken),
-            inputs_embeds=0,
-            labels=-100,
-            token_type_ids=0,
-        )
-        for name, pad in pads.items():
+        word = self._pad_id() if prompt.pads else 0
+        for name, pad in dict(input_ids=word, inputs_embeds=0, labels=-100, token_type_ids=0).items():
             if arguments.get(name) is not None:
                 arguments[name] = prompt.take(arguments[name], pad)
         return prompt, talk
+
+    def _pad_id(self) -> int:
+        """A word that is no placeholder."""
+        pad_id, taken = self.model.config.get_text_config().pad_token_id, self.shrinker.token_ids
+        return pad_id if pad_id not in (None, *taken) else next(i for i in range(3) if i not in taken)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """In one tensor, of which a single one is a view."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0][None]
 
 
 def one_mask(mask: Any) -> Tensor | None:
@@ -324,7 +333,8 @@ def _cached_prompt(cache: Any, seen: int, batch: int) -> Shrunk | None:
         raise ValueError(
             f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch"
         )
-    prompt = Shrunk(*(x.repeat_interleave(batch // rows, 0) for x in prompt))
+    columns, dropped = (x.repeat_interleave(batch // rows, 0) for x in prompt[:2])
+    prompt = Shrunk(columns, dropped, prompt.pads)
     return prompt.then(Shrunk.whole(batch, seen - prompt.kept))
 
 
@@ -347,8 +357,9 @@ class PrunedForward(_PromptMethod):
         shrunk = self.shrink(arguments) if self.shrinker.shrinks else None
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
-        right = shrunk is not None and shrunk[0].right
-        visual = None if self.decoder is None else self.visual_tokens(arguments, right)
+        visual = None
+        if self.decoder is not None:
+            visual = self.visual_tokens(arguments, shrunk is not None and shrunk[0].right)
         if self.decoder is None and is_pruned(arguments.get("past_key_values")):
             raise ValueError(
                 "past_key_values was filled under a policy that prunes in the language model, which the policy of this "

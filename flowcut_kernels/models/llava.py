@@ -43,7 +43,7 @@ class LlavaImages(Kind):
         super().__init__(model, token_id)
         self.patches = self.usual = patches
         self.leading, self.side = leading, side
+        self.layout = Layout((PrunedEncoder.grid(patches),), tile=patches, live=(patches,), places=patches)
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        grids = (PrunedEncoder.grid(self.patches),)
-        return [Layout(grids, tile=self.patches, live=(self.patches,), places=self.patches)] * len(pixels)
+        return [self.layout] * len(pixels)

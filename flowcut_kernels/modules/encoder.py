@@ -523,6 +523,8 @@ class PrunedEncoder:
         if not prunes:  # patches by themselves, in the order in which the model expects them
             side, grid = 1, self.grid(patches)
             tokens = budgets = [patches] * batch
+        layers = self.layers if torch.is_grad_enabled() else ()
+        checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         return EncoderState(
             policy=self.policy,
             feature_layer=self.feature_layer,
@@ -535,7 +537,7 @@ class PrunedEncoder:
             void=asked.void if prunes else None,
             pixels=asked.pixels,
             trace=Trace() if self.record else None,
-            entries={} if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) else None,
+            entries={} if checkpoints else None,
         )
 
     def _end(self, state: EncoderState, asked: EncoderPass, entered: list[tuple[Tensor | None, Tensor | None]]) -> None:

@@ -565,7 +565,8 @@ class PackedEncoder:
             grids = grid_thw.tolist()
         frames = Frame.of(grids, round(self.block**0.5), self.policy)
         rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device), self.block)
-        checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in self.encoder.blocks)
+        blocks = self.encoder.blocks if torch.is_grad_enabled() else ()
+        checkpoints = any(getattr(block, "gradient_checkpointing", False) for block in blocks)
         state = PackedState(
             self, frames, rows, backend=resolve_backend(self.backend), trace=Trace() if self.record else None,
             entries={} if checkpoints else None,
