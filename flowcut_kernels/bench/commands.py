@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -170,7 +170,7 @@ def prefill(
         if unknown or model is not None:
             wrong = f"{unknown[0]!r} is unknown" if unknown else "does not go with --model"
             raise typer.BadParameter(f"--family {wrong}: use all or {', '.join(families.FAMILIES)}")
-        asked = dict(families=names, backend=backend)
+        asked: dict[str, Any] = dict(families=names, backend=backend)
         if host:
             section("prefill", families.measure_host, asked, threads, device, json, csv)
             return

@@ -736,7 +736,8 @@ class _Rows:
 
 
 def _heads(parts: DecoderParts, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-    x = torch.unflatten(x, -1, (-1, parts.attention.head_dim))
+    module: Any = parts.attention
+    x = torch.unflatten(x, -1, (-1, module.head_dim))
     return (x if norm is None else norm(x)).transpose(1, 2)
 
 

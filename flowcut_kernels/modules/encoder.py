@@ -351,8 +351,9 @@ class PrunedEncoderLayer:
 
 
 def _heads(parts: LayerParts, x: Tensor) -> Tensor:
-    # torch's own function: the method of a tensor goes through Python first.
-    return torch.unflatten(x, -1, (-1, parts.attention.head_dim)).transpose(1, 2)
+    module: Any = parts.attention
+    # The function of torch: a tensor's method of that name is Python.
+    return torch.unflatten(x, -1, (-1, module.head_dim)).transpose(1, 2)
 
 
 def _anchor(

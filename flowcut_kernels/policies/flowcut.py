@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,6 +29,8 @@ from .recycling import constant, select_features
 from .stages import check_stages, keep_most_important, ratio_space, stage_step
 
 CRITERIA = ("attention", "relevance", "value_norm")
+_RELEVANCE = {kind.name.lower(): kind for kind in Relevance}
+_VALUE_NORM = {kind.name.lower(): kind for kind in ValueNorm}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,35 +261,29 @@ class FlowCut(Policy):
     def _anchor(self, protect: int) -> str:
         return self.anchor if self.anchor != "auto" else ("cls" if protect else "mean")
 
-    @cached_property
-    def _weighing(self) -> dict[str, Any]:
-        """Of `anchor_stats_select`, what is the same at every layer of an encoder."""
-        return dict(
-            attention="attention" in self.criteria,
-            relevance=Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE,
-            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
-            criteria_weights=self.criteria_weights,
-            history_weight=self.history_weight,
-            entropy_exponent=self.entropy_exponent,
-        )
-
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         query, value_anchor = view.anchor(self._anchor(view.protect))
+        relevance = _RELEVANCE[self.relevance] if "relevance" in self.criteria else Relevance.NONE
         score, index, lengths, entropy = anchor_stats_select(
             query,
             view.key,
             view.value,
-            value_anchor if self._weighing["relevance"] else None,
+            value_anchor if relevance else None,
             history=view.history if self.cumulative else None,
             lengths=view.lengths,
             protect=view.protect,
+            attention="attention" in self.criteria,
+            relevance=relevance,
+            value_norm=_VALUE_NORM[self.value_norm] if "value_norm" in self.criteria else ValueNorm.NONE,
+            criteria_weights=self.criteria_weights,
+            history_weight=self.history_weight,
             mode=step.mode,
             budget=step.budget,
             divisor=step.divisor,
+            entropy_exponent=self.entropy_exponent,
             budgets=view.budgets,
             block=view.block,
             backend=view.backend,
-            **self._weighing,
         )
         return Selection(index if step.prunes else None, lengths, score, entropy)
 
@@ -323,7 +318,7 @@ class FlowCut(Policy):
     def decoder_select(self, view: DecoderView) -> Selection:
         if self.llm_stages:
             return keep_most_important(view)
-        relevance = Relevance[self.relevance.upper()] if "relevance" in self.criteria else Relevance.NONE
+        relevance = _RELEVANCE[self.relevance] if "relevance" in self.criteria else Relevance.NONE
         if relevance == Relevance.SOFTMAX:  # the released code scales here, though not in the encoder
             relevance = Relevance.SCALED_SOFTMAX
         query, key, value, value_anchor = view.heads()
@@ -341,7 +336,7 @@ class FlowCut(Policy):
             lengths=lengths,
             attention="attention" in self.criteria,
             relevance=relevance,
-            value_norm=ValueNorm[self.value_norm.upper()] if "value_norm" in self.criteria else ValueNorm.NONE,
+            value_norm=_VALUE_NORM[self.value_norm] if "value_norm" in self.criteria else ValueNorm.NONE,
             criteria_weights=self.criteria_weights,
             mode=Select.FIXED,
             budget=budget,
