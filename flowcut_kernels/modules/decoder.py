@@ -176,8 +176,12 @@ class DecoderState:
         policy, found = self.decoder.policy, {}
         before = self.before(0)
         left = self.visual.lengths if before is None else before.lengths
-        for layer in range(self.layers):
-            for at, decide in ((layer - 0.5, policy.decoder_entry), (layer, policy.decoder_step)):
+        both = (-0.5, policy.decoder_entry, Policy.decoder_entry), (0, policy.decoder_step, Policy.decoder_step)
+        # Most policies have no rule of their own here, which would be asked once a layer.
+        rules = [(offset, rule) for offset, rule, none in both if getattr(rule, "__func__", None) is not none]
+        for layer in range(self.layers) if rules else ():
+            for offset, decide in rules:
+                at = layer + offset
                 steps = [decide(layer, self.layers, *pair) for pair in zip(self.visual.full, left, strict=True)]
                 if steps.count(None) < len(steps):
                     kept = [now if step is None else min(step, now) for step, now in zip(steps, left, strict=True)]
@@ -255,7 +259,12 @@ class DecoderState:
         return self.decoder.model.rotary_emb(self.embeds, position_ids=shifted)
 
     def mask(
-        self, given: Tensor | None, queries: Cut | None, keys: Cut | None, held: PrunedRows | None, count: int
+        self,
+        given: Tensor | None,
+        queries: Cut | None,
+        keys: Cut | None,
+        held: PrunedRows | None,
+        count: Callable[[], int],
     ) -> Tensor | None:
         """A layer's mask, made from that of all columns.
 
@@ -274,9 +283,9 @@ class DecoderState:
         memo = (None if held is None else held.stage, None if queries is None else queries.layer, queries is keys)
         if memo not in self.masks:
             batch, device = len(self.embeds), self.embeds.device
-            columns = torch.arange(count, device=device)[None] if keys is None else keys.columns
+            columns = torch.arange(count(), device=device)[None] if keys is None else keys.columns
             if held is not None:
-                columns = held.columns_of(count)
+                columns = held.columns_of(count())
             new = torch.arange(self.length, device=device)[None] if queries is None else queries.columns
             columns, new = columns.expand(batch, -1), new.expand(batch, -1)
             if given is not None and given.dim() == 4:
@@ -504,8 +513,9 @@ class PrunedDecoderLayer:
             position_embeddings = state.rotary(before, held, position_embeddings, position_ids)
             if budgets is None:
                 new = hidden_states.shape[1]
-                count = new if held is None else held.keys_with(new)
-                attention_mask = state.mask(attention_mask, before, before, held, count)
+                attention_mask = state.mask(
+                    attention_mask, before, before, held, lambda: new if held is None else held.keys_with(new)
+                )
         if state is None or budgets is None:
             # Positions with gaps look like packed sequences to flash attention; nothing else reads them here.
             return type(self.layer).forward(
@@ -583,7 +593,7 @@ class PrunedDecoderLayer:
         query = _rotated(parts, _heads(parts, parts.q_proj(normed), parts.q_norm), rotary)
         if cache is not None:
             key, value = cache.update(key, value, parts.attention.layer_idx)
-        mask = state.mask(attention_mask, cut, state.before(self.number), held, key.shape[2])
+        mask = state.mask(attention_mask, cut, state.before(self.number), held, lambda: key.shape[2])
         return hidden_states + parts.out_proj(_attend(parts, query, key, value, mask, **kwargs).flatten(2))
 
 

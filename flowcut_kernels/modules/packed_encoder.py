@@ -193,13 +193,12 @@ class PackedState:
         """Tokens of each frame, and how many to leave."""
         return [(frame.tokens, frame.budget) for frame in self.frames]
 
-    def enter(self, layer: int) -> Rows:
-        """Called by every layer. Gradient checkpointing runs layers again in the backward pass, the last one first."""
-        if self.entries is not None:
-            if layer in self.entries:
-                self.trace = None  # recorded the first time
-            self.rows = self.entries.setdefault(layer, self.rows)
-        return self.rows
+    def enter(self, layer: int) -> None:
+        """With gradient checkpointing, called by every layer: they run again in the backward pass, the last first."""
+        assert self.entries is not None
+        if layer in self.entries:
+            self.trace = None  # recorded the first time
+        self.rows = self.entries.setdefault(layer, self.rows)
 
     def step(self, layer: int) -> tuple[EncoderStep, list[int], list[bool]] | None:
         """The policy's step at `layer`, tokens it leaves of each frame, and frames it is a step of; None: of no frame.
@@ -414,7 +413,9 @@ class PackedBlock:
                 max_seqlen=max_seqlen,
                 **kwargs,
             )
-        parts, rotary = self.parts_of(self.block), packing.enter(self.number).rotary or position_embeddings
+        if packing.entries is not None:
+            packing.enter(self.number)
+        parts, rotary = self.parts_of(self.block), packing.rows.rotary or position_embeddings
         hidden_states = self._attention_half(parts, hidden_states, rotary, packing, **kwargs)
         return hidden_states + parts.mlp(parts.norm2(hidden_states))
 
