@@ -8,13 +8,12 @@ import pytest
 import tiny
 import torch
 from test_llava import IMG, inputs_for
-from test_llm_stage import GREEDY, Image, Inside, flash_stub, rms, rotated, shrunk
+from test_llm_stage import GREEDY, Image, Inside, on_flash_attention, rms, rotated, shrunk
 from tiny import PATCHES
 from torch import Tensor
 from torch.nn.functional import silu
 from torch.testing import assert_close
-from transformers import AttentionInterface, DynamicCache, StaticCache
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers import DynamicCache, StaticCache
 
 import flowcut_kernels as fk
 
@@ -209,9 +208,7 @@ def test_forward_with_padding_on_the_right(policy, attention, prompt):
 def test_generate_with(cache, policy, monkeypatch):
     rows, model = PROMPTS["one, two or none"], model_of()
     if cache == "flash":
-        monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stub", flash_stub)
-        monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_stub", flash_attention_mask)
-        monkeypatch.setattr(model.config.get_text_config(), "_attn_implementation", "flash_stub")
+        on_flash_attention(model, monkeypatch)
     options = dict(none=dict(use_cache=False), static=dict(cache_implementation="static")).get(cache, {})
     if cache != "beams":
         return check(*generated(model, POLICIES[policy], rows, **options))

@@ -414,20 +414,22 @@ def flash_varlen(
     return torch.cat([flash(*(x[None] for x in piece), causal, softmax_scale)[0] for piece in pieces])
 
 
-@pytest.fixture
-def flash_model(request, monkeypatch):
+def on_flash_attention(model, monkeypatch, name="flash_attention_2"):
     """A model on FlashAttention as transformers calls it: all of its masking and unpadding, kernels in plain torch."""
-    name = getattr(request, "param", "flash_attention_2")
     utils = transformers.modeling_flash_attention_utils
     own = flash, flash_varlen, None, utils._pad_input, utils._unpad_input
     monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: own)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_attention_forward)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, flash_attention_mask)
-    model = model_of()
     for config in (model.config.get_text_config(), model.config.vision_config):
         monkeypatch.setattr(config, "_attn_implementation", name)
     return model
+
+
+@pytest.fixture
+def flash_model(request, monkeypatch):
+    return on_flash_attention(model_of(), monkeypatch, getattr(request, "param", "flash_attention_2"))
 
 
 @pytest.mark.parametrize("compact_cache", [False, True])
