@@ -28,11 +28,6 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
 
 LAYERS, SIDE, PATCH = 8, 8, 7
 PATCHES = SIDE * SIDE
@@ -204,19 +199,6 @@ def qwen(family: str, attention: str = "sdpa", seed: int = 5, **vision) -> nn.Mo
         for block in visual.blocks:  # queries and keys
             block.attn.qkv.weight[: -block.attn.proj.in_features] *= 5
     return model
-
-
-def precomputed(visual: nn.Module, grid: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a Qwen-VL's encoder would work out of the sizes of images, but for windows."""
-    made = dict(
-        position_ids=get_vision_position_ids(grid, visual.spatial_merge_size), cu_seqlens=get_vision_cu_seqlens(grid)
-    )
-    if hasattr(visual, "interpolation_mode"):
-        names = dict(mode=visual.interpolation_mode, align_corners=visual.interpolation_align_corners)
-        made["interp_indices"], made["interp_weights"] = get_vision_interpolation_indices_and_weights(
-            grid, visual.num_grid_per_side, spatial_merge_size=visual.spatial_merge_size, **names
-        )
-    return made
 
 
 def images(count: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:

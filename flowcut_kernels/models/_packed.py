@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from ..modules.packed_encoder import PackedBlock, PackedEncoder, PackedMerger, PackedParts
 from ..policies.base import Policy
+from ..policies.recycling import held
 from ._bound import Replacement
 from ._tower import check_anchor
 
@@ -45,6 +52,7 @@ class PackedTower:
             block=visual.spatial_merge_size**2,
             feature_layer=depth - 1,
             windows=None if full is None else self.windows,
+            of_sizes=_of_sizes,
             mergers=mergers,
             pixel_mean=self.pixel_mean,
             pixel_std=self.pixel_std,
@@ -69,3 +77,24 @@ class PackedTower:
             window, _ = self.windows(visual, grid_thw, {})
             place = place.view(-1, side**2)[window].flatten()
         return place.argsort()
+
+
+def _of_sizes(visual: Any, grids: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """What the stock encoder would work out of the sizes, on the device once; lengths are for the host."""
+    names = "num_grid_per_side", "interpolation_mode", "interpolation_align_corners"  # of learned positions
+    table = tuple(getattr(visual, name) for name in names) if hasattr(visual, names[0]) else None
+    made = _made_of_sizes(tuple(map(tuple, grids)), visual.spatial_merge_size, table, device)
+    return {name: held(x) for name, x in made.items()}
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=16)  # up to a megabyte each for 16,384 patches
+def _made_of_sizes(grids: tuple, side: int, table: tuple | None, device: torch.device) -> dict[str, Tensor]:
+    with torch.inference_mode(False):
+        grid = torch.tensor(grids)
+        made = dict(position_ids=get_vision_position_ids(grid, side))
+        if table is not None:
+            found = get_vision_interpolation_indices_and_weights(grid, *table, spatial_merge_size=side)
+            made["interp_indices"], made["interp_weights"] = found
+        made = {name: x.to(device) for name, x in made.items()}
+        return made | dict(cu_seqlens=get_vision_cu_seqlens(grid))

@@ -508,6 +508,8 @@ class PackedEncoder:
     feature_layer: int  # 0-based layer whose output is merged
     # encoder, grid_thw and further arguments -> order of the tokens [T] and cumulative patches of the windows
     windows: Callable[[Any, Tensor, dict[str, Any]], tuple[Tensor, Tensor]] | None = None
+    # encoder, sizes and device -> further arguments of the stock forward, which would make them of the sizes
+    of_sizes: Callable[[Any, list[list[int]], torch.device], dict[str, Tensor]] | None = None
     mergers: Sequence[tuple[int, nn.Module]] = ()  # and the layers whose output they merge
     pixel_mean: Sequence[float] = ()  # of the usual image processor, on a scale of 0..1
     pixel_std: Sequence[float] = ()
@@ -551,19 +553,12 @@ class PackedEncoder:
         """The state of a pass over images or videos of (frames, rows, columns) of patches; `kwargs` of the stock
         forward are given what it would work out again.
 
-        As a list the sizes are constants of a compiled graph, and `kwargs` has what the stock forward would work out
-        from a tensor; ValueError where that is missing.
+        As a list the sizes are constants of a compiled graph.
         """
-        if isinstance(grid_thw, list):
-            grids, needed = grid_thw, ["position_ids", "cu_seqlens"]
-            if hasattr(self.encoder, "interpolation_mode"):
-                needed += ["interp_indices", "interp_weights"]
-            if missing := [name for name in needed if kwargs.get(name) is None]:
-                raise ValueError(
-                    f"grid_thw is a list, which needs {', '.join(missing)} too: make them by transformers.vision_utils"
-                )
-        else:
-            grids = grid_thw.tolist()
+        grids = grid_thw if isinstance(grid_thw, list) else grid_thw.tolist()
+        if self.of_sizes is not None:
+            for name, x in self.of_sizes(self.encoder, grids, device).items():
+                kwargs.setdefault(name, x)
         frames = Frame.of(grids, round(self.block**0.5), self.policy)
         rows = Rows(Segments(tuple(self.block * frame.tokens for frame in frames), device), self.block)
         blocks = self.encoder.blocks if torch.is_grad_enabled() else ()

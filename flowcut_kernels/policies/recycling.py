@@ -139,16 +139,19 @@ def images_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
         return image.to(device), constant(tuple(accumulate([0, *lengths[:-1]])), device)
 
 
-# Captured graphs read them where they are, however many others came since.
 _captured: list[Tensor] = []
+
+
+def held(x: Tensor) -> Tensor:
+    """x, which a cache has: kept for ever where a CUDA graph that is being captured reads it."""
+    if not torch.compiler.is_compiling() and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(x)
+    return x
 
 
 def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """On the device once: a copy would wait. Not to be written to."""
-    made = _constant(values, device, dtype)
-    if not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(made)
-    return made
+    return held(_constant(values, device, dtype))
 
 
 @lru_cache(maxsize=1024)  # a packed encoder asks for several at every layer, for every size of image
