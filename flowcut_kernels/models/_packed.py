@@ -81,20 +81,22 @@ class PackedTower:
 
 def _of_sizes(visual: Any, grids: list[list[int]], device: torch.device) -> dict[str, Tensor]:
     """What the stock encoder would work out of the sizes, on the device once; lengths are for the host."""
-    names = "num_grid_per_side", "interpolation_mode", "interpolation_align_corners"  # of learned positions
-    table = tuple(getattr(visual, name) for name in names) if hasattr(visual, names[0]) else None
+    table: tuple[tuple[str, Any], ...] = ()
+    if hasattr(visual, "num_grid_per_side"):  # of learned positions
+        table = (("num_grid_per_side", visual.num_grid_per_side), ("mode", visual.interpolation_mode),
+                 ("align_corners", visual.interpolation_align_corners))  # fmt: skip
     made = _made_of_sizes(tuple(map(tuple, grids)), visual.spatial_merge_size, table, device)
     return {name: held(x) for name, x in made.items()}
 
 
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=16)  # up to a megabyte each for 16,384 patches
-def _made_of_sizes(grids: tuple, side: int, table: tuple | None, device: torch.device) -> dict[str, Tensor]:
+def _made_of_sizes(grids: tuple, side: int, table: tuple, device: torch.device) -> dict[str, Tensor]:
     with torch.inference_mode(False):
         grid = torch.tensor(grids)
         made = dict(position_ids=get_vision_position_ids(grid, side))
-        if table is not None:
-            found = get_vision_interpolation_indices_and_weights(grid, *table, spatial_merge_size=side)
+        if table:
+            found = get_vision_interpolation_indices_and_weights(grid, spatial_merge_size=side, **dict(table))
             made["interp_indices"], made["interp_weights"] = found
         made = {name: x.to(device) for name, x in made.items()}
         return made | dict(cu_seqlens=get_vision_cu_seqlens(grid))

@@ -16,8 +16,8 @@ from flowcut_kernels.bench.shapes import twin
 
 # family -> launches and waits of a toy's prefill beyond the stock model's, at most. Five layers of its encoder score,
 # each by a kernel and what makes its anchor (one to three launches; the class token's where a layer prunes), two or
-# three cut, each by a kernel and a wait. Qwen-VL's stock layers wait for the length of each window, ours know it, and what follows
-# from the sizes of images is worked out on the host and once.
+# three cut, each by a kernel and a wait. Qwen-VL's stock layers wait for the length of each window, ours know it,
+# and what follows from the sizes of images is worked out on the host and once.
 ALLOWED: dict[str, tuple[int, int]] = {
     "llava-1.5-7b": (2, 4),
     "vipllava-7b": (8, 4),
