@@ -413,6 +413,7 @@ class Oracle:
                 vars(self.inner).pop(f"get_{kind}_features", None)
         for gone in watch.cuts.values():
             live = live & ~gone
+        self.positions = positions[..., live]
         return logits[live], live.nonzero().flatten()
 
     def _text(self, ids: Tensor, visuals: dict[str, Visuals], live: Tensor) -> Text:

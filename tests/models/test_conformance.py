@@ -276,6 +276,28 @@ def test_precision(family, dtype, attention):
             assert error < 3 * noise, policy
 
 
+@torch.no_grad()
+def test_positions(family):
+    """Read back from the tables of the last layer: what is left has the positions with which it entered."""
+    if family.positions is not None:
+        pytest.skip("positions of three axes: test_qwen_vl.py reads them back")
+    policy = policies_of(family).get("flowcut llm") or first_policy(family)
+    model, row, found = family.model(dtype=torch.float64), prompts(family)["interleaved"][0], []
+    decoder, oracle = model.get_decoder(), Oracle(family, policy)
+    _, columns = oracle(row)
+    decoder.layers[-1].self_attn.register_forward_pre_hook(
+        lambda _, args, given: found.append(given["position_embeddings"][0][0]), with_kwargs=True
+    )
+    inputs = given(family, [row], dtype=torch.float64)
+    model(**inputs)
+    with fk.patched(model, policy):
+        model(**inputs)
+    stock, ours = found  # [L, d] cosines; the stock model's are those of a contiguous prompt
+    same = (ours[:, None] == stock).all(-1)
+    assert same.any(1).all() and torch.equal(same.int().argmax(1), oracle.positions[0])
+    assert len(columns) == len(ours) and torch.equal(ours, stock[: len(ours)]) == (not family.prunes_llm)
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_what_is_inside_by_itself(family):
