@@ -124,9 +124,12 @@ class Oracle:
         self.model, self.policy = copy.deepcopy(model).double(), policy
         self.text, self.close = self.model.model.language_model, CLOSE.get(model.dtype)
 
-    def __call__(self, embeds: Tensor, images: list[Image], prompt: int | None = None) -> tuple[Tensor, Tensor]:
-        """`prompt`: columns after it see only what that much of the sequence kept (a compacted cache)."""
-        reached = None if prompt is None else self(embeds[:prompt], images)[1]
+    def __call__(self, embeds: Tensor, images: list[Image], turns: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """`turns`: columns after each see only what that much of the sequence kept (a compacted cache)."""
+        reached = [
+            self(embeds[:end], [image for image in images if min(image.columns, default=end) < end], turns[:turn])[1]
+            for turn, end in enumerate(turns)
+        ]
         x, columns = embeds, torch.arange(len(embeds))
         positions = columns
         images = [Image(list(image.columns), image.ask, image.cuts) for image in images]
@@ -143,8 +146,8 @@ class Oracle:
             group = q.shape[1] // k.shape[1]
             logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / attention.head_dim**0.5
             future = torch.ones(len(x), len(x)).triu(1).bool()
-            if prompt is not None:
-                future |= (columns >= prompt)[:, None] & (columns < prompt) & ~torch.isin(columns, reached)
+            for end, left in zip(turns, reached, strict=True):
+                future |= (columns >= end)[:, None] & (columns < end) & ~torch.isin(columns, left)
             weights = logits.masked_fill(future, -torch.inf).softmax(-1)
             mixed = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
             x = x + attention.o_proj(mixed.flatten(1))
@@ -230,13 +233,23 @@ def prompts_of(inside: Inside, rows: list, side: str = "left") -> list[tuple[Ten
     return samples
 
 
-def check_steps(oracle: Oracle, samples, new: Tensor, logits: tuple[Tensor, ...], compacted: bool = False) -> None:
-    """logits [B, V] of every step against the oracle's, given the tokens [B, steps] that were written."""
+def check_steps(
+    oracle: Oracle,
+    samples,
+    new: Tensor,
+    logits: tuple[Tensor, ...],
+    compacted: bool = False,
+    turns: tuple[int, ...] = (),
+) -> None:
+    """logits [B, V] of every step against the oracle's, given the tokens [B, steps] that were written.
+
+    `turns`: columns at which the cache was compacted before, where `compacted`.
+    """
     table = oracle.model.get_input_embeddings().weight
     for b, (embeds, images) in enumerate(samples):
         for step, got in enumerate(logits):
             whole = torch.cat([embeds, table[new[b, :step]]])
-            wanted, _ = oracle(whole, images, len(embeds) if compacted else None)
+            wanted, _ = oracle(whole, images, (*turns, len(embeds)) if compacted else ())
             assert_close(got[b].double(), wanted[-1], **oracle.close)
 
 
@@ -343,19 +356,22 @@ def test_compacted_cache(prompt, cache, positions):
     assert {int(cache.get_seq_length(i)) for i in range(4)} == {whole + 3}
 
 
+@pytest.mark.parametrize("compact_cache", [False, True])
 @pytest.mark.parametrize("prompt", ["one", "one, two or none"])
 @torch.no_grad()
-def test_beams(prompt):
+def test_beams(prompt, compact_cache):
     rows = PROMPTS[prompt]
     out, samples, oracle = generated(
-        model_of(), spread(), rows, num_beams=3, num_return_sequences=2, max_new_tokens=5, min_new_tokens=5,
-        length_penalty=0.0, output_scores=True,
+        model_of(), spread(), rows, compact_cache=compact_cache, num_beams=3, num_return_sequences=2, max_new_tokens=5,
+        min_new_tokens=5, length_penalty=0.0, output_scores=True,
     )  # fmt: skip
     table = oracle.model.get_input_embeddings().weight
     for b, (sequence, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
         embeds, images = samples[b // 2]
         new = sequence[-5:]
-        logits = oracle(torch.cat([embeds, table[new[:-1]]]), images)[0][-5:]
+        whole = torch.cat([embeds, table[new[:-1]]])
+        # The prompt's last token has read the whole prompt, compacted or not.
+        logits = oracle(whole, images, (len(embeds),) if compact_cache else ())[0][-5:]
         assert_close(score.double(), logits.log_softmax(-1).gather(1, new[:, None]).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -363,13 +379,14 @@ def test_beams(prompt):
 @pytest.mark.parametrize(
     "cache", [DynamicCache, lambda: StaticCache(config=model_of().config.get_text_config(), max_cache_len=400)]
 )
+@pytest.mark.parametrize("compact_cache", [False, True])
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @torch.no_grad()
-def test_second_turn_with_another_image(positions, cache, form):
+def test_second_turn_with_another_image(positions, compact_cache, cache, form):
     model, policy, cache = model_of(), spread(positions=positions), cache()
     oracle = Oracle(model, policy)
     first, second = [1, IMG, 5, 6, 7], [8, 9, IMG, 10, 11, 12]
-    with fk.patched(model, policy), Inside(model) as inside:
+    with fk.patched(model, policy, compact_cache=compact_cache), Inside(model) as inside:
         one = model.generate(**given([first]), past_key_values=cache, **GREEDY)[0, -4:].tolist()
         turn = len(inside.embeds)
         inputs = given([second])
@@ -390,7 +407,8 @@ def test_second_turn_with_another_image(positions, cache, form):
     # The last token written in the first turn is only read in the second.
     embeds = torch.cat([inside.embeds[0][0], table[torch.tensor(one[:-1])], inside.embeds[turn][0]])
     assert len(embeds) == len(ids)
-    check_steps(oracle, [(embeds, images)], new, tuple(logits))
+    turns = (len(inside.embeds[0][0]),)
+    check_steps(oracle, [(embeds, images)], new, tuple(logits), compacted=compact_cache, turns=turns)
 
 
 def flash(query, key, value, causal=False, softmax_scale=None, **_):
@@ -682,7 +700,7 @@ def test_cropped_prompt(away, positions, compact_cache):
         for image in fixed:
             image.columns = [column for column in image.columns if column < len(left)]
         whole = torch.cat([left, oracle.model.get_input_embeddings().weight[new[b]]])
-        wanted = oracle(whole, fixed, len(left) if compact_cache else None)[0][-2:]
+        wanted = oracle(whole, fixed, (len(left),) if compact_cache else ())[0][-2:]
         assert_close(out.logits[b].double(), wanted, **oracle.close)
 
 
@@ -698,13 +716,14 @@ def test_reset_for_another_batch():
     assert_close(logits[0], oracle(*prompts_of(inside, PROMPTS["one"])[0])[0], **oracle.close)
 
 
+@pytest.mark.parametrize("compact_cache", [False, True])
 @torch.no_grad()
-def test_assisted_with_candidates_in_the_first_pass():
+def test_assisted_with_candidates_in_the_first_pass(compact_cache):
     rows = [[1, IMG, 5, 6, 7, 5]]
     _, samples, _ = generated(model_of(), spread(), rows, **GREEDY)  # without candidates behind the prompt
     for options in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=model_of())):
-        out, _, oracle = generated(model_of(), spread(), rows, **GREEDY, **options)
-        check_steps(oracle, samples, out.sequences[:, -4:], out.logits)
+        out, _, oracle = generated(model_of(), spread(), rows, compact_cache=compact_cache, **GREEDY, **options)
+        check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
 
 
 @torch.no_grad()
