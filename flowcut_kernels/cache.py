@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ._ops import accumulate_dtype
 from .ops import compact_kv, compact_kv_
-from .ops.compact_kv import check_arguments as check_compaction
+from .ops.compact_kv import check_arguments, check_keep
 
 
 def compact_kv_cache(
@@ -51,11 +51,13 @@ def compact_kv_cache(
     ``lengths[b]..M - 1``.
 
     Raises:
-        ValueError: an unknown cache or layer (sliding window, quantised, offloaded, empty), or arguments that do not
-            fit; the cache is as it was. On a GPU the contents of ``keep`` are not read back to be checked.
+        ValueError: an unknown cache or layer (sliding window, quantised, offloaded, empty), more columns of ``keep``
+            than a static cache has rows, or arguments that do not fit; the cache is as it was. On a GPU the contents of
+            ``keep`` are not read back to be checked.
     """
     if positions not in ("keep", "repack"):
         raise ValueError(f"compact_kv_cache: positions={positions!r} is unknown: use 'keep' or 'repack'")
+    check_keep("compact_kv_cache", keep)
     raw = isinstance(cache, (tuple, list)) and len(cache) == 2 and all(isinstance(x, (tuple, list)) for x in cache)
     layers = [] if raw else _layers(cache)
     keys, values = cache if raw else ([x.keys for x in layers], [x.values for x in layers])
@@ -74,7 +76,7 @@ def compact_kv_cache(
     if raw:
         return compact_kv(keys, values, keep, lengths, cos, sin, backend=backend)
     if layer_by_layer:
-        check_compaction("compact_kv_cache", keys, values, keep, lengths, cos, sin)  # of all, before the first changes
+        check_arguments("compact_kv_cache", keys, values, keep, lengths, cos, sin)  # of all, before the first changes
     del keys, values  # nothing but the cache holds the old rows
     for group in [[layer] for layer in layers] if layer_by_layer else [layers]:
         made = compact_kv([x.keys for x in group], [x.values for x in group], keep, lengths, cos, sin, backend=backend)
@@ -107,7 +109,13 @@ def _layers(cache: Any) -> list:
 
 
 def _check_filled(layers: list, keep: Tensor) -> None:
-    """A static layer has rows that hold nothing yet. Not looked at on a GPU, where looking is a sync."""
+    """A static layer has room for so many rows. Some hold nothing yet: on a GPU nobody looks, as that is a sync."""
+    room = min(layer.max_cache_len for layer in layers)
+    if keep.shape[1] > room:
+        raise ValueError(
+            f"compact_kv_cache: keep has {keep.shape[1]} columns, but the static cache has {room} rows, which stay "
+            "where they are; leave out columns that are -1 for every sample"
+        )
     if keep.device.type != "cpu" or keep.numel() == 0:
         return
     filled = min(int(layer.cumulative_length) for layer in layers)
@@ -139,10 +147,15 @@ def _tables(keep: Tensor, frequencies: Tensor, position_ids: Tensor | None, key:
     """Cosine and sine of (new - old position) times each frequency for the kept rows."""
     if position_ids is None:
         old = keep
-    elif position_ids.dim() != 2 or position_ids.shape[0] != keep.shape[0] or position_ids.shape[1] > key.shape[2]:
+    elif (
+        not isinstance(position_ids, Tensor)
+        or position_ids.dim() != 2
+        or position_ids.shape[0] != keep.shape[0]
+        or position_ids.shape[1] > key.shape[2]
+    ):
         raise ValueError(
-            f"compact_kv_cache: position_ids must be [{keep.shape[0]}, rows in the cache], one position per row, "
-            f"got {tuple(position_ids.shape)}"
+            f"compact_kv_cache: position_ids must be a tensor [{keep.shape[0]}, rows in the cache], one position per "
+            f"row, got {tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__}"
         )
     elif keep.device.type == "cpu" and keep.numel() > 0 and int(keep.max()) >= position_ids.shape[1]:
         raise ValueError(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import flowcut_kernels as fk
@@ -205,6 +205,16 @@ def filled(cache):
     return cache
 
 
+def offloaded(cache):
+    cache.offloading = True  # transformers itself needs a GPU to say so
+    return cache
+
+
+def shortened(cache):
+    cache.layers[-1].keys, cache.layers[-1].values = torch.randn(2, 1, 2, 2, 8)
+    return cache
+
+
 class Frequencies:
     def __init__(self, rope_type):
         self.rope_type, self.inv_freq = rope_type, torch.ones(4)
@@ -231,10 +241,33 @@ BAD = {
         dict(positions="repack", rotary=torch.ones(4), position_ids=torch.zeros(1, 2, dtype=torch.int64)),
         "position_ids has 2 columns",
     ),
+    "list of position_ids": (
+        lambda: filled(CACHES["dynamic"]()),
+        dict(positions="repack", rotary=torch.ones(4), position_ids=[[0, 1, 2]]),
+        "position_ids must be a tensor .* got list",
+    ),
+    "list of rows": (lambda: filled(CACHES["static"]()), dict(keep=[[0, 2]]), "keep must be an int64 tensor .* a list"),
+    "keep of another rank": (
+        lambda: filled(CACHES["dynamic"]()),
+        dict(keep=KEEP[0], positions="repack", rotary=torch.ones(4), position_ids=torch.arange(6)[None]),
+        r"keep must be an int64 tensor \[batch, kept\], got torch.int64 \(3,\)",
+    ),
+    "list of lengths": (lambda: filled(CACHES["dynamic"]()), dict(lengths=[3]), "lengths must be .* a list"),
+    "another batch": (lambda: filled(CACHES["dynamic"]()), dict(keep=KEEP.expand(2, -1)), r"keys\[0\] must be \[2, 2"),
     "unknown": (lambda: torch.zeros(3), {}, "cache is a Tensor"),
+    "offloaded": (lambda: offloaded(filled(CACHES["dynamic"]())), {}, "cache is offloaded"),
+    "encoder and decoder": (
+        lambda: EncoderDecoderCache(filled(CACHES["dynamic"]()), DynamicCache()), {}, "EncoderDecoderCache without",
+    ),
     "empty": (CACHES["dynamic"], {}, "layer 0 of cache is empty|without layers"),
     "sliding": (lambda: filled(DynamicCache(config=SLIDING)), {}, "layer 0 of cache is a DynamicSlidingWindowLayer"),
     "beyond": (lambda: filled(CACHES["dynamic"]()), dict(keep=KEEP + 3), r"keep\[0, 2\] = 6"),
+    "shorter layer": (lambda: shortened(filled(CACHES["dynamic"]())), dict(layer_by_layer=True), "shortest layer has"),
+    "beyond the room": (
+        lambda: filled(CACHES["static"]()),
+        dict(keep=torch.nn.functional.pad(KEEP, (0, LIMIT), value=-1)),
+        f"keep has {LIMIT + 3} columns, but the static cache has {LIMIT} rows",
+    ),
     "not filled": (lambda: filled(CACHES["static"]()), dict(keep=KEEP + 3), "the cache holds 6 rows"),
     "descending": (lambda: filled(CACHES["static"]()), dict(keep=KEEP.flip(1)), r"keep\[0, 1\] = 2"),
     "lengths": (lambda: filled(CACHES["static"]()), dict(lengths=torch.tensor([2])), "disagrees with keep"),

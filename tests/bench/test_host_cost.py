@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from elsewhere import DEVICE, Device, There, move
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import flowcut_kernels as fk
 from flowcut_kernels._library import choose_backend, native_error
@@ -133,3 +134,30 @@ def test_sizes_on_the_host_keep_nobody_waiting(family):
         read = cuts * (family == "qwen2_5_vl")
         assert second_pass(visual, There(pixels), grid).waits.total() == read
         assert second_pass(visual, There(pixels), There(grid)).waits.total() == read + 1
+
+
+@pytest.mark.parametrize("positions", ["keep", "repack"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_compacting_a_cache(kind, positions):
+    """One launch for all layers, no wait for what `keep` holds: a graph that holds it serves any other of its size."""
+    config = LlamaConfig(**tiny.TEXT)
+    cache = kind(config=config, **(dict(max_cache_len=20) if kind is StaticCache else {}))
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, 2, 2, 12, 8), layer)
+    wanted = [x.keys[0][:, [1, 4, 9]] for x in cache.layers]
+    for layer in cache.layers:
+        held = {name: x for name, x in vars(layer).items() if isinstance(x, torch.Tensor)}
+        vars(layer).update({name: There(x) for name, x in held.items()})
+    before = [x.keys.here.data_ptr() for x in cache.layers]
+    keep, lengths = There(torch.tensor([[1, 4, 9], [0, 3, -1]])), There(torch.tensor([3, 2]))
+    rotary, places = There(torch.ones(4)), There(torch.arange(12).expand(2, -1))
+    with Device() as device:
+        fk.compact_kv_cache(cache, keep, lengths, positions=positions, rotary=rotary, position_ids=places)
+    assert not device.waits, device.waits
+    assert sum(n for name, n in device.launches.items() if name.startswith("compact_kv")) == 1
+    assert [layer.keys.here.data_ptr() == at for layer, at in zip(cache.layers, before, strict=True)] == [
+        kind is StaticCache
+    ] * len(before)
+    if positions == "keep":
+        assert all(torch.equal(x.keys.here[0, :, :3], y) for x, y in zip(cache.layers, wanted, strict=True))

@@ -212,7 +212,7 @@ TABLE = torch.zeros(2, 3, 4)
 BAD = {
     "no layer": (dict(keys=[], values=[]), "one tensor per layer"),
     "fewer values": (dict(values=[]), "got 1 keys and 0 values"),
-    "keep dtype": (dict(keep=KEEP.int()), "keep must be int64"),
+    "keep dtype": (dict(keep=KEEP.int()), "keep must be an int64 tensor"),
     "batch": (dict(keep=KEEP[:1]), r"keys\[0\] must be \[1, 3, tokens, dim\]"),
     "heads": (dict(values=[X[:, :2]]), r"values\[0\] must be \[2, 3, tokens, dim\]"),
     "dtype": (dict(values=[X.half()]), r"values\[0\] is torch.float16"),
@@ -223,7 +223,10 @@ BAD = {
     "repeated": (dict(keep=KEEP[:, [0, 1, 1]]), r"keep\[0, 2\] = 2"),
     "descending": (dict(keep=KEEP.flip(1)), r"keep\[0, 1\] = 2"),
     "after padding": (dict(keep=KEEP[:, [2, 0, 1]][1:].expand(2, -1)), r"keep\[0, 1\] = 1"),
-    "lengths shape": (dict(lengths=torch.zeros(3, dtype=torch.int64)), r"lengths must be int32 or int64 \[2\]"),
+    "lengths shape": (
+        dict(lengths=torch.zeros(3, dtype=torch.int64)),
+        r"lengths must be an int32 or int64 tensor \[2\]",
+    ),
     "lengths": (dict(lengths=torch.tensor([3, 3])), r"lengths=\[3, 3\] disagrees with keep"),
     "one table": (dict(cos=TABLE), "sin is None"),
     "table shape": (dict(cos=TABLE, sin=TABLE[:, :2]), "sin must be torch.float32"),

@@ -96,14 +96,27 @@ def _named(keys: list[Tensor], values: list[Tensor]):
             yield f"{name}[{i}]", x
 
 
+def _is(x: object, shape: tuple[int, ...], *dtypes: torch.dtype) -> bool:
+    return isinstance(x, Tensor) and tuple(x.shape) == shape and x.dtype in dtypes
+
+
+def _said(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def check_keep(op: str, keep: Tensor) -> None:
+    """ValueError in the name of `op` unless `keep` is int64 [B, M]."""
+    if not isinstance(keep, Tensor) or keep.dim() != 2 or keep.dtype != torch.int64:
+        raise ValueError(f"{op}: keep must be an int64 tensor [batch, kept], got {_said(keep)}")
+
+
 def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:
     """`keep` with -1 at and after every sample's length; ValueError in the name of `op` unless the arguments fit."""
     if not keys or len(keys) != len(values):
         raise ValueError(
             f"{op}: keys and values must hold one tensor per layer, got {len(keys)} keys and {len(values)} values"
         )
-    if keep.dim() != 2 or keep.dtype != torch.int64:
-        raise ValueError(f"{op}: keep must be int64 [batch, kept], got {keep.dtype} {tuple(keep.shape)}")
+    check_keep(op, keep)
     first, (batch, kept) = keys[0], keep.shape
     heads = first.shape[1] if first.dim() == 4 else "heads"
     for name, x in _named(keys, values):
@@ -119,8 +132,8 @@ def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:
                 f"{op}: {name} needs a contiguous last dimension, its stride is {x.stride(3)}; call contiguous() on it"
             )
     _check_rotation(op, keys, keep, cos, sin)
-    if lengths is not None and (tuple(lengths.shape) != (batch,) or lengths.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"{op}: lengths must be int32 or int64 [{batch}], got {lengths.dtype} {tuple(lengths.shape)}")
+    if lengths is not None and not _is(lengths, (batch,), torch.int32, torch.int64):
+        raise ValueError(f"{op}: lengths must be an int32 or int64 tensor [{batch}], got {_said(lengths)}")
     if lengths is not None and lengths.device != keep.device:
         raise ValueError(f"{op}: lengths is on {lengths.device} but keep is on {keep.device}; move one")
     if keep.device.type == "cpu" and not torch.compiler.is_compiling():
