@@ -77,8 +77,8 @@ class PatchedModel(lmms):
 
     Prompts are made by the processor's chat template and answered greedily unless the task sets a temperature, with at
     most 1,024 tokens unless it sets a limit. As with lmms-eval's own chat models, answers are not cut at ``until``. The
-    visual tokens kept per image at the last cut of each stage ("encoder", "features", "llm"), averaged over the images
-    of the first process, are the results' ``throughput: avg_kept_STAGE``.
+    visual tokens kept per image at the last cut of each stage ("encoder": per tile, "features", "llm"), averaged over
+    the images of the first process, are the results' ``throughput: avg_kept_STAGE``.
 
     Args:
         pretrained: name or folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.

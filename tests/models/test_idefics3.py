@@ -172,6 +172,17 @@ def test_budget_of_an_image_is_spread_over_its_tiles(family):
     assert there[1] - there[0] == 1 + 4 + 1  # its own four and a mark
 
 
+@FAMILIES
+@torch.no_grad()
+def test_release_gives_every_tile_its_share(family):
+    """T / 2 of each in the encoder, whatever their number, and T of the image behind a layer of the language model."""
+    model, inputs = family.model(), family.prompt([[3, WIDE, 4, Image(), 6]])
+    with fk.patched(model, fk.FlowCut.release(8, llm_layer=1), record=True):
+        model(**inputs)
+        kept = {stage.name: stage.kept for stage in fk.trace(model).stages}
+    assert kept == dict(encoder=[4] * 8, features=[12, 20], llm=[8, 8])
+
+
 def features_of(model, inputs: dict) -> torch.Tensor:
     output = model.model.get_image_features(inputs["pixel_values"]).pooler_output
     return torch.cat([x.flatten(0, -2) for x in output])
