@@ -26,7 +26,8 @@ from triton.runtime.jit import create_function_from_signature
 from .._library import cuda_error
 from .._ops import Relevance, Select, ValueNorm
 from ..ops._triton_common import Launch
-from ..ops.anchor_stats.triton import prepare as prepare_stats
+from ..ops.anchor_stats.triton import prepare as prepare_selecting
+from ..ops.anchor_stats.triton import prepare_all as prepare_stats
 from ..ops.attention_with_stats.triton import prepare as prepare_attention
 from ..ops.gather_tokens.triton import prepare as prepare_gather
 from ..ops.patch_entropy.triton import prepare as prepare_entropy
@@ -183,11 +184,13 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         name = f"B={batch} N={tokens} H={heads} D={dim} {str(dtype)[6:]} {relevance.name.lower()} {norm.name.lower()}"
         name += f" R={anchors}" * (anchors > 1) + " ragged" * ragged + " powers" * powers
         name += "".join(f" block={block}" for block in group)
-        yield name + (f" select {mode.name.lower()}" if mode is not None else ""), prepare_stats(
-            key[:, :, :anchors], key, key, key[:, :, :anchors], None, scale=dim**-0.5,
-            protect=0 if group else 1, relevance=relevance, value_norm=norm,
-            selection=None if mode is None else selection,
-        )  # fmt: skip
+        inputs = key[:, :, :anchors], key, key, key[:, :, :anchors], None
+        options = dict(scale=dim**-0.5, protect=0 if group else 1, relevance=relevance, value_norm=norm)
+        if mode is not None:
+            yield f"{name} select {mode.name.lower()}", prepare_selecting(*inputs, **options, selection=selection)
+            continue
+        for launch in prepare_stats(*inputs, **options):
+            yield name, launch
     for dim, dtype, batch, tokens, segments, anchored in (
         (64, torch.bfloat16, 8, 577, 0, True), (64, torch.bfloat16, 8, 577, 0, False),
         (72, torch.bfloat16, 8, 729, 0, True), (80, torch.bfloat16, 8, 577, 0, True),

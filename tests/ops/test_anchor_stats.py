@@ -68,6 +68,32 @@ def test_several_anchors(backend, device, anchors):
     check(draw(2, 4, 2, 29, 32, anchors, device=device), backend, relevance=Relevance.SCALED_SOFTMAX)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize(
+    ("anchors", "dim", "layout", "dtype"),
+    [
+        (5, 72, "bnhd", torch.float32),
+        (18, 16, "bhnd", torch.float32),
+        (25, 40, "fused", torch.bfloat16),
+        (66, 16, "bhnd", torch.float16),
+    ],
+)
+def test_attention_of_many_anchors(backend, device, anchors, dim, layout, dtype):
+    """Hubs, as VFlowOpt asks for them: dead keys hold NaN, spans are shifted or empty, batch-mates change nothing."""
+    alone = dict(relevance=Relevance.NONE, value_norm=ValueNorm.NONE, backend=backend)
+    query, key, value, anchor = draw(3, 2, 1, 140, dim, anchors, dtype, layout, device)
+    spans = torch.tensor([[0, 140], [5, 5], [7, 133]], device=device)
+    clean = check((query, key, value, anchor), key_span=spans, protect=1, **alone)
+    for b, (start, end) in enumerate(spans.tolist()):
+        key[b, :, :start], key[b, :, end:] = float("nan"), float("inf")
+    for rows in (slice(3), slice(2, 3)):
+        given = (x[rows] for x in (query, key, value, anchor))
+        poisoned = anchor_stats(*given, key_span=spans[rows], protect=1, **alone)
+        torch.testing.assert_close(poisoned[0], clean[0][rows], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(poisoned[3], clean[3][rows], rtol=1e-6, atol=1e-7)
+    assert anchor_stats(*draw(1, 2, 2, 0, 16, 9, device=device), **alone)[3].tolist() == [[1.0] * 9]
+
+
 @pytest.mark.parametrize("span_dtype", [torch.int32, torch.int64], ids=str)
 def test_spans_ignore_dead_keys(backend, device, span_dtype):
     """Keys outside the span hold NaN and Inf; length-1, empty and shifted spans."""

@@ -54,6 +54,8 @@ def test_no_kernel_spills_or_overruns():
             f"{row['warps']:2} warps {row['blocks']:2} blocks/SM  {row['variant']}"
         )
     kernels = {
+        "anchor_logits",
+        "anchor_rows",
         "anchor_stats",
         "attention_with_stats",
         "score_select",

@@ -7,6 +7,9 @@ the whole image: each program leaves its logits, an integer counter per image te
 
 Bytes: K and V once, and 4 bytes per token and head for the logits (written, then read from L2): 1.6 % of bf16 K and V
 at D = 64. At 4.8 TB/s a CLIP-L layer (N = 577, H * D = 1024) takes 0.5 us per image.
+
+The attention of many anchors alone is two launches: products of matrices in place of one anchor after another, and a
+program per anchor in place of one that finishes them all.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from .._triton_common import (
     Launch,
     arrival_counters,
     contiguous_rows,
+    dots,
     entropy_ratio,
     head_mean_softmax,
+    load_rows,
     powers,
     select_image,
+    tile_widths,
     unit_steps,
     wide,
 )
@@ -39,6 +45,7 @@ _COSINE = tl.constexpr(int(Relevance.COSINE))
 _NO_NORM = tl.constexpr(int(ValueNorm.NONE))
 _FULL = tl.constexpr(int(ValueNorm.FULL))
 _HEAD_MEAN = tl.constexpr(int(ValueNorm.HEAD_MEAN))
+_FEW = 4  # anchors that are streamed one by one, where nothing but their attention is asked for
 
 
 @triton.jit
@@ -320,6 +327,42 @@ def _anchor_stats(
     )  # fmt: skip
 
 
+# As in `_anchor_stats`, other numbers of tokens are no new kernel.
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _anchor_logits(
+    query, key, key_span, logits, query_steps, key_steps, pitch, image_size, tokens, tiles, anchors, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits [anchors, H, pitch] of ROWS anchors over KEYS tokens of one head, -inf of dead ones."""
+    b, head = tl.program_id(1).to(tl.int64), tl.program_id(0) // tiles
+    first, anchor = tl.program_id(0) % tiles * KEYS, tl.program_id(2) * ROWS
+    start, _, end = read_span(key_span, b, tokens, 0)
+    query_step, key_step = query_steps[2] * UNIT, key_steps[2] * UNIT
+    query += (b * query_steps[0] + head.to(tl.int64) * query_steps[1]) * UNIT + wide(anchor) * query_step
+    key += (b * key_steps[0] + (head // (H // G)).to(tl.int64) * key_steps[1]) * UNIT + wide(first) * key_step
+    rows = load_rows(query, query_step, anchors - anchor, None, D, MAIN, REST, ROWS)
+    product = dots(rows, key, key_step, tokens - first, D, MAIN, REST, KEYS, WIDEN)
+    row, token = anchor + tl.arange(0, ROWS)[:, None], first + tl.arange(0, KEYS)[None, :]
+    logit = tl.where((token >= start) & (token < end), product * scale, float("-inf"))
+    at = logits + b * image_size + (row * H + head) * pitch + token
+    tl.store(at, logit, mask=(row < anchors) & (token < tokens))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _anchor_rows(
+    logits, key_span, attention, entropy, pitch, image_size, tokens, anchors, protect,
+    H: tl.constexpr, TAIL_HEADS: tl.constexpr, TAIL_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Softmax and entropy of one anchor."""
+    r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, scored_from, end = read_span(key_span, b, tokens, protect)
+    finish_image(
+        attention + r * tokens, None, entropy + r, logits + b * image_size + r * H * pitch, b * anchors, pitch, tokens,
+        1, scored_from, end, H, H, _NO_RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
+    )  # fmt: skip
+
+
 def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     """Tokens per program, heads per tile and pipeline stages (`dim`: the power of 2 that a row's main tile has).
 
@@ -465,7 +508,60 @@ def prepare(
     )  # fmt: skip
 
 
+def prepare_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_anchor: Tensor | None,
+    key_span: Tensor | None,
+    *,
+    scale: float,
+    protect: int,
+    relevance: int,
+    value_norm: int,
+) -> list[Launch]:
+    """The launches of :func:`anchor_stats`; the last one's outputs are its results."""
+    batch, heads, anchors, dim = query.shape
+    if anchors <= _FEW or relevance != Relevance.NONE or value_norm != ValueNorm.NONE or dim > 128:
+        options: dict[str, Any] = dict(scale=scale, protect=protect, relevance=relevance, value_norm=value_norm)
+        return [prepare(query, key, value, value_anchor, key_span, **options)]
+    query, tokens = contiguous_rows(query), key.shape[2]
+    if key_span is not None:
+        key_span = key_span.contiguous()
+    plan = plan_statistics(key, value, heads, anchors, batch, tokens, relevance, value_norm)
+    logits, sizes = plan.scratch[0], (*plan.sizes, tokens)
+    # Tiles of float32 lie in registers, its products run outside the tensor cores.
+    rows, keys = (16, 32) if key.element_size() == 4 else (min(max(triton.next_power_of_2(anchors), 16), 64), 128)
+    (main, rest), tiles = tile_widths(dim, key.element_size()), triton.cdiv(tokens, keys)
+    unit, steps = unit_steps(query, key)
+    return [
+        Launch(
+            _anchor_logits,
+            (heads * tiles, batch, triton.cdiv(anchors, rows)),
+            (query, key, key_span, logits, *steps, *sizes, tiles, anchors, scale * LOG2_E),
+            dict(
+                H=heads, G=key.shape[1], D=dim, UNIT=unit, MAIN=main, REST=rest, ROWS=rows, KEYS=keys,
+                WIDEN=key.device.type == "cpu", num_warps=4, enable_fp_fusion=True,
+            ),
+            key.device,
+        ),
+        Launch(
+            _anchor_rows,
+            (anchors, batch),
+            (logits, key_span, plan.outputs[0], plan.outputs[3], *sizes, anchors, protect),
+            dict(
+                H=heads, TAIL_HEADS=plan.meta["TAIL_HEADS"], TAIL_TOKENS=plan.meta["TAIL_TOKENS"], num_warps=8,
+                enable_fp_fusion=True,
+            ),
+            key.device,
+            plan.outputs,
+        ),
+    ]  # fmt: skip
+
+
 def anchor_stats(*arguments, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments, results and definition: ``reference.py``; float32, bfloat16 or float16 inputs."""
-    attention, relevance, value_norm, entropy = prepare(*arguments, **options)()
+    for launch in prepare_all(*arguments, **options):
+        outputs = launch()
+    attention, relevance, value_norm, entropy = outputs
     return attention, relevance, value_norm, entropy
