@@ -282,12 +282,6 @@ class PrunedFeatures(Bound):
         tile = layouts[0].tile if self.kind.apart and layouts else None
         return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
 
-    def heed(self, arguments: dict[str, Any]) -> None:
-        """Note what a prompt tells about the visuals that come with it, if there is one."""
-        ids, (pixels, _) = arguments.get("input_ids"), self.given(arguments)
-        if ids is not None and pixels is not None:
-            self.kind.heed(pixels, ids.cpu() == self.kind.token_id, arguments)
-
     def foresee(self, arguments: dict[str, Any]) -> None:
         """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
         pixels, output = self.given(arguments)
@@ -299,17 +293,24 @@ class PrunedFeatures(Bound):
         tokens: list[int] = []
         budgets: list[int] = []
         voids: list[Tensor] = []  # where there are some
+        kept, cut = False, False  # images with hidden tokens as they are; others not
         some = any(layout.void is not None for layout in layouts)
         for layout in layouts:
             left, every = self._left(layout), [layout.tile] * len(layout.live)
             ends = layout.tile_budgets(left)
             # Void tokens leave only where others do, but those that nothing may attend to.
             whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
+            kept, cut = kept or (whole and layout.masked), cut or not whole
             tokens += every if whole else layout.live
             budgets += every if whole else ends
             if some:
                 none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
                 voids.append(none if whole or layout.void is None else layout.void)
+        if kept and cut:
+            raise ValueError(
+                "pixel_attention_mask hides some of an image that is to be kept whole, beside images that are pruned: "
+                "give it in a call of its own, or lower the budget below its tokens"
+            )
         void = torch.cat(voids) if voids else None
         leads = self.kind.leading + max((layout.leads for layout in layouts), default=0)
         masked = any(layout.masked for layout in layouts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..modules.encoder import EncoderPass, LayerParts, PrunedEncoder, PrunedEncoderLayer, SkippedEncoderLayer
 from ..ops import gather_tokens
 from ..policies.base import Pixels, Policy
-from ._bound import Bound, Replacement, named
+from ._bound import Bound, Replacement
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,15 @@ class _WatchedTower(Bound):
     def __init__(self, model: Any, tower: Tower, encoder: PrunedEncoder, align: tuple[int, ...]) -> None:
         super().__init__(model)
         self.tower, self.encoder, self.align = tower, encoder, align
+        self.names = tuple(self.__signature__.parameters)  # here, as a compiler cannot trace how they are found out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments, tower, encoder = dict(named(self, args, kwargs)), self.tower, self.encoder
+        arguments = kwargs | dict(zip(self.names[: len(args)], args, strict=True))
+        tower, encoder = self.tower, self.encoder
         known = arguments.pop("encoder_pass", None) or EncoderPass()
         known.align = self.align
+        if known.masked is None and arguments.get("patch_attention_mask") is None:
+            known.masked = False
         if encoder.policy.wants_pixels:
             size = edge(self.model.config.patch_size)
             known.pixels = Pixels(arguments["pixel_values"], tower.pixel_mean, tower.pixel_std, size)

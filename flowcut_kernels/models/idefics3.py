@@ -77,6 +77,7 @@ class Idefics3Images(ShuffledImages):
         if pixels.is_meta:
             raise ValueError("pixel_values on the meta device do not say which tiles are filling: give their values")
         real, mask = (pixels != 0).flatten(2).any(-1), arguments.get("pixel_attention_mask")
+        real[0, 0] |= ~real.any()  # as the model has it
         if mask is None or bool(mask[real].all()):
             return [self.tile(pixels)] * int(real.sum())
         return self.seen(pixels, mask[real])
@@ -87,18 +88,16 @@ def _tiles_of_images(words: list[int], runs: list[tuple[int, int]]) -> list[int]
 
         mark place tile mark place tile newline ... mark place overview mark
 
-    with words for places: <row_1_col_1> and on, <global-img>. An image ends behind each run whose place is that of the
-    row's last run, whatever the tokenizer makes of these words. A prompt of another form has images of one tile.
+    with words for places: <row_1_col_1> and on, <global-img>. Whatever the tokenizer makes of these, the mark is the
+    word behind the row's last tile, and an image ends where two of them stand before the next tile: its own and that
+    one's. A prompt of another form has images of one tile.
     """
     mark = words[runs[-1][1]] if runs and runs[-1][1] < len(words) else None
-    places, before = [], 0
-    for start, end in runs:
-        text, before = words[before:start], end
-        places.append(text[len(text) - text[::-1].index(mark) :] if mark in text else [])
-    ends = [i for i, place in enumerate(places) if place == places[-1]]
-    if not all(places) or any(words[runs[i][1]] != mark for i in ends):
+    texts = [words[end:start] for (_, end), (start, _) in pairwise([(0, 0), *runs])]  # in front of each tile
+    if mark is None or not all(mark in text and text[-1] != mark for text in texts):
         return [1] * len(runs)
-    return [end - start for start, end in pairwise([-1, *ends])]
+    ends = [i for i, text in enumerate(texts[1:]) if text.count(mark) > 1]
+    return [end - start for start, end in pairwise([-1, *ends, len(runs) - 1])]
 
 
 IDEFICS3 = Idefics3(modeling_idefics3.Idefics3ForConditionalGeneration, IDEFICS3_VIT)

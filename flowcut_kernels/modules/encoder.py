@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -63,7 +62,8 @@ class EncoderPass:
     tokens: list[int] | None = None  # of each tile, without void ones; None: all
     budgets: list[int] | None = None  # tokens to leave of each tile; None: what the policy leaves of an image
     void: Tensor | None = None  # bool [B, N] tokens that the model throws away: they go before the first cut
-    masked: bool = False  # nothing may attend to those: they go before the first layer
+    # Nothing may attend to those: they go before the first layer. False: no token is hidden; None: nobody looked.
+    masked: bool | None = None
     pixels: Pixels | None = None  # where the policy wants them
     align: tuple[int, ...] = ()  # indices of hidden states whose rows are to be known
     leads: int = 0  # rows of a tile in front of its patches that the projector is given too
@@ -178,7 +178,7 @@ class EncoderState:
         go unnamed there; but whatever made them so is in K or V, which every kept token attends to, and its features
         come out as NaN.
         """
-        with untracked():
+        with torch.no_grad():  # inside, as torch.compile does not trace the decorator of a method
             choice = self.policy.encoder_select(step, view)
         self._freeze(choice)
         on_host = view.key.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -351,11 +351,6 @@ class PrunedEncoderLayer:
         return residual + parts.out_proj(mixed.flatten(2)), merged
 
 
-def untracked() -> AbstractContextManager:
-    """`torch.no_grad()`, or nothing where that changes nothing: it is entered at every layer that scores."""
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-
-
 def _heads(parts: LayerParts, x: Tensor) -> Tensor:
     module: Any = parts.attention
     # The function of torch: a tensor's method of that name is Python.
@@ -502,10 +497,12 @@ class PrunedEncoder:
         if attention_mask is not None and state.void is not None:  # what nothing may attend to leaves at once
             hidden_states, attention_mask = state.drop_void(hidden_states), None
         elif attention_mask is not None and (state.prunes or self.policy.prunes_features):
-            raise ValueError(
-                "attention_mask was passed to a patched vision encoder, which cannot tell what is left of the images "
-                f"that {type(self.policy).__name__} is to judge: only unmasked images are supported; drop it"
-            )
+            if encoder_pass is None or encoder_pass.masked is not False:
+                raise ValueError(
+                    "attention_mask was passed to a patched vision encoder, which cannot tell what is left of the "
+                    f"images that {type(self.policy).__name__} is to judge: only unmasked images are supported; drop it"
+                )
+            attention_mask = None  # of a graph that is captured or compiled, where transformers leaves out none
         mask = (attention_mask,) if self.takes_mask else ()
         entered = []  # patches of the rows that came to each layer
         for layer in self.layers:

@@ -47,6 +47,16 @@ def test_towers_are_siglip(kind, attention):
             model(pixels, patch_attention_mask=whole)
 
 
+@torch.no_grad()
+def test_tower_compiles_as_one_graph():
+    """For which transformers makes a mask even though it hides nothing."""
+    config, pixels = Idefics3VisionConfig(**tiny.VISION, image_size=SIDE * PATCH), tiny.images(2)
+    model = Idefics3VisionTransformer(config).eval()
+    with fk.patched(model, fk.FlowCut(8, adaptive=False)):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(pixels)[0], model(pixels)[0], rtol=1e-4, atol=1e-4)
+
+
 def masked(family, dtype: torch.dtype = torch.float64) -> dict:
     """Two rows: three tiles, the second of which ends after 2 of 4 rows of tokens, and two, one after 3 columns."""
     pixels = tiny.images(6, seed=3).to(dtype).view(2, 3, 3, SIDE * PATCH, SIDE * PATCH)
@@ -231,6 +241,7 @@ def test_prompts_of_another_form():
         "two runs": ([3, *image * 2, 5, *image, 6], [8, 4]),
         "no places": ([3, 80, *image, 80, *image, 80, *image, 80], [4, 4, 4]),
         "no mark at the end": ([3, *FRAME, *FRAME, *FRAME[:-1]], [4, 4, 4]),
+        "places of their own": ([x for i in (20, 21, 22) for x in (80, i, *image, 80, 81)], [4, 4, 4]),
         "text between": ([3, *image, 5, *image, 6, 7, *image, 8], [4, 4, 4]),
     }
     with fk.patched(made, fk.UniformTokens(retain_ratio=0.25), record=True):
@@ -294,3 +305,28 @@ def test_masks_of_an_image():
             (index,) = fk.trace(made).stages[-1].indices
             assert torch.bincount(index // TOKENS).tolist() == kept
             assert (index[index // TOKENS == 1] % TOKENS < 4).all()
+
+
+@torch.no_grad()
+def test_masked_image_that_stays_whole():
+    """By itself as in the stock model; beside one that is pruned its hidden tokens can neither stay nor go."""
+    made, mask = idefics3.FAMILY.model(), torch.ones(1, 4, SIDE * PATCH, SIDE * PATCH, dtype=torch.long)
+    mask[0, 0, EDGE:] = 0
+    pixels, row = tiny.images(4, seed=3)[None], [3, *FRAME, 4]
+    alone = dict(input_ids=torch.tensor([row]), pixel_values=pixels[:, :1], pixel_attention_mask=mask[:, :1])
+    beside = [*row, *idefics3.write([[WIDE]], idefics3.spelled)[0], 5]
+    beside = dict(input_ids=torch.tensor([beside]), pixel_values=pixels, pixel_attention_mask=mask)
+    stock = made(**alone).logits
+    with fk.patched(made, fk.FlowCut(TOKENS)):
+        assert torch.equal(made(**alone).logits, stock)
+        with pytest.raises(ValueError, match="an image that is to be kept whole, beside images that are pruned"):
+            made(**beside)
+
+
+@torch.no_grad()
+def test_image_of_zeros():
+    """Filling elsewhere, but SmolVLM takes one tile for an image where there is no other."""
+    made = smolvlm.FAMILY.model()
+    with fk.patched(made, fk.FlowCut(4)):
+        inputs = dict(input_ids=torch.tensor([[3, *FRAME, 5]]), pixel_values=torch.zeros(1, 2, 3, *2 * [SIDE * PATCH]))
+        assert made(**inputs).logits.shape[1] == 2 + len(FRAME) - TOKENS + 4
