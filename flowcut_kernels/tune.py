@@ -464,13 +464,13 @@ def _study(storage: Any, name: str, sampler: BaseSampler) -> Study:
 def _patiently(storage: Any, act: Callable[[], Any]) -> Any:
     """What `act` returns, tried again where another worker is making the same tables."""
     from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import ArgumentError, DBAPIError
 
     for wait in (0.2, 0.4, 0.8, 1.6, None):
         try:
             return act()
-        except (DBAPIError, StorageInternalError, OSError) as error:
-            if wait is None or isinstance(error, OSError):
+        except (ArgumentError, DBAPIError, StorageInternalError, OSError) as error:
+            if wait is None or isinstance(error, (ArgumentError, OSError)):
                 raise ValueError(f"tune: storage={storage!r} cannot be opened: {error}") from error
             time.sleep(wait)
     raise AssertionError("unreachable")

@@ -368,8 +368,9 @@ def test_bad_input(change, error, words):
 
 @pytest.mark.parametrize(
     ("storage", "words"),
-    [("sqlite:////no/such/tune.db", "cannot be opened: .*unable to"), ("/no/such/tune.log", "opened: .*No such file")],
-)
+    [("sqlite:////no/such/tune.db", "cannot be opened: .*unable to"), ("/no/such/tune.log", "opened: .*No such file"),
+     ("sqlight:///tune.db", "opened: Can't load plugin: .*sqlight")],
+)  # fmt: skip
 def test_storages_that_cannot_be_opened(storage, words, monkeypatch):
     """Are tried again, as another worker may be making them, before anything runs."""
     waits: list[float] = []
