@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import patched, trace
+from .models._features import PrunedFeatures, heeding
 from .policies import FlowCut
 
 
@@ -26,8 +27,8 @@ def calibrate(
     Args:
         model: an unpatched instance of one of :func:`supported_models`.
         policy: the policy to freeze; a schedule it has already is replaced.
-        inputs: one batch of processor output or pixel values, or several of them, of the sizes that are to come; only
-            images are looked at.
+        inputs: one batch of processor output or pixel values, or several of them, of the sizes that are to come. Only
+            images are looked at, and where a prompt says which tiles are one (InternVL, Idefics3, SmolVLM), that.
 
     Returns:
         ``policy`` with ``schedule``: for every cut the mean over all images of what they kept, rounded half to even.
@@ -87,4 +88,8 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any] | Tensor, name: st
         arguments[pixels] = arguments.get("pixel_values_images", arguments.get("pixel_values"))
     if arguments.get(pixels) is None:
         raise ValueError(f"{name} holds no pixel_values; give images")
-    run(**{key: value for key, value in arguments.items() if key in accepted})
+    made = vars(getattr(model, "model", model)).get("get_image_features")
+    with heeding():
+        if isinstance(made, PrunedFeatures):
+            made.heed(arguments)
+        run(**{key: value for key, value in arguments.items() if key in accepted})

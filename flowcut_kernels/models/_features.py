@@ -282,6 +282,12 @@ class PrunedFeatures(Bound):
         tile = layouts[0].tile if self.kind.apart and layouts else None
         return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
 
+    def heed(self, arguments: dict[str, Any]) -> None:
+        """Note what a prompt tells about the visuals that come with it, if there is one."""
+        ids, (pixels, _) = arguments.get("input_ids"), self.given(arguments)
+        if ids is not None and pixels is not None:
+            self.kind.heed(pixels, ids.cpu() == self.kind.token_id, arguments)
+
     def foresee(self, arguments: dict[str, Any]) -> None:
         """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
         pixels, output = self.given(arguments)

@@ -95,10 +95,15 @@ class ShuffledImages(Kind):
 
 def runs_of(mask: Tensor) -> list[list[tuple[int, int]]]:
     """First column and end of the runs in each row of a mask [B, L]."""
-    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
-    found: list[list[tuple[int, int]]] = [[] for _ in mask]
-    for (row, start), (_, end) in zip(*((edges == x).nonzero().tolist() for x in (1, -1)), strict=True):
-        found[row].append((start, end))
+    batch, length = mask.shape
+    numbers = mask.bool() + 2 * torch.arange(batch, device=mask.device)[:, None]  # other ones in each row
+    values, counts = numbers.flatten().unique_consecutive(return_counts=True)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+    place = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if value % 2:
+            found[value // 2].append((place % length, place % length + count))
+        place += count
     return found
 
 
@@ -113,13 +118,15 @@ def words_of(arguments: dict[str, Any], columns: int) -> list[list[int]]:
 
 def _together(tiles: list[Layout]) -> Layout:
     """Tiles, each as an image by itself, as one image."""
-    voids = [torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles]
+    void = None
+    if any(x.void is not None for x in tiles):
+        void = torch.cat([torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles])
     return Layout(
         grids=sum((x.grids for x in tiles), ()),
         tile=tiles[0].tile,
         live=sum((x.live for x in tiles), ()),
         places=sum(x.places for x in tiles),
-        void=None if all(x.void is None for x in tiles) else torch.cat(voids),
+        void=void,
         masked=any(x.masked for x in tiles),
     )
 

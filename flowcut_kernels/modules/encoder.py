@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -178,7 +179,7 @@ class EncoderState:
         go unnamed there; but whatever made them so is in K or V, which every kept token attends to, and its features
         come out as NaN.
         """
-        with torch.no_grad():  # inside, as torch.compile does not trace the decorator of a method
+        with untracked():
             choice = self.policy.encoder_select(step, view)
         self._freeze(choice)
         on_host = view.key.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -349,6 +350,11 @@ class PrunedEncoderLayer:
         else:
             mixed = _attend(parts, query, key, value, key_mask, **kwargs)
         return residual + parts.out_proj(mixed.flatten(2)), merged
+
+
+def untracked() -> AbstractContextManager:
+    """`torch.no_grad()`, or nothing where that changes nothing: it is entered at every layer that scores."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _heads(parts: LayerParts, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._signature import signature_of
-from .encoder import PrunedEncoder, has_native_attention
+from .encoder import PrunedEncoder, has_native_attention, untracked
 
 
 class cached_property:
@@ -253,7 +253,7 @@ class PackedState:
             places=None if self.order is None and before.number is None else lambda: self._places(before),
             grids=grids if len(set(grids)) > 1 else None,
         )
-        with torch.no_grad():
+        with untracked():
             choice = self.encoder.policy.encoder_select(step, view)
         score = choice.score
         if score is not None and before.history is not None and not all(active):

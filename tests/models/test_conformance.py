@@ -314,6 +314,18 @@ def test_what_is_inside_by_itself(family):
 
 
 @torch.no_grad()
+def test_calibrated(family):
+    """A schedule of the images of a prompt fits that prompt, and leaves as many of each tile and each image."""
+    policy, model = PRUNING["flowcut"], family.model()
+    inputs, kept = given(family, prompts(family)["sizes in a batch"]), []
+    for each in (policy, fk.calibrate(model, policy, inputs)):
+        with fk.patched(model, each, record=True):
+            model(**inputs)
+            kept.append({stage.name: stage.kept for stage in fk.trace(model).stages})
+    assert each.schedule and kept[0] == kept[1]
+
+
+@torch.no_grad()
 def test_threads(family, request):
     """That call one model at once get what each gets alone."""
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
