@@ -77,7 +77,7 @@ class Idefics3Images(ShuffledImages):
         if pixels.is_meta:
             raise ValueError("pixel_values on the meta device do not say which tiles are filling: give their values")
         real, mask = (pixels != 0).flatten(2).any(-1), arguments.get("pixel_attention_mask")
-        real[0, 0] |= ~real.any()  # as the model has it
+        real[:1, :1] |= ~real.any()  # as the model has it
         if mask is None or bool(mask[real].all()):
             return [self.tile(pixels)] * int(real.sum())
         return self.seen(pixels, mask[real])
