@@ -130,7 +130,9 @@ class PromptShrinker:
             counts = [a + b for a, b in zip(counts, rows, strict=True)]
             if visuals.kept == visuals.full:
                 continue
-            images = _images_of_rows(rows, visuals.full)
+            # Features that generate repeats for beams come with a prompt that fits them, whatever else it might fit.
+            repeated = len(visuals.kept) > len(visuals.full)
+            images = None if repeated else _images_of_rows(rows, visuals.full)
             if images is None:
                 if _images_of_rows(rows, visuals.kept) is not None:
                     continue

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import Idefics3VisionConfig, SmolVLMVisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
-from zoo import Image, idefics3, smolvlm
+from zoo import Image, idefics3, llava, smolvlm
 
 import flowcut_kernels as fk
 from flowcut_kernels.models._features import heeding
@@ -290,6 +290,18 @@ def test_beams_of_images_that_keep_different_numbers(policy):
         beams = made.generate(**inputs, **GREEDY, num_beams=2, output_scores=True)
     for ids, score, row in zip(beams.sequences, beams.sequences_scores, rows, strict=True):
         assert_close(score.double(), likelihood(oracle, row, ids[-STEPS:]), **CLOSE)
+
+
+@pytest.mark.parametrize("family", [idefics3.FAMILY, llava.FAMILY], ids=str)
+@torch.no_grad()
+def test_beams_of_two_images_that_keep_half(family):
+    """Which have as many placeholders as one of them whole."""
+    row, policy = [3, Image(), 4, Image(seed=1), 6], fk.FlowCut(retain_ratio=0.5)
+    made, oracle, inputs = family.model(dtype=torch.float64), Oracle(family, policy), family.prompt([row])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with fk.patched(made, policy):
+        beams = made.generate(**inputs, **GREEDY, num_beams=2, output_scores=True)
+    assert_close(beams.sequences_scores[0].double(), likelihood(oracle, row, beams.sequences[0, -STEPS:]), **CLOSE)
 
 
 @torch.no_grad()
