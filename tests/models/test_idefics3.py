@@ -298,6 +298,9 @@ def test_beams_of_two_images_that_keep_half(family):
     """Which have as many placeholders as one of them whole."""
     row, policy = [3, Image(), 4, Image(seed=1), 6], fk.FlowCut(retain_ratio=0.5)
     made, oracle, inputs = family.model(dtype=torch.float64), Oracle(family, policy), family.prompt([row])
+    takes = inspect.signature(type(made).forward).parameters
+    if inputs["pixel_values"].dim() == 4 and "mm_encoder_outputs" not in takes:
+        pytest.skip("images that are no rows: this transformers repeats each by itself, so that a beam has one twice")
     inputs["pixel_values"] = inputs["pixel_values"].double()
     with fk.patched(made, policy):
         beams = made.generate(**inputs, **GREEDY, num_beams=2, output_scores=True)
