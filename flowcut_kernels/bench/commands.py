@@ -104,7 +104,7 @@ def encoder(
     layers: Annotated[int, typer.Option(min=4, help="Layers of the tower.")] = 24,
     image_size: Annotated[int, typer.Option(min=56, help="Pixels; patches are 14 x 14.")] = 336,
     hidden: Annotated[int, typer.Option(min=64, help="Width; heads of 64, MLP 4 x as wide.")] = 1024,
-    baselines: Annotated[bool, typer.Option(help="Also time eager attention and FlowCut in plain torch.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Also time eager attention, plain torch, the limit.")] = True,
     frozen: Annotated[bool, typer.Option(help="Also time the calibrated schedule and CUDA graphs.")] = False,
     dtype: Dtype = "fp32,bf16",
     repeats: Repeats = 5,

@@ -34,13 +34,13 @@ from .timing import Clock, Samples, captured, interleave, peak_memory, synchroni
 Tick = Callable[..., object]
 TARGET = {"cpu": 1.10, "cuda": 1.15}
 # Opponents in the same run; those on eager attention form the N x N maps, as released code does.
-BASELINES = ("stock_eager", "torch_sdpa", "torch_eager")
+BASELINES = ("stock_eager", "torch_sdpa", "torch_eager", "limit")
 BASELINE_NOTE = (
     "torch FlowCut: vectorised torch that prunes after the layer; its eager form takes the class token's attention "
-    "from the layer's N x N map, as released code does"
+    "from the layer's N x N map, as released code does; limit: the same schedule with rows chosen for free"
 )
-FROZEN = ("frozen", "frozen_graph", "stock_graph", "limit")
-FROZEN_NOTE = "frozen: a schedule calibrated on the same images; limit: that schedule with rows chosen for free"
+FROZEN = ("frozen", "frozen_graph", "stock_graph")
+FROZEN_NOTE = "frozen: a schedule calibrated on the same images"
 SCORING = {"anchor_stats_select": scoring, "gather_tokens": blocks}
 
 KERNELS = {"_anchor_stats": "anchor_stats_select", "_gather_tokens": "gather_tokens"}  # as the profiler names them
@@ -65,8 +65,9 @@ def measure(
     """Stock tower against patched tower through ``get_image_features`` of a LLaVA that reads layer -2.
 
     Args:
-        baselines: also time the stock tower on eager attention, and FlowCut in plain torch on SDPA and on eager.
-        frozen: also time the calibrated policy, it and the stock tower as CUDA graphs, and free selection, the limit.
+        baselines: also time the stock tower on eager attention, FlowCut in plain torch on SDPA and on eager, and free
+            selection, the limit.
+        frozen: also time the calibrated policy, and it and the stock tower as CUDA graphs.
         shape: changes to the CLIP-L configuration, for tests.
     """
     device, gains = torch.device(device), WEIGHTS[weights]
@@ -225,10 +226,10 @@ def _rows(
             by_batch = replace(policy, batch="max")
             for attention in ("sdpa", "eager"):
                 runs[f"torch_{attention} {budget}"] = partial(plain.encoder, stock, pixels, by_batch, attention)
+            runs[f"limit {budget}"] = pruning(FreeSelection.like(policy, seen[budget].stages, pixels.device))
         if frozen:
             static = pruning(calibrate(stock, policy, pixels))
             runs[f"frozen {budget}"], runs[f"frozen_graph {budget}"] = static, captured(static, pixels.device)
-            runs[f"limit {budget}"] = pruning(FreeSelection.like(policy, seen[budget].stages, pixels.device))
     if frozen:
         runs["stock_graph"] = captured(runs["stock"], pixels.device)
     times = interleave(runs, repeats=repeats, clock=Clock(pixels.device), warmup=1)

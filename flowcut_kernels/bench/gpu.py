@@ -81,8 +81,8 @@ STEPS = (
     ),
     *(
         Step(
-            f"prefill-{model}-batch-32", f"prefill --model {model} --batch 32 --repeats 3 --device cuda",
-            f"prefill --model {model} --toy --batch 1 {TOY}",
+            f"prefill-{model}-batch-32", f"prefill --model {model} --batch 32 --baselines --repeats 3 --device cuda",
+            f"prefill --model {model} --toy --batch 1 --baselines {TOY}",
         )
         for model in ("llava-next-7b", "llava-onevision-7b")
     ),

@@ -172,6 +172,7 @@ TABLES: dict[str, list[Column]] = {
         Column("stock, eager", _cell("stock_eager_ratio", times)),
         Column("torch FlowCut", _cell("torch_sdpa_ratio", times)),
         Column("torch FlowCut, eager", _cell("torch_eager_ratio", times)),
+        Column("limit", _cell("limit_ratio", times)),
     ],
     "encoder frozen": [
         Column("type", precision, False),
@@ -179,7 +180,6 @@ TABLES: dict[str, list[Column]] = {
         Column("kept", _cell("tokens")),
         Column("FlowCut", _cell("time_ratio", times)),
         Column("frozen", _cell("frozen_ratio", times)),
-        Column("limit", _cell("limit_ratio", times)),
         Column("frozen, graph", _cell("frozen_graph_ratio", times)),
         Column("stock, graph", _cell("stock_graph_ratio", times)),
     ],

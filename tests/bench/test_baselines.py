@@ -1,0 +1,44 @@
+"""Opponents in the tables of encoder and prefill: all of them, and one that does not fit costs no other figure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowcut_kernels.bench import encoder, prefill
+from flowcut_kernels.bench.shapes import real
+from flowcut_kernels.bench.tables import DASH, views
+
+
+def cells(section, title: str) -> dict[str, str]:
+    """A row of the table of that name, by heading."""
+    (view,) = (view for view in views(section) if title in (view.title or ""))
+    return {column.header: column.show(section.rows[0]) for column in view.columns}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_prefill(fits, monkeypatch):
+    made = prefill.runs_of
+
+    def runs_of(model, *given):
+        if not fits and model.config._attn_implementation == "eager":
+            raise torch.OutOfMemoryError("no room for N x N maps")
+        return made(model, *given)
+
+    monkeypatch.setattr(prefill, "runs_of", runs_of)
+    shape = real("llava-1.5-7b", toy=True)
+    section = prefill.measure(shape=shape, batches=(2,), steps=1, repeats=1, baselines=True)
+    assert not section.failed and all(row["ok"] for row in section.rows)
+    assert all(row["torch_ratio"] > 0 and row["of_limit"] > 0 and row["first_seconds"] > 0 for row in section.rows)
+    shown = cells(section, "Against eager")
+    assert (shown["stock, eager : stock"] != DASH) == fits and shown["torch FlowCut : stock"] != DASH
+    assert ("stock on eager attention, B=2: out of memory" in section.notes) == (not fits)
+
+
+def test_encoder():
+    shape = dict(image_size=112, hidden_size=64, intermediate_size=128, num_attention_heads=1)
+    section = encoder.measure(dtypes=(torch.float32,), batches=(2,), tokens=(8,), layers=6, repeats=1, shape=shape)
+    assert not section.failed
+    shown = cells(section, "share of the stock tower on SDPA")
+    assert {"stock, eager", "torch FlowCut", "torch FlowCut, eager", "limit"} < {*shown}
+    assert DASH not in shown.values()
