@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import flowcut_kernels as fk
 from flowcut_kernels.modules import encoder
@@ -60,7 +60,7 @@ def test_another_attention_leaves_none(monkeypatch):
         assert encoder._flash(parts(), *given) is None
     with torch.autocast(DEVICE, torch.bfloat16):
         assert encoder._flash(parts(), *given) is None
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *_, **__: None)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *_, **__: None)
     assert encoder._flash(parts(), *given) is None
 
 
