@@ -509,21 +509,12 @@ def prepare(
 
 
 def prepare_all(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    value_anchor: Tensor | None,
-    key_span: Tensor | None,
-    *,
-    scale: float,
-    protect: int,
-    relevance: int,
-    value_norm: int,
+    query: Tensor, key: Tensor, value: Tensor, value_anchor: Tensor | None, key_span: Tensor | None, **options: Any
 ) -> list[Launch]:
-    """The launches of :func:`anchor_stats`; the last one's outputs are its results."""
+    """The launches of :func:`anchor_stats`, with its options; the last one's outputs are its results."""
     batch, heads, anchors, dim = query.shape
+    relevance, value_norm = options["relevance"], options["value_norm"]
     if anchors <= _FEW or relevance != Relevance.NONE or value_norm != ValueNorm.NONE or dim > 128:
-        options: dict[str, Any] = dict(scale=scale, protect=protect, relevance=relevance, value_norm=value_norm)
         return [prepare(query, key, value, value_anchor, key_span, **options)]
     query, tokens = contiguous_rows(query), key.shape[2]
     if key_span is not None:
@@ -538,7 +529,7 @@ def prepare_all(
         Launch(
             _anchor_logits,
             (heads * tiles, batch, triton.cdiv(anchors, rows)),
-            (query, key, key_span, logits, *steps, *sizes, tiles, anchors, scale * LOG2_E),
+            (query, key, key_span, logits, *steps, *sizes, tiles, anchors, options["scale"] * LOG2_E),
             dict(
                 H=heads, G=key.shape[1], D=dim, UNIT=unit, MAIN=main, REST=rest, ROWS=rows, KEYS=keys,
                 WIDEN=key.device.type == "cpu", num_warps=4, enable_fp_fusion=True,
@@ -548,7 +539,7 @@ def prepare_all(
         Launch(
             _anchor_rows,
             (anchors, batch),
-            (logits, key_span, plan.outputs[0], plan.outputs[3], *sizes, anchors, protect),
+            (logits, key_span, plan.outputs[0], plan.outputs[3], *sizes, anchors, options["protect"]),
             dict(
                 H=heads, TAIL_HEADS=plan.meta["TAIL_HEADS"], TAIL_TOKENS=plan.meta["TAIL_TOKENS"], num_warps=8,
                 enable_fp_fusion=True,
