@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
@@ -19,7 +20,7 @@ class Turns:
     own."""
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock, self.busy = RLock(), False
 
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
         return Turns, ()
@@ -29,6 +30,37 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+
+    @contextmanager
+    def running(self, model: nn.Module, inside: bool = False) -> Iterator[None]:
+        """While a model runs in a thread whose turn it is.
+
+        Args:
+            inside: this may be a part of what is running.
+
+        Raises:
+            RuntimeError: it runs already: a hook calls the model that called it.
+        """
+        before = self.busy
+        if before and not inside:
+            raise RuntimeError(
+                f"a patched {type(model).__name__} was called while it runs, by a hook of its own: call it before or "
+                "afterwards, or from a logits processor, stopping criterion or streamer"
+            )
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = before
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While a thread whose turn it is runs what may wait for another one's turn."""
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
 
 
 class Bound:

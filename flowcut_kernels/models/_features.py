@@ -219,7 +219,7 @@ class PrunedFeatures(Bound):
         self.ahead: tuple[Tensor, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.turns:
+        with self.turns, self.turns.running(self.model, inside=True):
             return self._features(named(self, args, kwargs))
 
     def _features(self, arguments: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ..policies.recycling import constant
 from ._bound import Bound, Turns, named
-from ._features import Encoded, PrunedFeatures, Visuals, heeding
+from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -111,6 +111,23 @@ class PromptShrinker:
             finally:
                 for features in self.kinds:
                     features.found = features.ahead = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While code of the caller's runs in the middle of `generate`: what it asks of the model is another prompt, and
+        another thread may have its turn."""
+        before = [(x.found, x.ahead, x.encoded, x.encoder.trace) for x in self.kinds]
+        for features in self.kinds:
+            features.found = features.ahead = None
+        tokens = [(variable, variable.set(None)) for variable in (HEEDED, _PROMPT_END)]
+        try:
+            with self.turns.aside():
+                yield
+        finally:
+            for variable, token in tokens:
+                variable.reset(token)
+            for features, known in zip(self.kinds, before, strict=True):
+                features.found, features.ahead, features.encoded, features.encoder.trace = known
 
     def shrink(self, masks: Tensor, attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
@@ -356,6 +373,10 @@ class PrunedForward(_PromptMethod):
         self.first_position = first_position
 
     def run(self, arguments: dict[str, Any]) -> Any:
+        with self.shrinker.turns.running(self.model):
+            return self._run(arguments)
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
         shrunk = self.shrink(arguments) if self.shrinker.shrinks else None
         # None at a later step as well: what the cache remembers still holds.
         talk = None if shrunk is None or shrunk[0].kept == shrunk[0].length else shrunk[1]
@@ -543,7 +564,8 @@ class PrunedGenerate(_PromptMethod):
                 raise ValueError("generate: give the prompt as inputs or as input_ids, not both")
             arguments["input_ids"] = prompt
         prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        shrunk = self.shrink(arguments)
+        with self.shrinker.turns.running(self.model):
+            shrunk = self.shrink(arguments)
         if shrunk is None:
             return self._generate(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]
@@ -569,6 +591,11 @@ class PrunedGenerate(_PromptMethod):
         return output
 
     def _generate(self, arguments: dict[str, Any]) -> Any:
+        for name in ("streamer", "prefix_allowed_tokens_fn"):
+            arguments |= {name: self._aside(arguments[name])} if arguments.get(name) is not None else {}
+        for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
+            if arguments.get(name) is not None:
+                arguments[name] = kind(map(self._aside, arguments[name]))
         given = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         whole = next((x for x in given if x is not None), None)
         before = _PROMPT_END.set(None if whole is None else (self.model, whole.shape[1]))
@@ -576,6 +603,11 @@ class PrunedGenerate(_PromptMethod):
             return self.original(**arguments)
         finally:
             _PROMPT_END.reset(before)
+
+    def _aside(self, callback: Any) -> Any:
+        """Of the caller's own; transformers' neither call a model nor wait, and `generate` asks for their class."""
+        known = type(callback).__module__.startswith("transformers.")
+        return callback if known else _Aside(callback, self.shrinker)
 
     def _setting(self, arguments: dict[str, Any], name: str) -> Any:
         """A generation setting, wherever it was given."""
@@ -618,6 +650,25 @@ class PrunedGenerate(_PromptMethod):
 
 def _with_prompt(prompt: Tensor, new: Tensor) -> Tensor:
     return torch.cat([prompt.to(new.device).repeat_interleave(len(new) // len(prompt), 0), new], 1)
+
+
+class _Aside:
+    """A callback of `generate` that may call the patched model, or wait for a thread that does."""
+
+    def __init__(self, callback: Any, shrinker: PromptShrinker) -> None:
+        self.callback, self.shrinker = callback, shrinker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.shrinker.aside():
+            return self.callback(*args, **kwargs)
+
+    def put(self, value: Tensor) -> None:
+        with self.shrinker.aside():
+            self.callback.put(value)
+
+    def end(self) -> None:
+        with self.shrinker.aside():
+            self.callback.end()
 
 
 class _ShownToProcessor(LogitsProcessor):
