@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from .._ops import Select
 from ..models import adapter_of, supported_models
 from ..models._features import PrunedFeatures, heeding
+from ..models._shuffle import ShuffledImages
 from ..ops import score_select
 from ..policies.base import Policy
 
@@ -31,6 +32,7 @@ def retained_count(
     modality: str = "image",
     pixel_shape: Sequence[int] | None = None,
     batch_num_images: Sequence[int] | None = None,
+    processor: Any | None = None,
 ) -> list[int]:
     """Tokens of every image that enter the language model, exactly, before anything is encoded.
 
@@ -38,21 +40,25 @@ def retained_count(
         config: of one of the whole models of :func:`~flowcut_kernels.supported_models`.
         policy: as for :func:`~flowcut_kernels.patch`.
         image_sizes: of each image what the processor says of it: (height, width) in pixels, or for Qwen-VL its grid
-            (frames, rows, columns) of patches.
+            (frames, rows, columns) of patches; with `processor` always (height, width).
         modality: "image" or "video".
         pixel_shape: of the processor's pixel values, where the count follows from it: of videos without grids
             [videos, frames, 3, height, width]; of one image of InternVL [tiles, 3, height, width], of Idefics3 or
             SmolVLM [1, tiles, 3, height, width], thumbnail included.
         batch_num_images: of LLaVA-OneVision as its processor says, how many images each prompt has, where one has
             several: then their base views are all there is of them.
+        processor: the model's, where (height, width) alone does not say how many tiles (InternVL, Idefics3, SmolVLM) or
+            patches (Qwen-VL) an image becomes; its image processor alone does where the processor changes nothing of
+            its settings, which InternVL's does. Tiles are as large as the configuration says.
 
     Returns:
         A count for each image or video, in order. What the language model drops later on is not counted.
 
     Raises:
         TypeError: a configuration of another model.
-        ValueError: a modality that the model does not have, sizes that are missing or of another kind, or a policy that
-            knows its counts only afterwards (``VFlowOpt.release``) or does not fit the model.
+        ValueError: a modality that the model does not have, sizes that are missing or of another kind, a processor that
+            does not count patches, or a policy that knows its counts only afterwards (``VFlowOpt.release``) or does not
+            fit the model.
     """
     kind: Any = type(config)  # mypy takes a dataclass for something without a hash
     found = _features(kind, json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
@@ -62,8 +68,13 @@ def retained_count(
         raise ValueError(f"modality={modality!r} but this model has: {known}")
     if image_sizes is None and pixel_shape is None:
         raise ValueError("retained_count: give image_sizes, or pixel_shape where the count follows from it")
-    unknown = (0,) * (4 if modality == "video" else 3)
-    visuals, shape = features.kind, tuple(pixel_shape or (len(image_sizes), *unknown))  # type: ignore[arg-type]
+    visuals, unknown = features.kind, (0,) * (4 if modality == "video" else 3)
+    asks = bool(visuals.grid) or isinstance(visuals, ShuffledImages)
+    if asks and processor is not None and image_sizes is not None and modality == "image":
+        patches = _patches(processor, image_sizes)
+        counts = {n: retained_count(config, policy, **_of_patches(visuals, n))[0] for n in {*patches}}
+        return [counts[n] for n in patches]
+    shape = tuple(pixel_shape or (len(image_sizes), *unknown))  # type: ignore[arg-type]
     pixels, sizes = torch.ones(()).expand(shape), None if image_sizes is None else torch.as_tensor(image_sizes)
     columns = () if sizes is None else (("image_sizes", 2), (f"{modality}_grid_thw", 3))
     given = {name: sizes for name, count in columns if sizes.shape[-1] in (0, count)}  # type: ignore[union-attr]
@@ -74,15 +85,41 @@ def retained_count(
             if len(areas) < len(pixels) or 0 in areas:
                 raise ValueError(
                     f"image_sizes alone does not say how many tokens the {modality}s of {kind.__name__} have: give "
-                    "pixel_shape"
+                    "pixel_shape, or of images the processor"
                 )
         if sizes is None and modality == "image":  # one run of placeholders
             run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)))
             visuals.heed(pixels, run, dict(input_ids=run))
-        counts = features.counts(pixels, arguments)
-    if None in counts:
+        kept = features.counts(pixels, arguments)
+    if None in kept:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")
-    return [n + visuals.leading for n in counts if n is not None]
+    return [n + visuals.leading for n in kept if n is not None]
+
+
+def _patches(processor: Any, sizes: Sequence[Sequence[int]] | Tensor) -> list[int]:
+    """What a processor makes of images of (height, width), its own settings for its image processor included."""
+    sizes = [(int(height), int(width)) for height, width in sizes]
+    if hasattr(processor, "_get_num_multimodal_tokens"):  # under this name for serving engines
+        return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_patches"]
+    processor = getattr(processor, "image_processor", processor)
+    if not hasattr(processor, "get_number_of_image_patches"):
+        raise ValueError(
+            f"processor={type(processor).__name__} does not say how many patches an image has: pass the model's, of "
+            "AutoProcessor.from_pretrained"
+        )
+    found = [processor.get_number_of_image_patches(*size) for size in sizes]
+    return [n[0] if isinstance(n, tuple) else n for n in found]  # Idefics3's come with rows and columns
+
+
+def _of_patches(kind: Any, patches: int) -> dict[str, Any]:
+    """Arguments of `retained_count` for an image of which the processor makes so many tiles, or patches."""
+    if kind.grid:  # how many they are is all that matters of rows and columns
+        side = kind.model.visual.spatial_merge_size
+        return dict(image_sizes=[(1, side, patches // side)])
+    edge = kind.model.config.vision_config.image_size
+    height, width = (edge, edge) if isinstance(edge, int) else edge
+    shape = max(patches, 1), 3, height, width  # Idefics3's counts no tiles where there is one
+    return dict(pixel_shape=(1, *shape) if kind.apart else shape)
 
 
 def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, backend: str | None = None) -> Tensor:

@@ -21,7 +21,8 @@ from .llava import LlavaImages
 class Gemma3:
     """Adapter of ``Gemma3ForConditionalGeneration``.
 
-    A token is a square of patches. The budget counts for each image of a prompt, pan-and-scan crops among them.
+    A token is a square of patches. The budget counts for each image of a prompt, pan-and-scan crops among them: it is
+    only the words around them that tell crops from further images, and which words those are knows the tokenizer.
     """
 
     model_class = Gemma3ForConditionalGeneration

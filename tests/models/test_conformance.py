@@ -19,7 +19,7 @@ from accelerate.hooks import remove_hook_from_module
 from oracle import Oracle
 from torch.testing import assert_close
 from transformers import pipeline
-from zoo import POLICIES, Family, Image, Reader, Video, families, parts_of
+from zoo import POLICIES, Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
 from flowcut_kernels.tune import Objective
@@ -477,8 +477,7 @@ def test_hooks_of_accelerate(family, place, tmp_path):
 
 @torch.no_grad()
 def test_pipeline(family):
-    policy, model = first_policy(family), family.model()
-    processor = Reader(family) if family.processor is None else family.processor()
+    policy, model, processor = first_policy(family), family.model(), family.processor()
     image = PIL.Image.fromarray(Image(70, 90).pixels)
     ask = pipeline("image-text-to-text", model=model, processor=processor)
     settings = dict(max_new_tokens=STEPS, do_sample=False)

@@ -1,8 +1,11 @@
 """Counts for serving engines are those of a patched model; masks keep exactly what they are told to."""
 
+import random
+
 import pytest
 import torch
 from tiny import clip_tower, llava
+from transformers import LlavaImageProcessorPil
 from zoo import Family, Image, Video, families
 
 import flowcut_kernels as fk
@@ -50,6 +53,24 @@ def test_counts_are_those_of_a_patched_model(family: Family, kind: str):
         assert found == kept
 
 
+@pytest.mark.parametrize("family", families(), ids=str)
+def test_sizes_in_pixels_are_enough(family: Family):
+    """Of images of any form, where the processor is there to say how it cuts them."""
+    model, draw, processor = family.model(), random.Random(family.name), family.processor()
+    sizes = [(draw.randint(20, 160), draw.randint(20, 160)) for _ in range(6)] + [(24, 150)]
+    inputs = family.prompt([[3, *(word for size in sizes for word in (Image(*size), 4))]])
+    for policy in POLICIES:
+        if type(policy) not in family.policies:
+            continue
+        with fk.patched(model, policy, record=True), torch.no_grad():
+            model(**inputs)
+            stage = fk.trace(model).stages[-1]
+        for by in (processor, processor.image_processor):
+            known = dict(processor=by, batch_num_images=inputs.get("batch_num_images"))
+            found = retained_count(model.config, policy, sizes, **known)
+            assert sum(found) == sum(stage.kept) and (stage.name == "encoder" or found == stage.kept)
+
+
 def test_all_tokens_of_a_fixed_size_and_its_class_token():
     model = llava(vision_feature_select_strategy="full")
     assert retained_count(model.config, fk.FlowCut(retain_ratio=1.0), [(56, 56), (30, 90)]) == [65, 65]
@@ -65,6 +86,10 @@ def test_sizes_that_do_not_say_how_many():
     for name in ("llava_next_video", "llava_onevision", "video_llava"):
         with pytest.raises(ValueError, match=r"the videos of \w+Config have: give pixel_shape"):
             retained_count(found[name], policy, [(56, 56)], modality="video")
+    with pytest.raises(ValueError, match="processor=LlavaImageProcessorPil does not say how many patches"):
+        retained_count(found["internvl"], policy, [(56, 56)], processor=LlavaImageProcessorPil())
+    with pytest.raises(ValueError, match="video_grid_thw is missing"):  # a processor counts images
+        retained_count(found["qwen2_vl"], policy, [(56, 56)], modality="video", processor=object())
     with pytest.raises(ValueError, match="image_grid_thw is missing"):
         retained_count(found["qwen2_vl"], policy, [(56, 56)])
     with pytest.raises(ValueError, match="image_sizes is missing"):

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 import torch
 from tiny import IMAGE, PAD, VIDEO, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import flowcut_kernels as fk
 
@@ -81,6 +80,7 @@ class Family:
     layers: Callable[[Any], Sequence[nn.Module]]  # vision layers of a model that run before the features are read
     attention: Callable[[nn.Module], nn.Module]  # the attention module of such a layer
     projector: Callable[[Any], nn.Module]  # of a model: its output [.., tokens, D] is what the model then assembles
+    processor: Callable[[], Any]  # the family's own, for images and text
     # (model, inputs, "image" | "video") -> the tiles of every image or video, in the order of the tower's rows
     tiles: Callable[[Any, dict[str, Any], str], list[list[Tile]]]
     # The same -> rows and columns of the grids that an image's tokens make up in the language model, newlines included
@@ -92,7 +92,6 @@ class Family:
     written_type: int = 0  # token type of what the model writes
     # (model, inputs) -> position_ids of an unpruned prompt, which kept tokens keep (M-RoPE); None: contiguous ones
     positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
-    processor: Callable[[], Any] | None = None  # a whole ProcessorMixin, where it can be made without torchvision
     sizes: tuple[tuple[int, int], ...] = ((56, 56), (40, 70), (100, 60))  # of images, for different numbers of tokens
     skips: dict[str, str] = field(default_factory=dict)  # test name -> why it is not for this family
 
@@ -157,48 +156,29 @@ def batched_tiles(count: int, grid: tuple[int, int], *, protect: int = 0, block:
     ]
 
 
-def tokenizer(**special: int) -> PreTrainedTokenizerFast:
-    """Words "w3".."w89" and the `special` ones, by their ids; "<image>" and "<video>" where none are given."""
+def tokenizer(attributes: dict[str, Any] | None = None, /, **special: int) -> PreTrainedTokenizerFast:
+    """Words "w3".."w89" and the `special` ones, by their ids; "<image>" and "<video>" where none are given.
+
+    Args:
+        attributes: names by which a processor asks for them.
+    """
     names = {PAD: "<pad>"} | {id_: f"<{name}>" for name, id_ in (special or dict(image=IMAGE, video=VIDEO)).items()}
     words = {names.get(i, f"w{i}"): i for i in range(VOCAB)}
     made = Tokenizer(models.WordLevel(words, unk_token="w3"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     others = [name for id_, name in names.items() if id_ != PAD]
-    return PreTrainedTokenizerFast(
+    reader = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="w2", additional_special_tokens=others, padding_side="left"
     )
+    for name, value in (attributes or {}).items():
+        setattr(reader, name, value)
+    return reader
 
 
-@dataclass(frozen=True)
-class Picture(Image):
-    """A picture of its own as an image of a prompt."""
-
-    shown: PIL.Image.Image | None = None
-
-    @property
-    def pixels(self) -> np.ndarray:
-        return np.asarray(self.shown)
-
-
-class Reader:
-    """What stands for a family's processor, where that cannot be made without torchvision: words "w3", "<image>"."""
-
-    image_token = "<image>"
-
-    def __init__(self, family: Family) -> None:
-        self.family, self.tokenizer = family, tokenizer()
-
-    def __call__(self, images: Any, text: Any, return_tensors: str, **_: Any) -> BatchFeature:
-        shown = iter(images if isinstance(images, list) else [images])
-        (words,) = [text] if isinstance(text, str) else text
-        row: list[Part] = []
-        for word in self.tokenizer(words)["input_ids"]:
-            picture = next(shown) if word == IMAGE else None
-            row.append(word if picture is None else Picture(picture.height, picture.width, shown=picture))
-        return BatchFeature(self.family.prompt([row]))
-
-    def post_process_image_text_to_text(self, ids: Any, **options: Any) -> list[str]:
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+def without_videos(kind: type, *parts: Any, **settings: Any) -> Any:
+    """A processor of this `kind` for images and text; its video processor would need torchvision, and is None."""
+    unchecked = type(kind.__name__, (kind,), dict(check_argument_for_proper_class=lambda *_: None))
+    return unchecked(*parts, **settings)
 
 
 def _noise(seed: tuple, shape: tuple[int, ...]) -> np.ndarray:

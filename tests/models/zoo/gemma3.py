@@ -10,13 +10,15 @@ from tiny import IMAGE, PAD, PATCH, SIDE, VISION, VOCAB
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     Gemma3TextConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
 import flowcut_kernels as fk
-from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, tokenizer, write
 from zoo.paligemma import plain
 
 EDGE, GRID = SIDE * PATCH, (SIDE // 2, SIDE // 2)
@@ -46,6 +48,13 @@ def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **text: A
     return plain(tiny.fill(made, seed=6)).to(dtype)
 
 
+def processor() -> Gemma3Processor:
+    names, ids = dict(image_token="<img>", boi_token="<boi>", eoi_token="<eoi>"), dict(img=IMAGE, boi=OPEN, eoi=CLOSE)
+    names |= dict(image_token_id=IMAGE, boi_token_id=OPEN, eoi_token_id=CLOSE)
+    images = Gemma3ImageProcessorPil(size=dict(height=EDGE, width=EDGE))
+    return Gemma3Processor(images, tokenizer(names, **ids), image_seq_length=TOKENS)
+
+
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
     images = parts_of(rows, Image)
     given = spell(write(rows, lambda part, row: [OPEN, *[IMAGE] * TOKENS, CLOSE]), padding)
@@ -64,6 +73,7 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), GRID, block=4)],
+    processor=processor,
     refuses=NO_CLASS_TOKEN
     | dict.fromkeys(
         (fk.FastV, fk.PyramidDrop, fk.SparseVLM), "drops tokens inside the language model, .*Gemma3TextModel"

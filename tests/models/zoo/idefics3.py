@@ -14,6 +14,7 @@ from transformers import (
     Idefics3Processor,
     Idefics3VisionConfig,
     LlamaConfig,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -42,10 +43,14 @@ def build(
     return tiny.fill(made, 7).to(dtype)
 
 
-def processor() -> Idefics3Processor:
+def words() -> PreTrainedTokenizerFast:
     names = {IMAGE: "image", AROUND: "fake_token_around_image", GLOBAL: "global-img", 79: "end_of_utterance"}
     names |= {CELL + 2 * y + x: f"row_{y + 1}_col_{x + 1}" for y in range(2) for x in range(2)}
-    return Idefics3Processor(IMAGES, tokenizer(**{name: i for i, name in names.items()}), image_seq_len=TOKENS)
+    return tokenizer(**{name: i for i, name in names.items()})
+
+
+def processor() -> Idefics3Processor:
+    return Idefics3Processor(IMAGES, words(), image_seq_len=TOKENS)
 
 
 def spelled(part: Image, row: list[Part]) -> list[int]:

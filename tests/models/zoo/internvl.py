@@ -7,16 +7,17 @@ from typing import Any
 
 import tiny
 import torch
-from tiny import IMAGE, PAD, PATCH, SIDE
+from tiny import IMAGE, PAD, PATCH, SIDE, VIDEO
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    InternVLProcessor,
     InternVLVisionConfig,
     Qwen2Config,
 )
 
-from zoo import SQUARES, Family, Image, Part, Tile, batched_tiles, parts_of, spell, write
+from zoo import SQUARES, Family, Image, Part, Tile, batched_tiles, parts_of, spell, tokenizer, without_videos, write
 
 EDGE = SIDE * PATCH
 TOKENS = (SIDE // 2) ** 2
@@ -37,6 +38,15 @@ def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, vision: d
     made.set_attn_implementation(attention)
     made.generation_config.suppress_tokens = [IMAGE]
     return tiny.fill(made, 6).to(dtype)
+
+
+def processor() -> InternVLProcessor:
+    names = dict(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<ctx>", video_token="<video>"
+    )
+    names |= dict(start_image_token_id=START, end_image_token_id=END, context_image_token_id=IMAGE)
+    words = tokenizer(names, **{"img": START, "/img": END, "ctx": IMAGE, "video": VIDEO})
+    return without_videos(InternVLProcessor, IMAGES, words, None, image_seq_length=TOKENS)
 
 
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
@@ -73,6 +83,7 @@ FAMILY = Family(
     attention=lambda layer: layer.attention,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
+    processor=processor,
     refuses=SQUARES,
     skips={}
     if "mm_encoder_outputs" in inspect.signature(InternVLForConditionalGeneration.forward).parameters

@@ -13,14 +13,29 @@ from transformers import (
     LlamaConfig,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
 )
 
-from zoo import SQUARES, Family, Image, Part, Tile, Video, batched_tiles, llava_next, parts_of, spell, write
+from zoo import (
+    SQUARES,
+    Family,
+    Image,
+    Part,
+    Tile,
+    Video,
+    batched_tiles,
+    llava_next,
+    parts_of,
+    spell,
+    tokenizer,
+    without_videos,
+    write,
+)
 
 EDGE, POOL = SIDE * PATCH, 2
 SIZE = dict(height=EDGE, width=EDGE)
 POINTS = [[EDGE * h, EDGE * w] for h, w in ((1, 2), (2, 1), (2, 2), (1, 3))]
-IMAGES = llava_next.processor(POINTS)  # its own processor wants a video processor, which needs torchvision
+IMAGES = llava_next.processor(POINTS)
 
 
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -37,6 +52,11 @@ def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes
     made.set_attn_implementation(attention)
     made.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return tiny.fill(made, seed=8).to(dtype)
+
+
+def processor() -> LlavaNextVideoProcessor:
+    settings = dict(patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return without_videos(LlavaNextVideoProcessor, None, IMAGES.image_processor, tokenizer(), **settings)
 
 
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
@@ -79,6 +99,7 @@ FAMILY = Family(
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
     grids=grids,
+    processor=processor,
     kinds=("image", "video"),
     refuses=SQUARES,
 )

@@ -11,16 +11,34 @@ from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcesso
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
+from zoo import (
+    NO_CLASS_TOKEN,
+    Family,
+    Image,
+    Part,
+    Tile,
+    Video,
+    batched_tiles,
+    parts_of,
+    spell,
+    tokenizer,
+    without_videos,
+    write,
+)
 
 EDGE = SIDE * PATCH
 IMAGES = LlavaOnevisionImageProcessorPil(
     size=dict(height=EDGE, width=EDGE),
     image_grid_pinpoints=[[EDGE * h, EDGE * w] for h in (1, 2) for w in (1, 2, 3) if h * w > 1],
 )
-# The processor wants a video processor, which needs torchvision; its count of an image's tokens does not.
-COUNTS = object.__new__(LlavaOnevisionProcessor)
-COUNTS.image_processor, COUNTS.num_image_tokens, COUNTS.vision_aspect_ratio = IMAGES, SIDE**2, "anyres_max_9"
+
+
+def processor() -> LlavaOnevisionProcessor:
+    settings = dict(num_image_tokens=SIDE**2, vision_feature_select_strategy="full")
+    return without_videos(LlavaOnevisionProcessor, IMAGES, tokenizer(), None, **settings)
+
+
+COUNTS = processor()
 
 
 def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -82,6 +100,7 @@ FAMILY = Family(
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
     grids=grids,
+    processor=processor,
     kinds=("image", "video"),
     refuses=NO_CLASS_TOKEN,
 )

@@ -11,11 +11,12 @@ from transformers import (
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
-from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, batched_tiles, parts_of, spell, tokenizer, write
 
 EDGE = SIDE * PATCH
 
@@ -54,6 +55,11 @@ def plain(made: Any) -> Any:
     return made
 
 
+def processor() -> PaliGemmaProcessor:
+    images = SiglipImageProcessorPil(size=dict(height=EDGE, width=EDGE), image_seq_length=SIDE**2)
+    return PaliGemmaProcessor(images, tokenizer(dict(bos_token="w1"), image=IMAGE))
+
+
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
     images = parts_of(rows, Image)
     given = spell(write(rows, lambda part, row: [IMAGE] * SIDE**2), padding)
@@ -72,6 +78,7 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=lambda model, inputs, kind: [[tile] for tile in batched_tiles(len(inputs["pixel_values"]), (SIDE, SIDE))],
+    processor=processor,
     refuses=NO_CLASS_TOKEN,
     written_type=1,
     skips=dict(test_conversation="a prompt is all prefix: what was written before would be a part of it"),

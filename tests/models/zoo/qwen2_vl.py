@@ -9,10 +9,10 @@ import tiny
 import torch
 from tiny import END, IMAGE, START, VIDEO
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.vision_utils import get_vision_window_index
 
-from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, Video, parts_of, spell, write
+from zoo import NO_CLASS_TOKEN, Family, Image, Part, Tile, Video, parts_of, spell, tokenizer, without_videos, write
 
 SIDE = 2  # patches of a token's edge
 PATCHES = Qwen2VLImageProcessorPil(
@@ -20,8 +20,17 @@ PATCHES = Qwen2VLImageProcessorPil(
 )
 
 
+PROCESSORS = dict(qwen2_vl=Qwen2VLProcessor, qwen2_5_vl=Qwen2_5_VLProcessor, qwen3_vl=Qwen3VLProcessor)
+
+
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     return tiny.qwen(name, attention).to(dtype)
+
+
+def processor(name: str) -> Any:
+    ids = dict(image_pad=IMAGE, video_pad=VIDEO, vision_start=START, vision_end=END)
+    words = tokenizer(**{f"|{word}|": i for word, i in ids.items()})
+    return without_videos(PROCESSORS[name], PATCHES, words, None)
 
 
 def prompt(name: str, rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
@@ -81,6 +90,7 @@ def family(name: str) -> Family:
         attention=lambda block: block.attn,
         projector=lambda model: model.model.visual.merger,
         tiles=tiles,
+        processor=partial(processor, name),
         kinds=("image", "video"),
         refuses=NO_CLASS_TOKEN,
         positions=positions,

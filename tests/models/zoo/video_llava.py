@@ -14,9 +14,11 @@ from transformers import (
     LlamaConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
 )
 
-from zoo import Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, write
+from zoo import Family, Image, Part, Tile, Video, batched_tiles, parts_of, spell, tokenizer, without_videos, write
 
 EDGE = SIDE * PATCH
 SIZE = dict(height=EDGE, width=EDGE)
@@ -38,6 +40,12 @@ def model(attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes
     made.set_attn_implementation(attention)
     made.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return tiny.fill(made, seed=7).to(dtype)
+
+
+def processor() -> VideoLlavaProcessor:
+    settings = dict(patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    images = VideoLlavaImageProcessor(size=dict(shortest_edge=EDGE), crop_size=SIZE)
+    return without_videos(VideoLlavaProcessor, images, None, tokenizer(), **settings)
 
 
 def prompt(rows: list[list[Part]], padding: str = "left") -> dict[str, Any]:
@@ -71,5 +79,6 @@ FAMILY = Family(
     attention=lambda layer: layer.self_attn,
     projector=lambda model: model.model.multi_modal_projector,
     tiles=tiles,
+    processor=processor,
     kinds=("image", "video"),
 )

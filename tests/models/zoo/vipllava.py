@@ -24,5 +24,6 @@ FAMILY = Family(
     attention=plain.FAMILY.attention,
     projector=plain.FAMILY.projector,
     tiles=plain.FAMILY.tiles,
+    processor=plain.processor,
     refuses={fk.VisionZip: "VisionZip merges tokens of one layer's output, but .* are read"},
 )
