@@ -57,6 +57,7 @@ _HANDLE = "_flowcut_patch"
 class _Patch:
     """What `patch` installed on a model."""
 
+    model: nn.Module
     policy: Policy
     encoder: VisionEncoder
     replacements: list[Replacement]
@@ -155,7 +156,7 @@ def patch(
                 "model, or by another library): undo that first"
             )
     _check_devices(model, replacements)
-    setattr(model, _HANDLE, _Patch(policy, encoder, replacements, record))
+    setattr(model, _HANDLE, _Patch(model, policy, encoder, replacements, record))
     for module, name, replacement in replacements:
         setattr(module, _slot(module, name), replacement)
     return model
@@ -165,9 +166,15 @@ def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: the model is exactly as before.
 
     Raises:
-        ValueError: a model that is not patched, or a method that something else replaced after `patch`.
+        ValueError: a model that is not patched, a shallow copy of one, or a method that something else replaced after
+            `patch`.
     """
     handle = _handle(model)
+    if handle.model is not model:
+        raise ValueError(
+            f"this {type(model).__name__} is a shallow copy of a patched model and shares its layers: unpatch that one "
+            "and copy it again, or use copy.deepcopy"
+        )
     for module, name, replacement in handle.replacements:
         if vars(module).get(_slot(module, name)) is not replacement:
             raise ValueError(f"{type(module).__name__}.{name} was replaced after patch(): undo that first")

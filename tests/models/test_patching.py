@@ -220,6 +220,17 @@ def test_replaced_by_someone_else(model):
 # Copies
 
 
+def test_shallow_copy(model):
+    """Shares the layers of the patched model: only that one may undo what they were given."""
+    want = run(model)
+    fk.patch(model, POLICY)
+    pruned, twin = run(model), copy.copy(model)
+    with pytest.raises(ValueError, match="is a shallow copy of a patched model"):
+        fk.unpatch(twin)
+    assert torch.equal(run(model), pruned)
+    assert torch.equal(run(fk.unpatch(model)), want) and torch.equal(run(copy.copy(model)), want)
+
+
 def test_deepcopy(model):
     """A copy of a patched model is patched by itself: unpatching one leaves the other."""
     want = run(model)
