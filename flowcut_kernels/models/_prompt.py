@@ -435,7 +435,7 @@ class PrunedForward(_PromptMethod):
         elif mask is not None:
             live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1).cpu()
         column = torch.arange(length)
-        before = live
+        before, own = live, length
         known, end = _PROMPT_END.get() or (None, 0)
         if known is self.model:
             if end > seen + length:
@@ -443,7 +443,8 @@ class PrunedForward(_PromptMethod):
                     "prefill_chunk_size puts the end of the prompt into another pass than an image, but the language "
                     "model drops the image's tokens knowing the whole prompt: leave it unset"
                 )
-            before = before & (column < end - seen)
+            own = end - seen
+            before = before & (column < own)
             if cache is not None:
                 _PROMPT_END.set(None)  # later passes of this generate bring no images
         if labels is not None:  # the answer is what has labels behind the images
@@ -456,6 +457,7 @@ class PrunedForward(_PromptMethod):
         return VisualTokens(
             **_located(found, ends, length, device),
             live=live,
+            prompt=own,
             right=right or bool((~live[:, -1]).any() and live[:, 0].all()),
         )
 

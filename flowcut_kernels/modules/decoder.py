@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ class VisualTokens:
     ends: Tensor
     tokens: Tensor  # bool [B, L] on the host: columns of the images' tokens
     live: Tensor  # bool [B, L] on the host: columns that are no padding
+    prompt: int  # how many of the L columns are the prompt's; a draft of what is to be written may follow
     right: bool  # padding is on the right
     encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
     kept: Tensor | None = None  # int64 [B, M] columns that reach the last layer, -1 for padding
@@ -74,6 +75,15 @@ class VisualTokens:
     def nowhere(self) -> int:
         """What stands for no column where columns are sorted: padding comes to lie on its side."""
         return self.live.shape[1] if self.right else -1
+
+    @property
+    def drafted(self) -> bool:
+        """Whether columns follow that are not the prompt's."""
+        return self.prompt < self.live.shape[1]
+
+    def until(self, end: int) -> VisualTokens:
+        """The same of the first `end` columns, which hold all images."""
+        return replace(self, tokens=self.tokens[:, :end], live=self.live[:, :end], others={})
 
     def stays(self, gaps: bool) -> tuple[Tensor, list[int]]:
         """int64 [B, T] columns that no cut drops, `nowhere` after the last, and how many they are.
@@ -789,6 +799,8 @@ class PrunedDecoder:
         if args:
             arguments |= self.__signature__.bind_partial(*args).arguments
         cache, state = arguments.get("past_key_values"), None
+        if self.compact_cache and cache is not None and visual_tokens is not None and visual_tokens.drafted:
+            return self._prompt_then_draft(visual_tokens, cache, arguments)
         if visual_tokens is not None or is_pruned(cache):
             if arguments.get("output_attentions") or self.model.config.output_attentions:
                 raise ValueError(
@@ -822,6 +834,40 @@ class PrunedDecoder:
             for filled in (x for x in values if isinstance(x, Cache)):
                 compact(filled, state.visual.kept, int(state.seen), state.length, self.backend)
         return output
+
+    def _prompt_then_draft(self, visual: VisualTokens, cache: Cache, arguments: dict[str, Any]) -> Any:
+        """Two passes: what is drafted sees the compacted cache, as it would if it had been written token by token."""
+        at, length, seen, rewind = visual.prompt, visual.live.shape[1], int(cache.get_seq_length()), Rewind(cache)
+
+        def mask(x: Any, first: int, last: int) -> Any:
+            if isinstance(x, dict):
+                return {kind: mask(each, first, last) for kind, each in x.items()}
+            return x if x is None else x[:, : seen + last] if x.dim() == 2 else x[..., first:last, : seen + last]
+
+        def part(first: int, last: int) -> dict[str, Any]:
+            cut = dict(arguments, attention_mask=mask(arguments.get("attention_mask"), first, last))
+            for name in ("input_ids", "position_ids", "visual_pos_masks"):
+                if cut.get(name) is not None:
+                    cut[name] = cut[name][..., first:last]
+            if cut.get("inputs_embeds") is not None:
+                cut["inputs_embeds"] = cut["inputs_embeds"][:, first:last]
+            return cut
+
+        nothing = dict.fromkeys(arguments.keys() & {"visual_pos_masks", "deepstack_visual_embeds"})
+        try:
+            read = self(**part(0, at), visual_tokens=visual.until(at))
+            drafted = self(**part(at, length) | nothing)
+        except BaseException:
+            rewind()
+            raise
+        return type(drafted)(**{name: _joined(read[name], x) for name, x in drafted.items()})
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """What two passes in a row returned: hidden states one behind the other, and their cache."""
+    if isinstance(first, tuple):
+        return tuple(map(_joined, first, second))
+    return torch.cat([first, second], 1) if isinstance(first, Tensor) else second
 
 
 class _VisualRows(NamedTuple):

@@ -15,10 +15,12 @@ import accelerate
 import PIL.Image
 import pytest
 import torch
+import transformers
 from accelerate.hooks import remove_hook_from_module
 from oracle import Oracle
 from torch.testing import assert_close
 from transformers import pipeline
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from zoo import POLICIES, Family, Image, Video, families, parts_of
 
 import flowcut_kernels as fk
@@ -373,6 +375,35 @@ def test_caches(family):
     with fk.patched(model, policy):
         want = answers({})
         assert all(torch.equal(answers(kind), want) for kind in same)
+
+
+@pytest.mark.parametrize("compact_cache", [False, True], ids=["whole", "compacted"])
+@torch.no_grad()
+def test_accepted_drafts(family, compact_cache, monkeypatch):
+    """Assisted generation whose drafts are right from the first pass on, which brings them along with the prompt."""
+    policy = fk.FastV(7, layer=1) if family.prunes_llm else first_policy(family)
+    model, rows = family.model(dtype=torch.float64), prompts(family)["interleaved"][:1]
+    inputs, drafted = given(family, rows, dtype=torch.float64), []
+
+    class Drafts(PromptLookupCandidateGenerator):
+        def get_candidates(self, input_ids, *args, **kwargs):
+            drafted.append(input_ids.shape[1])
+            written = want.sequences[:, -STEPS:][:, drafted[-1] - drafted[0] :]
+            return torch.cat([input_ids, written[:, : STEPS - 1]], 1), None
+
+    def differ() -> bool:
+        nonlocal want
+        drafted.clear()
+        want = model.generate(**inputs, **GREEDY)
+        out = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
+        return not torch.allclose(torch.cat(out.logits), torch.cat(want.logits), **CLOSE)
+
+    want: Any = None
+    monkeypatch.setattr(transformers.generation.utils, "PromptLookupCandidateGenerator", Drafts)
+    if differ():
+        pytest.skip("the stock model's logits are others with drafts in the first pass")
+    with fk.patched(model, policy, compact_cache=compact_cache):
+        assert not differ() and len(drafted) < STEPS
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
