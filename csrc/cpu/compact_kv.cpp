@@ -9,20 +9,6 @@ namespace {
 constexpr int64_t kGrain = 64 * 1024;  // bytes that are worth a thread
 constexpr int64_t kStreamed = 8 << 20;  // bytes that no longer wait in cache for whoever reads them next
 
-template <int64_t kBytes>
-struct Fixed {
-  constexpr operator int64_t() const { return kBytes; }
-};
-
-// f(bytes), known to the compiler for the usual widths of a head: 64 and 128 numbers of two bytes or of four.
-template <class F>
-inline void with_width(int64_t bytes, const F& f) {
-  if (bytes == 128) return f(Fixed<128>());
-  if (bytes == 256) return f(Fixed<256>());
-  if (bytes == 512) return f(Fixed<512>());
-  f(bytes);
-}
-
 }  // namespace
 
 // Kept rows are too far apart for the processor to see a pattern (ahead.h). Large outputs go past the caches,

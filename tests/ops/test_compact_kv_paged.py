@@ -235,6 +235,22 @@ def test_rows(backend, device, layout, block_size, heads, dim, dtype):
     assert all(torch.equal(a, b) for a, b in zip(memory, kept, strict=True))
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("dim", [128, 20])
+def test_more_rows_than_a_cache_holds(backend, device, dim, heads_first):
+    """Some forms take another way for them, by whole lines where rows are aligned."""
+    blocks, size, heads, rows = 64, 16, 4, 1000
+    layers = 3 if dim == 128 else 14
+    memory = torch.randn(layers, 2, blocks, *((heads, size) if heads_first else (size, heads)), dim, device=device)
+    keys, values = ([x.transpose(1, 2) if heads_first else x for x in memory[:, i]] for i in range(2))
+    table, keep = np.random.default_rng(0).permutation(blocks)[None], np.arange(1, rows)[None]
+    want = [x[table[0]].flatten(0, 1)[1:rows].clone() for x in (*keys, *values)]
+    assert sum(x.nbytes for x in want) > 8 << 20
+    compact_kv_paged(keys, values, table, [rows], keep, backend=backend)
+    for x, wanted in zip((*keys, *values), want, strict=True):
+        assert torch.equal(x[table[0]].flatten(0, 1)[: rows - 1], wanted)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["keep none", "keep all"])
 def test_no_row_moves(backend, device, share):
     keys, values, memory = draw_caches("split", (9, 4, 2, 8), torch.float16, device)

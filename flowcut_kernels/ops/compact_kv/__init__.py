@@ -74,11 +74,13 @@ def compact_kv_(
     """
     keys, values = list(keys), list(values)
     keep = check_arguments("compact_kv_", keys, values, keep, lengths, cos, sin)
-    for name, x in _named(keys, values):
+    for i, x in enumerate((*keys, *values)):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"compact_kv_: {name} is an expanded tensor, whose rows share memory; clone() it first")
+            raise ValueError(
+                f"compact_kv_: {_name(i, keys)} is an expanded tensor, whose rows share memory; clone() it first"
+            )
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"compact_kv_: {name} requires grad; call it under torch.no_grad()")
+            raise ValueError(f"compact_kv_: {_name(i, keys)} requires grad; call it under torch.no_grad()")
     if _choose("compact_kv_", backend, keys[0], cos) == "reference":
         _reference_(keys, values, keep, cos, sin)
     else:
@@ -90,10 +92,9 @@ def _choose(op: str, backend: str | None, key: Tensor, cos: Tensor | None) -> st
     return choose_backend(op, backend, key, ("cpp", "cuda"), (key.dtype,) if cos is None else NATIVE_DTYPES)
 
 
-def _named(keys: list[Tensor], values: list[Tensor]):
-    for name, tensors in (("keys", keys), ("values", values)):
-        for i, x in enumerate(tensors):
-            yield f"{name}[{i}]", x
+def _name(i: int, keys: list[Tensor]) -> str:
+    """Of the i-th of all keys and values."""
+    return f"keys[{i}]" if i < len(keys) else f"values[{i - len(keys)}]"
 
 
 def _is(x: object, shape: tuple[int, ...], *dtypes: torch.dtype) -> bool:
@@ -119,25 +120,29 @@ def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:
     check_keep(op, keep)
     first, (batch, kept) = keys[0], keep.shape
     heads = first.shape[1] if first.dim() == 4 else "heads"
-    for name, x in _named(keys, values):
-        if x.dim() != 4 or x.shape[0] != batch or x.shape[1] != heads:
-            raise ValueError(f"{op}: {name} must be [{batch}, {heads}, tokens, dim], got {tuple(x.shape)}")
-        if x.dtype != first.dtype or x.device != keep.device:
+    dtype, device, tokens = first.dtype, keep.device, []
+    for i, x in enumerate((*keys, *values)):  # 64 tensors and more: what is asked of each is a part of the whole time
+        shape = x.shape
+        if len(shape) != 4 or shape[0] != batch or shape[1] != heads:
+            raise ValueError(f"{op}: {_name(i, keys)} must be [{batch}, {heads}, tokens, dim], got {tuple(shape)}")
+        if x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"{op}: {name} is {x.dtype} on {x.device}; all keys and values must be {first.dtype} on {keep.device}, "
+                f"{op}: {_name(i, keys)} is {x.dtype} on {x.device}; all keys and values must be {dtype} on {device}, "
                 "like keys[0] and keep"
             )
-        if x.stride(3) != 1 and x.shape[3] > 1:
+        if x.stride(3) != 1 and shape[3] > 1:
             raise ValueError(
-                f"{op}: {name} needs a contiguous last dimension, its stride is {x.stride(3)}; call contiguous() on it"
+                f"{op}: {_name(i, keys)} needs a contiguous last dimension, its stride is {x.stride(3)}; call "
+                "contiguous() on it"
             )
+        tokens.append(shape[2])
     _check_rotation(op, keys, keep, cos, sin)
     if lengths is not None and not _is(lengths, (batch,), torch.int32, torch.int64):
         raise ValueError(f"{op}: lengths must be an int32 or int64 tensor [{batch}], got {_said(lengths)}")
     if lengths is not None and lengths.device != keep.device:
         raise ValueError(f"{op}: lengths is on {lengths.device} but keep is on {keep.device}; move one")
     if keep.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_rows(op, keep, lengths, min(x.shape[2] for _, x in _named(keys, values)))
+        _check_rows(op, keep, lengths, min(tokens))
     elif lengths is not None:
         keep = keep.masked_fill(torch.arange(kept, device=keep.device) >= lengths[:, None], -1)
     return keep
