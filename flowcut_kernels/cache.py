@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ._ops import accumulate_dtype
+from .modules.kv_layers import is_pruned
 from .ops import compact_kv, compact_kv_
 from .ops.compact_kv import check_arguments, check_keep
 
@@ -93,6 +94,11 @@ def _layers(cache: Any) -> list:
         raise ValueError(
             f"compact_kv_cache: cache is a {type(cache).__name__} without layers; give a DynamicCache or StaticCache "
             "that a model has filled, or a pair (keys, values) of lists of tensors"
+        )
+    if is_pruned(cache):
+        raise ValueError(
+            "compact_kv_cache: cache was filled by a model whose policy drops tokens inside the language model; its "
+            "layers know which columns they lack: patch(model, policy, compact_cache=True) drops them from all layers"
         )
     if getattr(cache, "offloading", False):
         raise ValueError("compact_kv_cache: cache is offloaded; compact a cache whose layers stay on the device")

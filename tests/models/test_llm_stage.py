@@ -740,6 +740,18 @@ def test_policies_may_change_between_turns():
         model(input_ids=torch.tensor([[3]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("compact_cache", [False, True])
+@torch.no_grad()
+def test_a_pruned_cache_is_compacted_by_patch_alone(compact_cache):
+    model, cache = model_of(), DynamicCache()
+    with fk.patched(model, spread(), compact_cache=compact_cache):
+        model(**given(PROMPTS["one"]), past_key_values=cache)
+    before = [layer.keys for layer in cache.layers]
+    with pytest.raises(ValueError, match=r"patch\(model, policy, compact_cache=True\) drops them from all layers"):
+        fk.compact_kv_cache(cache, torch.arange(3)[None])
+    assert all(layer.keys is x for layer, x in zip(cache.layers, before, strict=True))
+
+
 @torch.no_grad()
 def test_static_cache_holds_more_columns_than_rows():
     """Compacted, a static cache goes on past the number of columns that it has rows for."""

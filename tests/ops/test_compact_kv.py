@@ -260,6 +260,14 @@ def test_an_expanded_tensor_is_not_compacted_in_place():
         compact_kv_([X.clone()], [X[:, :, :1].expand(-1, -1, 5, -1)], KEEP)
 
 
+@pytest.mark.parametrize("twin", [lambda x: x, lambda x: x[..., :6], lambda x: x.view(torch.int32).view(x.dtype)])
+def test_a_tensor_given_twice_is_not_compacted_in_place(twin):
+    x = X.clone()
+    with pytest.raises(ValueError, match=r"values\[1\] is the memory of keys\[0\], whose rows would be moved twice"):
+        compact_kv_([x, X.clone()], [X.clone(), twin(x)], KEEP)
+    assert torch.equal(x, X)
+
+
 DIRECT = {
     "beyond": (lambda: OPS.compact_kv([X], [X], KEEP + 1), r"keep\[1, 1\] = 5 after 2"),
     "repeated": (lambda: OPS.compact_kv_([X], [X], KEEP[:, [0, 1, 1]]), "rows must ascend"),

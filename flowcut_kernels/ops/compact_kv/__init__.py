@@ -70,7 +70,7 @@ def compact_kv_(
 
     Nothing is allocated and no address changes (static caches, CUDA graphs). Rows ascend, so each moves to where it
     was or before, and one sweep forward is enough. Arguments and errors: :func:`compact_kv`; the tensors must not
-    overlap themselves and autograd must not record.
+    overlap, neither themselves nor each other, and autograd must not record.
     """
     keys, values = list(keys), list(values)
     keep = check_arguments("compact_kv_", keys, values, keep, lengths, cos, sin)
@@ -81,6 +81,7 @@ def compact_kv_(
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"compact_kv_: {_name(i, keys)} requires grad; call it under torch.no_grad()")
+    check_apart("compact_kv_", keys, values)
     if _choose("compact_kv_", backend, keys[0], cos) == "reference":
         _reference_(keys, values, keep, cos, sin)
     else:
@@ -109,6 +110,19 @@ def check_keep(op: str, keep: Tensor) -> None:
     """ValueError in the name of `op` unless `keep` is int64 [B, M]."""
     if not isinstance(keep, Tensor) or keep.dim() != 2 or keep.dtype != torch.int64:
         raise ValueError(f"{op}: keep must be an int64 tensor [batch, kept], got {_said(keep)}")
+
+
+def check_apart(op: str, keys: list[Tensor], values: list[Tensor]) -> None:
+    """ValueError in the name of `op` where two tensors begin at one address: their rows would be moved twice."""
+    if torch.compiler.is_compiling():
+        return
+    found: dict[int, int] = {}
+    for i, x in enumerate((*keys, *values)):
+        if x.numel() > 0 and (first := found.setdefault(x.data_ptr(), i)) != i:
+            raise ValueError(
+                f"{op}: {_name(i, keys)} is the memory of {_name(first, keys)}, whose rows would be moved twice; give "
+                "it once, or clone() it"
+            )
 
 
 def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._library import NATIVE_DTYPES, choose_backend, planner, planner_error, resolve_backend
 from ..._ops import LIB, accumulate_dtype
+from ..compact_kv import check_apart
 from .reference import compact_kv_paged_ as _reference_
 from .reference import plan_paged as _plan_reference
 
@@ -170,6 +171,7 @@ def _checked_caches(caches: list[Tensor], values: list[Tensor] | None) -> tuple[
                 raise ValueError(f"{op}: {name}[{i}] is an expanded tensor, whose rows share memory; clone() it first")
             if torch.is_grad_enabled() and x.requires_grad:
                 raise ValueError(f"{op}: {name}[{i}] requires grad; call it under torch.no_grad()")
+    check_apart(op, keys, values)
     return keys, values
 
 
