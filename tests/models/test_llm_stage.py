@@ -727,6 +727,22 @@ def test_assisted_with_candidates_in_the_first_pass(compact_cache):
 
 
 @torch.no_grad()
+def test_a_draft_that_fails_leaves_the_cache_as_it_was():
+    """The prompt was read and compacted by then."""
+    model, cache, calls = model_of(), DynamicCache(), []
+
+    def second(*_):
+        calls.append(cache.get_seq_length(3))
+        if len(calls) == 2:
+            raise RuntimeError("on purpose")
+
+    model.model.language_model.layers[3].mlp.register_forward_pre_hook(second)
+    with fk.patched(model, spread(), compact_cache=True), pytest.raises(RuntimeError, match="on purpose"):
+        model.generate(**given([[1, IMG, 5, 6, 7, 5]]), past_key_values=cache, prompt_lookup_num_tokens=2, **GREEDY)
+    assert calls == [LEFT + 5, LEFT + 7] and cache.get_seq_length() == 0
+
+
+@torch.no_grad()
 def test_policies_may_change_between_turns():
     model, cache = model_of(), DynamicCache()
     with fk.patched(model, spread(((2, 10),))):
