@@ -311,12 +311,13 @@ class PrunedEncoderLayer:
         """
         residual, normed = hidden_states, parts.norm1(hidden_states)
         key, value = _heads(parts, parts.k_proj(normed)), _heads(parts, parts.v_proj(normed))
-        key_mask, key_lengths, query, merged, flash = pruning.mask, pruning.lengths, None, None, None
+        key_mask, key_lengths, query, merged, known = pruning.mask, pruning.lengths, None, None, None
+        scale: Any = parts.attention.scale
         if step is not None:
             if not step.prunes or step.merges:  # all queries are needed anyway; the anchor's is among them
                 query = _heads(parts, parts.q_proj(normed))
             if step.lse and query is not None and key_mask is None:
-                flash = _flash(parts, query, key, value)
+                known = sdpa_with_lse(parts.attention, scale, query, key, value)
             view = EncoderView(
                 key=key,
                 value=value,
@@ -331,7 +332,7 @@ class PrunedEncoderLayer:
                 block=pruning.block,
                 budgets=None if budgets is None else constant(tuple(budgets), key.device, torch.int32),
                 places=pruning.places,
-                lse=None if flash is None else flash[1],
+                lse=None if known is None else known[1],
             )
             choice = pruning.select(self.number, step, budgets, view)
             if step.merges:
@@ -341,11 +342,10 @@ class PrunedEncoderLayer:
         if query is None:
             query = _heads(parts, parts.q_proj(normed))
         # Where everything stays, what comes out is the stock model's, bit for bit.
-        if flash is not None:
-            mixed = flash[0]
+        if known is not None:
+            mixed = known[0]
         elif step is not None and pruning.prunes and has_native_attention(parts.attention, query, pruning.backend):
             span = None if key_lengths is None else torch.stack((torch.zeros_like(key_lengths), key_lengths), 1)
-            scale: Any = parts.attention.scale
             mixed = attention(query, key, value, key_span=span, scale=scale, backend=pruning.backend)
         else:
             mixed = _attend(parts, query, key, value, key_mask, **kwargs)
@@ -392,31 +392,52 @@ def _attend(parts: LayerParts, query: Tensor, key: Tensor, value: Tensor, mask: 
     return attend(module, query, key, value, mask, **options)[0]
 
 
-def _flash(parts: LayerParts, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+_LSE = dict(attn_bias=None, compute_log_sumexp=True)
+# SDPA's kernels that know the row log-sum-exp, by device and number: names that torch keeps to itself, and what they
+# want besides the heads.
+_KERNELS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
+    ("cpu", SDPBackend.FLASH_ATTENTION.value): ("_scaled_dot_product_flash_attention_for_cpu", {}),
+    ("cuda", SDPBackend.FLASH_ATTENTION.value): ("_scaled_dot_product_flash_attention", {}),
+    ("cuda", SDPBackend.EFFICIENT_ATTENTION.value): ("_scaled_dot_product_efficient_attention", _LSE),
+    ("cuda", SDPBackend.CUDNN_ATTENTION.value): ("_scaled_dot_product_cudnn_attention", _LSE),
+}
+
+
+def sdpa_with_lse(module: Any, scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
     """SDPA's output [B, N, H, d], and [B, H, N] the row log-sum-exp that its kernel knows and SDPA throws away.
 
-    None where the layer's attention is another one, or runs as a kernel that keeps none.
+    None where the attention of a layer's `module` is another one, or runs as a kernel that keeps none.
     """
-    module: Any = parts.attention
-    heads, scale, device = (query, key, value), module.scale, query.device.type
+    heads, device = (query, key, value), query.device.type
     if device not in ("cpu", "cuda") or not _has_stock_sdpa(module) or torch.compiler.is_compiling():
         return None
     # Here SDPA would give its kernel other heads: cast, or filled up.
     if torch.is_autocast_enabled(device) or (device == "cuda" and query.shape[-1] % 8):
         return None
-    aten, kernel = torch.ops.aten, SDPBackend(torch._fused_sdp_choice(*heads, scale=scale))
-    if kernel == SDPBackend.FLASH_ATTENTION and device == "cpu":
-        output, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
-    elif kernel == SDPBackend.FLASH_ATTENTION:
-        output, lse, *_ = aten._scaled_dot_product_flash_attention(*heads, scale=scale)
-    elif kernel == SDPBackend.EFFICIENT_ATTENTION:
-        output, lse, *_ = aten._scaled_dot_product_efficient_attention(*heads, None, True, scale=scale)
-    elif kernel == SDPBackend.CUDNN_ATTENTION:
-        output, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, None, True, scale=scale)
-    else:
+    choose = _private("_fused_sdp_choice", ())
+    chosen = None if choose is None else _KERNELS.get((device, choose(*heads, scale=scale)))
+    kernel = None if chosen is None else _private(chosen[0], tuple(chosen[1]))
+    if chosen is None or kernel is None:
         return None
+    output, lse, *_ = kernel(*heads, *chosen[1].values(), scale=scale)
     # The memory-efficient kernel fills rows up to 32, cuDNN has one more dimension.
     return output.transpose(1, 2).contiguous(), lse.flatten(2).narrow(2, 0, query.shape[2])
+
+
+@lru_cache
+def _private(name: str, others: tuple[str, ...]) -> Any:
+    """torch's operator of that name, which torch may change as it likes.
+
+    None where there is none that wants heads and `others`, takes a scale, and returns an output and its log-sum-exp, or
+    one thing: then nobody leaves a log-sum-exp, and who wants it makes it.
+    """
+    operator = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    if operator is None:
+        return None
+    taken, made = operator._schema.arguments, [x.name.replace("_", "") for x in operator._schema.returns]
+    fits = [x.name for x in taken if not x.has_default_value()] == ["query", "key", "value", *others]
+    fits = fits and "scale" in [x.name for x in taken] and (len(made) == 1 or made[:2] == ["output", "logsumexp"])
+    return operator if fits else None
 
 
 def _has_stock_sdpa(module: Any) -> bool:

@@ -35,7 +35,7 @@ from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._signature import signature_of
-from .encoder import PrunedEncoder, has_native_attention, untracked
+from .encoder import PrunedEncoder, has_native_attention, sdpa_with_lse, untracked
 
 
 class cached_property:
@@ -226,10 +226,18 @@ class PackedState:
         return step, budgets, [x is not None for x in steps]
 
     def select(
-        self, layer: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, rotary: Any, made: Any
+        self,
+        layer: int,
+        hidden: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: Any,
+        made: Any,
+        lse: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Ask the policy, given heads [R, H, d]: rows of the residual stream and queries that go on. `rows` is then
-        what is left.
+        """Ask the policy, given heads [R, H, d] and maybe the row log-sum-exp [R, H] of frames: rows of the residual
+        stream and queries that go on. `rows` is then what is left.
 
         Costs one read-back where an adaptive step prunes, and where the encoder has windows.
         """
@@ -252,6 +260,7 @@ class PackedState:
             budgets=constant(tuple(budgets), device, torch.int32) if len(set(budgets)) > 1 else None,
             places=None if self.order is None and before.number is None else lambda: self._places(before),
             grids=grids if len(set(grids)) > 1 else None,
+            lse=None if lse is None else pad(lse).transpose(1, 2),
         )
         with untracked():
             choice = self.encoder.policy.encoder_select(step, view)
@@ -436,9 +445,14 @@ class PackedBlock:
         heads = module.qkv(parts.norm1(hidden_states)).unflatten(-1, (3, module.num_heads, -1))
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *rotary)
-        keys, made = self._pieces(state.rows), state.step(self.number)
+        keys, made, known = self._pieces(state.rows), state.step(self.number), None
         if made is not None:
-            hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made)
+            if made[0].lse and not self.windowed:  # of a layer that keeps all rows
+                known = _attend_with_lse(module, query, key, value, keys)
+            lse = None if known is None else known[1]
+            hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made, lse)
+        if known is not None:
+            return hidden_states + module.proj(known[0].flatten(1))
         stock = made is None or state.rows.number is None  # nothing is pruned: the very sums of the stock block
         mixed = _attend(
             parts, query, key, value, self._pieces(state.rows), keys, stock=stock, backend=state.backend,
@@ -485,6 +499,24 @@ def _attend(
     given = (query, rows), (key, keys), (value, keys)
     pieces = zip(*(x.transpose(0, 1)[None].split(list(n), 2) for x, n in given), strict=True)
     return torch.cat([attend(module, *piece, None, **options)[0][0] for piece in pieces if piece[0].shape[2]])
+
+
+def _attend_with_lse(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int]
+) -> tuple[Tensor, Tensor] | None:
+    """Attention [R, H, d] within pieces of so many `rows`, as of the stock block, and its row log-sum-exp [R, H].
+
+    None where it leaves none.
+    """
+    pieces = zip(*(x.transpose(0, 1)[None].split(list(rows), 2) for x in (query, key, value)), strict=True)
+    found = []
+    for piece in pieces:
+        known = sdpa_with_lse(module, module.scaling, *piece)
+        if known is None:
+            return None
+        found.append((known[0][0], known[1][0].T))
+    mixed, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return mixed, lse
 
 
 class PackedMerger:

@@ -25,8 +25,10 @@ from zoo import Image, Video
 
 import flowcut_kernels as fk
 from flowcut_kernels.models.qwen_vl import block_parts
+from flowcut_kernels.modules import packed_encoder
 from flowcut_kernels.modules.packed_encoder import PackedBlock, PackedEncoder
-from flowcut_kernels.ops import patch_entropy
+from flowcut_kernels.ops import patch_entropy, received_attention
+from flowcut_kernels.policies import vflowopt
 from flowcut_kernels.policies.recycling import _constant
 
 ONE, OTHER, THIRD = Image(56, 56, 0), Image(40, 70, 1), Image(100, 60, 2)
@@ -195,6 +197,45 @@ def test_entropy_of_patches(family):
         want = -0.7 * share.unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3)).flatten()
         got = (scores[1] - scores[0])[row]
         assert_close(got[got.isfinite()], want.to(got), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("images", [[ONE, OTHER], [ONE, dataclasses.replace(ONE, seed=7)]], ids=["uneven", "even"])
+@torch.no_grad()
+def test_attention_leaves_its_log_sum_exp(family, images, monkeypatch):
+    """Of every image to VFlowOpt, whose importance is the same without; features are the stock model's, bit for bit."""
+    model = family.model()
+    inputs, policy, seen = given(family, [[*images, 3]]), fk.VFlowOpt(7, hub_threshold=1.6), []
+    pixels = inputs["pixel_values"], inputs["image_grid_thw"]
+    want = model.model.get_image_features(*pixels).pooler_output
+
+    def received(query, key, *, lse, lengths, **options):
+        seen.append(lse is not None)
+        for i, rows in enumerate(lse if lse is not None else ()):
+            n = rows.shape[1] if lengths is None else int(lengths[i])
+            q, k = query[i, :, :n].double(), key[i, :, :n].double()
+            truth = (q @ k.mT * query.shape[-1] ** -0.5).logsumexp(-1)
+            assert_close(rows[:, :n], truth.float(), rtol=1e-5, atol=1e-5)
+        return received_attention(query, key, lse=lse, lengths=lengths, **options)
+
+    monkeypatch.setattr(vflowopt, "received_attention", received)
+    with fk.patched(model, fk.VFlowOpt(retain_ratio=1.0, llm_stages=((1, 0.5),))):
+        got = model.model.get_image_features(*pixels).pooler_output
+    assert all(map(torch.equal, got, want))
+    scores = stages(model, inputs, policy)[0].scores
+    monkeypatch.setattr(packed_encoder, "sdpa_with_lse", lambda *_: None)
+    assert_close(stages(model, inputs, policy)[0].scores, scores, rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert seen == [True, True, False]
+
+
+@torch.no_grad()
+def test_rows_of_a_window_leave_none():
+    """They know its keys alone."""
+    model, family = tiny.qwen("qwen2_5_vl", fullatt_block_indexes=[2]), importlib.import_module("zoo.qwen2_5_vl").FAMILY
+    inputs, policy = given(family, [[OTHER, 3]]), fk.VFlowOpt(7, hub_threshold=1.6)
+    found = stages(model, inputs, policy)[0].scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_encoder, "sdpa_with_lse", lambda *_: None)
+        assert torch.equal(stages(model, inputs, policy)[0].scores, found)
 
 
 @torch.no_grad()
