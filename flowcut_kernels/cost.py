@@ -157,14 +157,14 @@ def cost(
         :class:`Cost`. The KV cache is a ``DynamicCache`` in the language model's dtype; a layer with a sliding window
         holds what later tokens see, and torch frees the rest of a longer prompt's rows with the next token. What is
         left of an image is taken to be spread evenly over the windows of an encoder that has some (Qwen2.5-VL): which
-        tokens stay is not known.
+        tokens stay is not known. Where ``VFlowOpt.release`` recycles, every cell is taken to come back, which is the
+        most that can be left.
 
     Raises:
         TypeError: an unsupported model class, something that is no policy, or inputs of another type.
         ValueError: inputs without images or not for the unpruned model, a number out of its range, what `patch`
             refuses, layers with experts or whose keys come from another projection than ``k_proj`` or ``qkv``, several
-            modules with matrices before the language model, or a policy that knows what it keeps only afterwards
-            (``VFlowOpt.release``).
+            modules with matrices before the language model.
     """
     arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(arguments, Mapping):
@@ -179,7 +179,7 @@ def cost(
     )
     vision = _Vision(model, encoder, replacements)
     forward = next((new for _, _, new in replacements if isinstance(new, PrunedForward)), None)
-    prompt = None if forward is None else _Prompt.read(forward, policy, arguments)
+    prompt = None if forward is None else _Prompt.read(forward, arguments)
     passes = [vision.bare_pass(arguments)] if prompt is None else prompt.passes
 
     stocks = [vision.walk(asked, None) for asked in passes]
@@ -475,22 +475,19 @@ class _Prompt:
     visual: VisualTokens
 
     @classmethod
-    def read(cls, forward: PrunedForward, policy: Policy, arguments: Mapping[str, Any]) -> _Prompt:
+    def read(cls, forward: PrunedForward, arguments: Mapping[str, Any]) -> _Prompt:
         """As a patched model's `forward` reads it.
 
         Raises:
-            ValueError: a prompt without images, that is none of the unpruned model's, or that cannot be predicted.
+            ValueError: a prompt without images, or that is none of the unpruned model's.
         """
         ids, left = arguments.get("input_ids"), dict(arguments)
         if ids is None:
             raise ValueError("cost: inputs holds no input_ids; give processor output")
-        if policy.feature_budget(1) is None:  # looking would run the encoder
-            raise ValueError(
-                f"cost: how many tokens {policy} keeps is known only once they are chosen; with counts='exact' it is "
-                "known before"
-            )
         if not forward.shrinker.comes(left):
             raise ValueError("cost: inputs holds no pixel_values; give images")
+        for features in forward.shrinker.kinds:
+            features.predicts = True
         with forward.shrinker.reading():
             return cls._read(forward, ids, left)
 

@@ -142,12 +142,9 @@ def test_class_token_in_the_prompt():
             assert run(model, inputs, logits_to_keep=1) == predicted(cost.pruned)
 
 
-@pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("stages", [(), ((1, 0.5), (2, 0.4))])
-@pytest.mark.parametrize("changes", [dict(retain_ratio=0.25), dict(target_tokens=60, hub_threshold=1.5)], ids=str)
-def test_tiles_and_frames(changes, stages, compact):
-    """Images of two sizes beside a video. Hubs are predicted as many as there can be."""
-    model, size = tiny.onevision(), tiny.SIDE * tiny.PATCH
+def tiles_and_frames(model) -> dict:
+    """Images of two sizes beside a video."""
+    size = tiny.SIDE * tiny.PATCH
     pixels = torch.zeros(2, 5, 3, size, size)  # filled up with empty views
     pixels[0, :5], pixels[1, :3] = tiny.images(5, seed=1), tiny.images(3, seed=2)
     sizes, video = torch.tensor([[80, 100], [size, 2 * size]]), tiny.images(3, seed=3)[None]
@@ -158,8 +155,16 @@ def test_tiles_and_frames(changes, stages, compact):
     rows = [[1, 4, *pictures[0], 5, *pictures[1], 6], [1, *pooled, 7, 8]]
     ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
     inputs = dict(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixels, image_sizes=sizes)
-    inputs["pixel_values_videos"] = video
-    policy = fk.VFlowOpt(llm_stages=stages, **changes)
+    return inputs | dict(pixel_values_videos=video)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("stages", [(), ((1, 0.5), (2, 0.4))])
+@pytest.mark.parametrize("changes", [dict(retain_ratio=0.25), dict(target_tokens=60, hub_threshold=1.5)], ids=str)
+def test_tiles_and_frames(changes, stages, compact):
+    """Hubs are predicted as many as there can be."""
+    model, policy = tiny.onevision(), fk.VFlowOpt(llm_stages=stages, **changes)
+    inputs = tiles_and_frames(model)
     cost = fk.cost(model, policy, inputs, compact_cache=compact)
     assert run(model, inputs, logits_to_keep=1) == predicted(cost.full)
     with fk.patched(model, policy, backend="reference", compact_cache=compact):
@@ -167,6 +172,26 @@ def test_tiles_and_frames(changes, stages, compact):
     (limit, *flops), kv_bytes = predicted(cost.pruned)
     assert (counted, size) == (flops, kv_bytes)
     assert encoder <= limit <= 1.02 * encoder
+
+
+@pytest.mark.parametrize("cell", [4.0, 11.756787, None])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
+def test_released_counts(ratio, cell):
+    """Known once tokens are chosen: as if every cell came back. Exact where many tokens go, or nothing is recycled."""
+    model, settings = tiny.onevision(), dict(hub_threshold=1e9, llm_stages=((1, 0.5), (2, 0.4)))
+    inputs, policy = tiles_and_frames(model), fk.VFlowOpt.release(ratio, recycle_cell=cell, **settings)
+    passes = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    cost = fk.cost(model, policy, inputs)
+    hook.remove()
+    assert passes == []
+    with fk.patched(model, policy, backend="reference"):
+        flops, size = run(model, inputs, logits_to_keep=1)
+    expected, kv_bytes = predicted(cost.pruned)
+    assert expected[:2] == flops[:2]
+    assert (expected, kv_bytes) == (flops, size) or (cell == 4.0 and ratio > 0.1)
+    assert flops[2] <= expected[2] <= 1.02 * flops[2]
+    assert size <= kv_bytes <= 1.02 * size
 
 
 @pytest.mark.parametrize("policy", ["calibrated", "fixed", "llm"])
@@ -242,7 +267,6 @@ def test_table():
         (dict(inputs={"pixel_values": tiny.images(1)}), ValueError, "holds no input_ids"),
         (dict(inputs=prompt() | dict(pixel_values=tiny.images(2))), ValueError, r"\[64\] image placeholders"),
         (dict(policy=fk.FlowCut(8, llm_layer=5)), ValueError, "llm_layer=5"),
-        (dict(policy=fk.VFlowOpt(retain_ratio=0.5, counts="release")), ValueError, "counts='exact'"),
         (dict(entropy=1.5), ValueError, "entropy=1.5"),
         (dict(logits_to_keep=-1), ValueError, "logits_to_keep=-1"),
     ],

@@ -102,6 +102,13 @@ class Layout:
         return self.leads * len(self.live)
 
     @property
+    def without_newlines(self) -> Grids:
+        """Its grids, the last of which may have a column of newlines."""
+        *before, (rows, columns) = self.grids
+        newlines = 0 if self.masked else self.area - self.places
+        return *before, (rows, columns - newlines // max(rows, 1))
+
+    @property
     def resampled(self) -> bool:
         """Whether places are means of several tokens."""
         return self.places < sum(self.live)
@@ -214,6 +221,7 @@ class PrunedFeatures(Bound):
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend, self.turns = fixed, backend, turns
         self.encoded: Encoded | None = None  # of the last call
+        self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
         self.found: tuple[Tensor, list[Layout]] | None = None
         self.ahead: tuple[Tensor, Any] | None = None
@@ -274,6 +282,9 @@ class PrunedFeatures(Bound):
         """Features of a visual that enter the language model; None: known once they are chosen."""
         left = self._left(layout)
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
+        if budget is None and self.predicts:
+            video = self.kind.modality == "video"
+            budget = self.policy.feature_limit(layout.area, layout.without_newlines, video) + layout.behind
         return None if budget is None else min(budget, left) + layout.besides
 
     def _expected(self, layouts: list[Layout], kept: list[int | None] | None = None) -> Encoded:
@@ -502,6 +513,7 @@ class PrunedFeatures(Bound):
             position=None if whole else places,
             budgets=known if known else None,
             backend=self.backend,
+            video=self.kind.modality == "video",
         )
         if known == lengths:
             chosen, ends = (view.features, places, view.importance, torch.zeros_like(places, dtype=torch.bool)), lengths

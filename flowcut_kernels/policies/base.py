@@ -206,6 +206,14 @@ class Policy:
         """Tokens that enter the language model of an image that has `tokens`; None: known once they are chosen."""
         return self.encoder_budget(tokens)
 
+    def feature_limit(self, tokens: int, grids: Sequence[tuple[int, int]], video: bool) -> int:
+        """Most tokens that may be left of an image or a `video` where no `feature_budget` says.
+
+        Args:
+            grids: (rows, columns) of its grids, without newlines.
+        """
+        return tokens
+
     def tokens_by_layer(self, layers: int, tokens: int) -> list[int]:
         """Tokens of an image of `tokens` among the keys of each of `layers` layers of a language model."""
         left = self.feature_budget(tokens)
@@ -371,6 +379,7 @@ class FeatureView:
     position: Tensor | None  # int64 [T] token of its image's grids; None: all are there
     budgets: list[int] | None  # tokens to leave of each image; None: the policy says
     backend: str | None
+    video: bool = False  # they are videos, and the grids frames
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._ops import Relevance, Select, ValueNorm
-from ..ops import anchor_stats, patch_entropy, received_attention
+from ..ops import anchor_stats, grid_cells, patch_entropy, received_attention
 from .base import (
     DecoderView,
     EncoderStep,
@@ -59,8 +59,8 @@ class VFlowOpt(Policy):
         pixel_mean, pixel_std: of the image processor, on a scale of 0..1, for the entropy; None: those that are usual
             for the tower.
         counts: "exact" leaves the budget. "release" counts as the released code: what remains besides the recycled
-            tokens is rounded, images without tiles are not recycled, and how many tokens are left is known only
-            afterwards, so that a prompt's features are made before it is shortened.
+            tokens is rounded, images without tiles and videos are not recycled, and how many tokens are left is known
+            only afterwards, so that a prompt's features are made before it is shortened.
     """
 
     hub_threshold: float = 30.0
@@ -136,6 +136,10 @@ class VFlowOpt(Policy):
 
     def feature_budget(self, tokens: int) -> int | None:
         return None if self.counts == "release" else self.budget(tokens)
+
+    def feature_limit(self, tokens: int, grids: Sequence[tuple[int, int]], video: bool) -> int:
+        pruned, cell = self._released_count(tokens, grids, video)
+        return tokens - pruned + (0 if cell is None else min(pruned, grid_cells(grids, cell, "cpu")[1]))
 
     def encoder_step(self, layer: int, feature_layer: int, tokens: int, budget: int) -> EncoderStep | None:
         needed = layer == feature_layer and (self.may_prune or self.llm_stages)
@@ -218,19 +222,25 @@ class VFlowOpt(Policy):
         return self._released_selection(view)
 
     def _released_selection(self, view: FeatureView) -> FeatureSelection:
-        """round(N (1 - R1)) tokens go, and of images made of tiles floor(N / a^2) more, before cells come back."""
-        assert self.retain_ratio is not None and view.position is None
+        assert view.position is None
         pruned, recycled = [], []
         for weight, grids in zip(view.importance.split(view.lengths), view.grids, strict=True):
-            count = round(len(weight) * (1 - self.retain_ratio))
-            recycles = self.recycle_cell is not None and len(grids) > 1
-            if self.recycle_cell is not None and recycles:
-                count += int(len(weight) / self.recycle_cell**2)
-            count = min(count, len(weight) - (not recycles))  # at least one stays
+            count, cell = self._released_count(len(weight), grids, view.video)
             lowest = weight.argsort(stable=True)[:count]
             pruned.append(torch.zeros_like(weight, dtype=torch.bool).index_fill(0, lowest, True))
-            recycled.append(torch.full_like(pruned[-1], recycles))
+            recycled.append(torch.full_like(pruned[-1], cell is not None))
         return merge(view, torch.cat(pruned), self.recycle_cell or 1.0, None, torch.cat(recycled))
+
+    def _released_count(self, tokens: int, grids: Sequence[tuple[int, int]], video: bool) -> tuple[int, float | None]:
+        """Tokens that go, and the edge of the cells that come back; None: they do not.
+
+        round(N (1 - R1)), and floor(N / a^2) more of images made of tiles, which alone are recycled.
+        """
+        assert self.retain_ratio is not None
+        count = round(tokens * (1 - self.retain_ratio))
+        if self.recycle_cell is None or video or len(grids) == 1:
+            return min(count, tokens - 1), None  # at least one stays
+        return min(count + int(tokens / self.recycle_cell**2), tokens), self.recycle_cell
 
     def check_decoder(self, layers: int) -> None:
         check_stages(self, layers)
