@@ -162,6 +162,7 @@ class Kind:
     usual: int | None = None  # tokens of each where all have as many
     leading = 0  # features of each in front that are no patches and are never dropped
     shrinks = True  # prompts; False: features have every place, and dropped ones leave inside the language model
+    leads = 0  # the same of each of its tiles: they stay in the encoder, a language model may drop them
     side = 1  # edge in patches of a token, that the model merges
     grid = ""  # the argument that says how many patches each has, where the encoder takes any number
     assembles = False  # whether the features of a visual are put together of its tiles'; else they are one tile's

@@ -41,7 +41,7 @@ def vlm_replacements(
     shrinker = PromptShrinker(features, turns)
     decoder, layers = decoder_replacements(
         model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
-        entrance=not all(each.kind.shrinks for each in features),
+        entrance=not all(each.kind.shrinks for each in features), leads=max(each.kind.leads for each in features),
     )  # fmt: skip
     inner: list[Replacement] = [] if decoder is None else [(model.model, "forward", _Inner(model.model, shrinker))]
     return [

@@ -53,19 +53,21 @@ def decoder_replacements(
     backend: str | None = None,
     compact_cache: bool = False,
     entrance: bool = False,
+    leads: int = 0,
 ) -> tuple[PrunedDecoder | None, list[Replacement]]:
     """What makes a language model prune by `policy`; nothing where the policy leaves it alone.
 
     Args:
         tokens: of an image, the most where they differ.
         entrance: the prompt has columns for all tokens of an image: those that the encoder drops leave here.
+        leads: class tokens that an image has at least beside its budget, and that stages cut too.
 
     Raises:
         ValueError: a language model that cannot be served, by class, sliding window or attention implementation.
     """
     count = len(model.layers)
     policy.check_decoder(count)
-    left = policy.feature_budget(tokens) or tokens
+    left = (policy.feature_budget(tokens) or tokens) + leads
     steps = [ask(i, count, tokens, left) for i in range(count) for ask in (policy.decoder_entry, policy.decoder_step)]
     if not entrance and all(step is None or step >= left for step in steps):
         return None, []

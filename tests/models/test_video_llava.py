@@ -128,6 +128,18 @@ def test_cost(llm_layer):
         assert run(llava, inputs, **towers) == predicted(cost.pruned)
 
 
+@torch.no_grad()
+def test_stages_cut_class_tokens():
+    """Where a budget of one leaves them nothing else to cut."""
+    llava, inputs = model(), prompt([[3, Video(FRAMES), 5]])
+    policy = fk.VFlowOpt(1, llm_stages=((1, 0.5), (2, 0.4)))
+    cost = fk.cost(llava, policy, inputs)
+    with fk.patched(llava, policy, record=True):
+        llava(**inputs)
+        assert [stage.kept for stage in fk.trace(llava).stages] == [[1 + FRAMES], [2], [1]]
+    assert cost.pruned.decoder.leaving[:3] == (2 + 2, 2 + 1, 2 + 1)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="class_token=False"):
         fk.patch(model(), fk.VisionZip(KEEP))
