@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from ctypes import c_float
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import gcd
 from threading import Lock
 from typing import Any
@@ -64,6 +65,17 @@ class Launch:
         return self.outputs
 
 
+# Triton's own two are kernel code that runs on the host too: 5 us a call, a dozen calls a launch.
+def cdiv(n: int, size: int) -> int:
+    """Blocks of `size` that cover n."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def device_guard(device: torch.device):
     """Make `device` current if it is a GPU: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -77,9 +89,9 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def steps(x: Tensor, dims: int) -> tuple[int, ...]:
-    """The leading `dims` strides of x; 0 where a dimension of size 1 makes the stride meaningless."""
-    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:dims], x.shape[:dims], strict=True))
+def steps(shape: tuple[int, ...], strides: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """The leading `dims` strides; 0 where a dimension of size 1 makes the stride meaningless."""
+    return tuple(s if n > 1 else 0 for s, n in zip(strides[:dims], shape[:dims], strict=True))
 
 
 def vector_unit(itemsize: int, *sizes: int) -> int:
@@ -91,12 +103,20 @@ def vector_unit(itemsize: int, *sizes: int) -> int:
     return gcd(16 // itemsize, *sizes)
 
 
-def unit_steps(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...] | None]]:
+Steps = tuple[int, tuple[tuple[int, ...] | None, ...]]
+
+
+def unit_steps(*tensors: Tensor | None) -> Steps:
     """The common vector unit of tensors [batch, heads, tokens, dim], and their first three strides divided by it."""
-    given = [None if x is None else steps(x, 3) for x in tensors]
     itemsize = next(x.element_size() for x in tensors if x is not None)
+    return _unit_steps(itemsize, *(None if x is None else (x.shape, x.stride()) for x in tensors))
+
+
+@lru_cache(maxsize=1024)  # this and its like take longer than a launch, in every layer that scores
+def _unit_steps(itemsize: int, *tensors: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Steps:
+    given = [None if x is None else steps(*x, 3) for x in tensors]
     unit = vector_unit(itemsize, *(s for three in given if three for s in three))
-    return unit, [None if three is None else tuple(s // unit for s in three) for three in given]
+    return unit, tuple(None if three is None else tuple(s // unit for s in three) for three in given)
 
 
 def contiguous_rows(x: Tensor | None) -> Tensor | None:
@@ -161,7 +181,7 @@ def powers(criteria_weights: Sequence[float], entropy_exponent: float) -> tuple[
 def tile_widths(dim: int, itemsize: int) -> tuple[int, int]:
     """Widths of the two tiles that hold a row of a product, powers of 2 and at least 16; 72 is 64 + 16, not 128."""
     main = min(max(1 << (dim.bit_length() - 1), 16), 256 // itemsize)
-    return main, max(triton.next_power_of_2(dim - main), 16) if dim > main else 0
+    return main, max(next_power_of_2(dim - main), 16) if dim > main else 0
 
 
 @triton.jit

@@ -31,6 +31,19 @@ for ptx in (without(head) + atomic + tail, head + atomic + without(tail), head +
 kernels["_attention_with_stats"].meta["maxnreg"] = 128
 print(json.dumps([*faults, *compile_launch(kernels["_attention_with_stats"], 90)[1]]))
 """
+# Functions of Triton that run while launches are prepared: its helpers for kernels take 5 us a call on the host.
+ENTERED = """
+import json, sys
+from flowcut_kernels.bench.compile import launches
+entered, folder = set(), "/triton/"
+def watch(frame, event, _):
+    if event == "call" and folder in frame.f_code.co_filename and "/flowcut_kernels/" not in frame.f_code.co_filename:
+        entered.add(frame.f_code.co_name)
+sys.setprofile(watch)
+prepared = len(list(launches(90)))
+sys.setprofile(None)
+print(json.dumps([prepared, *sorted(entered)]))
+"""
 
 
 def run(script):
@@ -44,6 +57,11 @@ def test_faults_of_the_code_are_found():
     before, after, relaxed, serial = run(FAULTY)
     assert before.startswith("no barrier before") and after.startswith("no barrier after")
     assert "neither releases nor acquires" in relaxed and "instructions are serialized" in serial
+
+
+def test_launches_are_prepared_without_triton():
+    prepared, *entered = run(ENTERED)
+    assert prepared > 0 and not entered, entered
 
 
 def test_no_kernel_spills_or_overruns():

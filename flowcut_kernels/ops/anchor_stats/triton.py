@@ -14,6 +14,7 @@ program per anchor in place of one that finishes them all.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +29,13 @@ from .._triton_common import (
     TINY,
     Launch,
     arrival_counters,
+    cdiv,
     contiguous_rows,
     dots,
     entropy_ratio,
     head_mean_softmax,
     load_rows,
+    next_power_of_2,
     powers,
     select_image,
     tile_widths,
@@ -372,14 +375,14 @@ def _block_shape(batch: int, tokens: int, heads: int, dim: int, itemsize: int) -
     Little work: blocks of 8 or 4 tokens and all of a block in one tile, so that everything is in flight at once.
     """
     for block in (32, 16):
-        if batch * triton.cdiv(tokens, block) >= ENOUGH_PROGRAMS and block * dim * itemsize <= 8192:
+        if batch * cdiv(tokens, block) >= ENOUGH_PROGRAMS and block * dim * itemsize <= 8192:
             chunk, stages = min(128 // dim, 8192 // (block * dim * itemsize)), 3
             break
     else:
-        block = 8 if batch * triton.cdiv(tokens, 8) >= ENOUGH_PROGRAMS else 4
+        block = 8 if batch * cdiv(tokens, 8) >= ENOUGH_PROGRAMS else 4
         chunk, stages = 16384 // (block * dim * itemsize), 1
     chunk = max(chunk, 1)
-    while chunk > 1 and triton.cdiv(heads, chunk) * chunk * 7 > heads * 8:  # at most 1/8 of the lanes idle
+    while chunk > 1 and cdiv(heads, chunk) * chunk * 7 > heads * 8:  # at most 1/8 of the lanes idle
         chunk //= 2
     return block, chunk, stages
 
@@ -406,8 +409,12 @@ def plan_statistics(
     value_norm: int,
 ) -> Plan:
     """Block sizes, outputs and scratch for `batch` images of up to `tokens` tokens of K and V."""
-    heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
-    new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    blocks, scratch, sizes, factor, meta = _layout(
+        key.shape[1], key.shape[3], value.shape[3], key.element_size(), query_heads, anchors, batch, tokens, relevance,
+        value_norm,
+    )  # fmt: skip
+    device = key.device
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
     outputs = [
         new(batch, anchors, tokens),
         new(batch, anchors, tokens if relevance else 0),
@@ -416,30 +423,43 @@ def plan_statistics(
     ]
     if not tokens:  # no program runs: an empty image has entropy ratio 1
         outputs[3].fill_(1.0)
+    return Plan(blocks, outputs, (new(scratch), arrival_counters(batch, device)), sizes, factor, meta)
 
+
+@lru_cache(maxsize=256)
+def _layout(
+    heads: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    query_heads: int,
+    anchors: int,
+    batch: int,
+    tokens: int,
+    relevance: int,
+    value_norm: int,
+) -> tuple[int, int, tuple[int, int], float, dict[str, Any]]:
+    """What a plan takes from shapes alone, the number of logits in place of scratch."""
     main, value_main = (1 << (d.bit_length() - 1) for d in (dim, value_dim))
-    rest, value_rest = (
-        triton.next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main))
-    )
-    block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), key.element_size())
+    rest, value_rest = (next_power_of_2(d - m) if d > m else 0 for d, m in ((dim, main), (value_dim, value_main)))
+    block, chunk, stages = _block_shape(batch, tokens, heads, max(main, value_main), itemsize)
     softmax = relevance in (Relevance.SOFTMAX, Relevance.SCALED_SOFTMAX)
     channels = anchors * (query_heads + heads if softmax else query_heads)
     # Nothing else runs when the last image is finished: wide tiles, up to 64 registers for each thread of 8 warps.
-    tail_heads = triton.next_power_of_2(query_heads)
+    tail_heads = next_power_of_2(query_heads)
     tail_tokens = max(min(256 if tokens <= 256 else 1024, 16384 // tail_heads), 128)
-    pitch = triton.cdiv(tokens, max(block, 16)) * max(block, 16)
+    pitch = cdiv(tokens, max(block, 16)) * max(block, 16)
     if channels * pitch >= 2**31:
         raise ValueError(f"anchor_stats: {anchors} anchors x {query_heads} heads x {tokens} tokens are too many logits")
-    return Plan(
-        triton.cdiv(tokens, block),
-        outputs,
-        (new(batch * channels * pitch), arrival_counters(batch, key.device)),
+    return (
+        cdiv(tokens, block),
+        batch * channels * pitch,
         (pitch, channels * pitch),
         LOG2_E * (value_dim**-0.5 if relevance == Relevance.SCALED_SOFTMAX else 1.0),
         dict(
             D_MAIN=main, D_REST=rest, DV_MAIN=value_main, DV_REST=value_rest,
             RELEVANCE=relevance, VALUE_NORM=value_norm,
-            TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=triton.next_power_of_2(anchors),
+            TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=next_power_of_2(anchors),
             TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
         ),
     )  # fmt: skip
@@ -498,7 +518,7 @@ def prepare(
         ),
         dict(
             plan.meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
-            MODE=mode, SELECT_TILES=triton.cdiv(tokens, 1024), GROUP=block,
+            MODE=mode, SELECT_TILES=cdiv(tokens, 1024), GROUP=block,
             # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
             # still fit a multiprocessor; the sums of many anchors need more.
             num_warps=8, maxnreg=128 if anchors <= 4 else 255, enable_fp_fusion=True,
@@ -522,13 +542,13 @@ def prepare_all(
     plan = plan_statistics(key, value, heads, anchors, batch, tokens, relevance, value_norm)
     logits, sizes = plan.scratch[0], (*plan.sizes, tokens)
     # Tiles of float32 lie in registers, its products run outside the tensor cores.
-    rows, keys = (16, 32) if key.element_size() == 4 else (min(max(triton.next_power_of_2(anchors), 16), 64), 128)
-    (main, rest), tiles = tile_widths(dim, key.element_size()), triton.cdiv(tokens, keys)
+    rows, keys = (16, 32) if key.element_size() == 4 else (min(max(next_power_of_2(anchors), 16), 64), 128)
+    (main, rest), tiles = tile_widths(dim, key.element_size()), cdiv(tokens, keys)
     unit, steps = unit_steps(query, key)
     return [
         Launch(
             _anchor_logits,
-            (heads * tiles, batch, triton.cdiv(anchors, rows)),
+            (heads * tiles, batch, cdiv(anchors, rows)),
             (query, key, key_span, logits, *steps, *sizes, tiles, anchors, options["scale"] * LOG2_E),
             dict(
                 H=heads, G=key.shape[1], D=dim, UNIT=unit, MAIN=main, REST=rest, ROWS=rows, KEYS=keys,

@@ -23,6 +23,7 @@ from .._triton_common import (
     LOWEST,
     Launch,
     architecture,
+    cdiv,
     contiguous_rows,
     load_columns,
     load_rows,
@@ -212,7 +213,7 @@ def prepare(
     tile, keys, stages, registers = _tile_shape(
         rows, max(dim, value_dim), key.element_size(), arch or architecture(key.device)
     )
-    tiles = triton.cdiv(rows, tile)
+    tiles = cdiv(rows, tile)
     unit, all_steps = unit_steps(query, key, value, query_anchor, value_anchor)
     return Launch(
         _attention_with_stats,

@@ -7,14 +7,16 @@ more out for the norm; the row stays in registers between the gather and the nor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_common import ENOUGH_PROGRAMS, Launch, steps, vector_unit
+from .._triton_common import ENOUGH_PROGRAMS, Launch, cdiv, next_power_of_2, steps, vector_unit
 
 # Elements of a program's widest tile, 32 for each of 128 threads: 64 bytes of bf16, four wide loads in flight.
 _TILE = 4096
@@ -106,27 +108,40 @@ def prepare(
         normed = torch.empty_like(outputs[0])
         norm_weight, norm_bias = (None if x is None else x.contiguous() for x in (norm_weight, norm_bias))
 
-    widths = [prod(x.shape[2:]) for x in sources]
-    units = [vector_unit(x.element_size(), *steps(x, 2)) for x in sources]
-    scaled_steps = tuple(tuple(s // u for s in steps(x, 2)) for x, u in zip(sources, units, strict=True))
-    tiles = [triton.next_power_of_2(max(width, 1)) for width in widths]
     rows = index.numel()
-    block = min(max(_TILE // max(tiles), 1), 64)
-    while block > 1 and triton.cdiv(rows, block) < ENOUGH_PROGRAMS:
-        block //= 2
+    scaled_steps, meta = _layout(rows, *((x.element_size(), x.shape, x.stride()) for x in sources))
     return Launch(
         _gather_tokens,
-        (triton.cdiv(rows, block),),
+        (cdiv(rows, meta["ROWS"]),),
         (
             tuple(sources), targets, scaled_steps, index, index.stride(0), norm_weight, norm_bias, normed,
             rows, index.shape[1], eps,
         ),
-        dict(
-            WIDTHS=tuple(widths), UNITS=tuple(units), TILES=tuple(tiles), ROWS=block, RMS=rms,
-            num_warps=min(max(max(tiles) // 1024, 4), 16), enable_fp_fusion=True,
-        ),
+        dict(meta, RMS=rms, enable_fp_fusion=True),
         index.device,
         outputs if normed is None else [*outputs, normed],
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    rows: int, *sources: tuple[int, tuple[int, ...], tuple[int, ...]]
+) -> tuple[tuple[tuple[int, ...], ...], dict[str, Any]]:
+    """Strides in vector units, and constexpr arguments, of a launch for so many rows.
+
+    Args:
+        sources: of each input the size of an element in bytes, shape and strides.
+    """
+    widths = [prod(shape[2:]) for _, shape, _ in sources]
+    leading = [steps(shape, strides, 2) for _, shape, strides in sources]
+    units = [vector_unit(size, *pair) for (size, _, _), pair in zip(sources, leading, strict=True)]
+    tiles = [next_power_of_2(width) for width in widths]
+    block = min(max(_TILE // max(tiles), 1), 64)
+    while block > 1 and cdiv(rows, block) < ENOUGH_PROGRAMS:
+        block //= 2
+    return tuple(tuple(s // u for s in pair) for pair, u in zip(leading, units, strict=True)), dict(
+        WIDTHS=tuple(widths), UNITS=tuple(units), TILES=tuple(tiles), ROWS=block,
+        num_warps=min(max(max(tiles) // 1024, 4), 16),
     )  # fmt: skip
 
 

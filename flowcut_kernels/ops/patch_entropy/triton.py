@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_common import Launch
+from .._triton_common import Launch, next_power_of_2
 
 # Pixels of a tile: patches of up to 32 x 32 are one.
 _TILE = 1024
@@ -67,7 +67,7 @@ def prepare(pixels: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequ
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     out = pixels.new_empty((batch, rows * columns), dtype=torch.float32)
-    tile = min(triton.next_power_of_2(patch_size**2), _TILE)
+    tile = min(next_power_of_2(patch_size**2), _TILE)
     scale, offset = (tuple(255 * c for c in x) if pixels.is_floating_point() else () for x in (std, mean))
     return Launch(
         _patch_entropy,

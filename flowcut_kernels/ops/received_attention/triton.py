@@ -25,9 +25,11 @@ from .._triton_common import (
     Launch,
     architecture,
     arrival_counters,
+    cdiv,
     dots,
     live_tokens,
     load_rows,
+    next_power_of_2,
     tile_widths,
     unit_steps,
     weigh,
@@ -168,7 +170,7 @@ def prepare(
     new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
     main, rest = tile_widths(dim, key.element_size())
     kept, streamed, stages, registers = _tile_shape(dim, key.element_size(), arch or architecture(key.device))
-    tiles = triton.cdiv(tokens, kept)
+    tiles = cdiv(tokens, kept)
     unit, steps = unit_steps(query, key)
     if lengths is not None:
         lengths = lengths.contiguous()
@@ -189,7 +191,7 @@ def prepare(
         query, key, norm, lengths, new(batch, query_heads, tokens), counters, received, *steps, tokens, tiles,
         scale * LOG2_E, None if lse is None else LOG2_E,
     )  # fmt: skip
-    meta = dict(meta, HEADS=triton.next_power_of_2(query_heads))
+    meta = dict(meta, HEADS=next_power_of_2(query_heads))
     launches.append(Launch(_received_attention, grid, arguments, meta, key.device, [received]))
     return launches
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_common import Launch, contiguous_rows, steps, vector_unit
+from .._triton_common import Launch, cdiv, contiguous_rows, next_power_of_2, steps, vector_unit
 
 # A program's tile: 8 KiB of as many rows, four wide loads in flight for each of 128 threads.
 _TILE_BYTES, _COLUMNS = 8192, 256
@@ -76,12 +76,12 @@ def prepare(tokens: Tensor, importance: Tensor, cell: Tensor, *, cells: int) -> 
     ordered, members = cell.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(cells + 1, device=cell.device))
     merged, position = tokens.new_empty((cells, dim)), cell.new_empty((cells,))
-    (step,) = steps(tokens, 1)
+    (step,) = steps(tokens.shape, tokens.stride(), 1)
     unit = vector_unit(tokens.element_size(), step)
-    columns = min(triton.next_power_of_2(max(dim, 1)), _COLUMNS)
+    columns = min(next_power_of_2(max(dim, 1)), _COLUMNS)
     return Launch(
         _recycle_tokens,
-        (cells, max(triton.cdiv(dim, columns), 1)),  # a block of no columns still writes positions
+        (cells, max(cdiv(dim, columns), 1)),  # a block of no columns still writes positions
         (tokens, step // unit, importance, members, starts, merged, position),
         dict(
             DIM=dim, UNIT=unit, ROWS=_TILE_BYTES // (_COLUMNS * tokens.element_size()), COLUMNS=columns,
