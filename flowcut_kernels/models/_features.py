@@ -438,7 +438,7 @@ class PrunedFeatures(Bound):
         device, areas = features[0].device, [layout.area for layout in layouts]
         # All visuals at once: for each by itself these would be a dozen launches a tile.
         x, marks = (
-            _joined([rows[:area] for rows, area in zip(each, areas, strict=True)])
+            joined([rows[:area] for rows, area in zip(each, areas, strict=True)])
             for each in (features, self._marked(device, arguments, layouts, known))
         )
         share, score = marks.unbind(1)
@@ -505,10 +505,10 @@ class PrunedFeatures(Bound):
             torch.arange(n, device=item.features.device) if item.position is None else item.position
             for n, item in zip(lengths, items, strict=True)
         ]
-        whole, places = all(item.position is None for item in items), _joined(given)
+        whole, places = all(item.position is None for item in items), joined(given)
         view = FeatureView(
-            features=_joined([item.features for item in items]),
-            importance=_joined([item.importance for item in items]),
+            features=joined([item.features for item in items]),
+            importance=joined([item.importance for item in items]),
             lengths=lengths,
             grids=[item.grids for item in items],
             position=None if whole else places,
@@ -558,7 +558,7 @@ class PrunedFeatures(Bound):
         )  # fmt: skip
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """One behind another, in which a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

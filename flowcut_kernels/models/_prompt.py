@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
 from ..policies.recycling import constant
 from ._bound import Bound, Turns, named
-from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding
+from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding, joined
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
@@ -94,8 +94,8 @@ class PromptShrinker:
         """Whether images or videos come with a prompt."""
         return any(x is not None for features in self.kinds for x in features.given(arguments))
 
-    def visuals(self, arguments: dict[str, Any], masks: Tensor) -> list[Visuals]:
-        """The images and videos that come with a prompt; bool [kinds, B, L] the placeholders of each kind."""
+    def visuals(self, arguments: dict[str, Any], masks: Sequence[Tensor]) -> list[Visuals]:
+        """The images and videos that come with a prompt; bool [B, L] the placeholders of each kind."""
         return [
             visuals
             for features, mask in zip(self.kinds, masks, strict=True)
@@ -129,18 +129,19 @@ class PromptShrinker:
             for features, known in zip(self.kinds, before, strict=True):
                 features.found, features.ahead, features.encoded, features.encoder.trace = known
 
-    def shrink(self, masks: Tensor, attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
+    def shrink(self, masks: Sequence[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
         Args:
-            masks: bool [kinds, B, L] on the host, the placeholders of each kind.
+            masks: of each kind the placeholders, bool [B, L] on the host.
             attention_mask: [B, L] or None.
             given: the images or videos that come with the prompt.
 
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        dropped, counts, lost = torch.zeros_like(masks[0]), [0] * masks.shape[1], [0] * masks.shape[1]
+        dropped, batch = torch.zeros_like(masks[0]), masks[0].shape[0]
+        counts, lost = [0] * batch, [0] * batch
         for visuals in given:
             is_image = masks[self.token_ids.index(visuals.token_id)]
             rows = is_image.sum(1).tolist()
@@ -161,7 +162,7 @@ class PromptShrinker:
             gone = iter([n - m for n, m in zip(visuals.full, visuals.kept, strict=True)])
             lost = [n + sum(islice(gone, count)) for n, count in zip(lost, images, strict=True)]
             places = is_image.flatten().nonzero()[:, 0].split(visuals.full)
-            dropped.view(-1)[torch.cat([*_surplus(places, visuals.runs())])] = True
+            dropped.view(-1).index_fill_(0, joined([*_surplus(places, visuals.runs())]), True)
             if attention_mask is not None and attention_mask.shape != is_image.shape:
                 raise ValueError(
                     f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
@@ -174,10 +175,11 @@ class PromptShrinker:
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
             )
-        mask = None if attention_mask is None else attention_mask.cpu().bool()
+        mask = None if attention_mask is None else attention_mask.cpu()
         if even and (mask is None or mask.all()):
-            return Shrunk((~dropped).nonzero()[:, 1].view(len(dropped), -1), dropped)
+            return Shrunk((~dropped).nonzero()[:, 1].view(batch, -1), dropped)
         assert mask is not None
+        mask = mask.bool()
         live, right = ~dropped & mask, bool((~mask[:, -1]).any() and mask[:, 0].all())
         order = (dropped if right else ~dropped).long().argsort(dim=1, stable=True)
         columns = order.masked_fill(dropped.gather(1, order), -1)
@@ -208,7 +210,7 @@ def _surplus(images: Iterable[Tensor], runs: list[list[int]]) -> Iterator[Tensor
     """Placeholders of each of the `images` that are too many: the last ones of each of its `runs`, equally long ones
     that are to have so many."""
     for places, left in zip(images, runs, strict=True):
-        for run, n in zip(places.chunk(len(left)), left, strict=True):
+        for run, n in zip(places.chunk(len(left)) if len(left) > 1 else (places,), left, strict=True):
             yield run[n:]
 
 
@@ -231,16 +233,17 @@ class _PromptMethod(Bound):
     def run(self, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def _placeholders(self, arguments: dict[str, Any]) -> Tensor | None:
-        """bool [kinds, B, L] of each kind of visual, on the host."""
+    def _placeholders(self, arguments: dict[str, Any]) -> list[Tensor] | None:
+        """bool [B, L] of each kind of visual, on the host."""
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is not None:
             ids = ids.cpu()
-            return _stacked([ids == token_id for token_id in self.shrinker.token_ids])
+            return [ids == token_id for token_id in self.shrinker.token_ids]
         if embeds is None:
             return None
         tokens = torch.tensor(self.shrinker.token_ids, device=embeds.device)
-        return _stacked([(embeds == word).all(-1) for word in self.model.get_input_embeddings()(tokens)]).cpu()
+        words = self.model.get_input_embeddings()(tokens)
+        return [*torch.stack([(embeds == word).all(-1) for word in words]).cpu()]
 
     @staticmethod
     def _is_one_token(arguments: dict[str, Any]) -> bool:
@@ -265,7 +268,7 @@ class _PromptMethod(Bound):
         masks = self._placeholders(arguments)
         if masks is None:
             return None
-        is_image = masks.any(0) if len(masks) > 1 else masks[0]
+        is_image = _either(masks)
         batch, length = is_image.shape
         seen = 0 if cache is None else int(cache.get_seq_length())
         cached, past = Shrunk.whole(batch, seen) if seen else None, _cached_prompt(cache, seen, batch)
@@ -278,7 +281,7 @@ class _PromptMethod(Bound):
                 past = None  # the pruned conversation is repeated, not the original one
             old = past or cached
             assert old is not None
-            new, masks = is_image[:, old.length :], masks[:, :, old.length :]
+            new, masks = is_image[:, old.length :], [x[:, old.length :] for x in masks]
         new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
         visuals = self.shrinker.visuals(arguments, masks) if given else []
         piece = self.shrinker.shrink(masks, new_mask, visuals) if given else None
@@ -323,9 +326,9 @@ class _PromptMethod(Bound):
         return pad_id if pad_id not in (None, *taken) else next(i for i in range(3) if i not in taken)
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """In one tensor, of which a single one is a view."""
-    return torch.stack(parts) if len(parts) > 1 else parts[0][None]
+def _either(masks: list[Tensor]) -> Tensor:
+    """bool [B, L] the placeholders of any kind."""
+    return reduce(torch.logical_or, masks)
 
 
 def one_mask(mask: Any) -> Tensor | None:
@@ -407,7 +410,7 @@ class PrunedForward(_PromptMethod):
         if masks is None:
             return None
         given = self.shrinker.visuals(arguments, masks)
-        is_image = masks.any(0)
+        is_image = _either(masks)
         length = is_image.shape[1]
         found = []
         for visuals in given:

@@ -89,6 +89,8 @@ class EncoderState:
 
     policy: Policy
     feature_layer: int
+    # The policy's step at each layer, for a tile of so many tokens and such a budget.
+    plans: dict[tuple[int, int], tuple[EncoderStep | None, ...]]
     grid: tuple[int, int]  # of a tile's tokens
     protect: int
     backend: str
@@ -106,7 +108,7 @@ class EncoderState:
     entries: dict[int, tuple] | None = None  # with gradient checkpointing: what each layer found on entry
 
     def __post_init__(self) -> None:
-        self.kinds = sorted({*zip(self.tokens, self.budgets, strict=True)})  # of tiles
+        self.plan = next(iter(self.plans.values())) if len(self.plans) == 1 else None
         self.prunes = any(budget < math.prod(self.grid) for budget in self.budgets)
         self.done = False  # every tile is down to what is to be left of it
 
@@ -128,9 +130,9 @@ class EncoderState:
         """
         if self.done:
             return None, None
-        if len(self.kinds) == 1:
-            return self.policy.encoder_step(layer, self.feature_layer, *self.kinds[0]), None
-        steps = {kind: self.policy.encoder_step(layer, self.feature_layer, *kind) for kind in self.kinds}
+        if self.plan is not None:
+            return self.plan[layer], None
+        steps = {kind: plan[layer] for kind, plan in self.plans.items()}
         made = [step for step in steps.values() if step is not None]
         cuts = [step for step in made if step.prunes]
         if not cuts:
@@ -509,8 +511,8 @@ class PrunedEncoder:
                 "map: unpatch first, or look at trace(model).stages[i].scores"
             )
         encoder_pass = encoder_pass or self.asked
-        rows = inputs_embeds.shape[1]
-        state = self.started(encoder_pass or EncoderPass(), len(inputs_embeds), rows - self.protect)
+        batch, rows = inputs_embeds.shape[:2]
+        state = self.started(encoder_pass or EncoderPass(), batch, rows - self.protect)
         hidden_states = inputs_embeds
         if state.block > 1:
             side = math.isqrt(state.block)
@@ -520,7 +522,7 @@ class PrunedEncoder:
             # Where nothing is pruned it stays: other layouts round differently.
             hidden_states = hidden_states.contiguous()
         if encoder_pass is not None and state.prunes:
-            state.number_patches(len(hidden_states), hidden_states.shape[1], hidden_states.device)
+            state.number_patches(batch, rows, hidden_states.device)
         if attention_mask is not None and state.void is not None:  # what nothing may attend to leaves at once
             hidden_states, attention_mask = state.drop_void(hidden_states), None
         elif attention_mask is not None and (state.prunes or self.policy.prunes_features):
@@ -533,7 +535,8 @@ class PrunedEncoder:
         mask = (attention_mask,) if self.takes_mask else ()
         entered = []  # patches of the rows that came to each layer
         for layer in self.layers:
-            entered.append((state.patches, state.mask))
+            if encoder_pass is not None and encoder_pass.align:
+                entered.append((state.patches, state.mask))
             hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
         (self.traced or self).trace = state.trace
         if encoder_pass is not None:
@@ -556,14 +559,19 @@ class PrunedEncoder:
             tokens = budgets = [patches] * batch
         layers = self.layers if torch.is_grad_enabled() else ()
         checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        budgets = [max(n, 1) for n in budgets]  # nothing attends to nothing
         return EncoderState(
             policy=self.policy,
             feature_layer=self.feature_layer,
+            plans={
+                kind: _plan(self.policy, len(self.layers), self.feature_layer, *kind)
+                for kind in sorted({*zip(tokens, budgets, strict=True)})
+            },
             grid=grid,
             protect=self.protect,
             backend=resolve_backend(self.backend),  # once: the environment is slow to read
             tokens=tokens,
-            budgets=[max(n, 1) for n in budgets],  # nothing attends to nothing
+            budgets=budgets,
             block=side**2,
             void=asked.void if prunes else None,
             pixels=asked.pixels,
@@ -608,6 +616,12 @@ class PrunedEncoder:
         """Rows and columns of an image's patches."""
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else (1, patches)
+
+
+@lru_cache(maxsize=256)
+def _plan(policy: Policy, layers: int, feature_layer: int, tokens: int, budget: int) -> tuple[EncoderStep | None, ...]:
+    """The policy's step at each layer, for a tile of so many tokens of which `budget` are to be left."""
+    return tuple(policy.encoder_step(layer, feature_layer, tokens, budget) for layer in range(layers))
 
 
 def _or_absent(x: Tensor, live: Tensor | None, value: int) -> Tensor:

@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ops import Select
-
 # Programs that fill a large GPU about three times over (132 multiprocessors); launchers shrink their blocks until a
 # launch has as many. Only a heuristic: fewer multiprocessors just see more waves.
 ENOUGH_PROGRAMS = 400
@@ -29,9 +27,6 @@ ENOUGH_PROGRAMS = 400
 _IMAGES = 65535  # of a launch: a grid's second axis (CUDA C++ Programming Guide, "Compute Capabilities")
 
 LOG2_E = 1.4426950408889634
-_SCORE_ONLY = tl.constexpr(int(Select.SCORE_ONLY))
-_ADAPTIVE_BATCH = tl.constexpr(int(Select.ADAPTIVE_BATCH))
-_FIXED = tl.constexpr(int(Select.FIXED))
 # The most negative float32: a maximum that is finite even when nothing lives.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # The least normal float32: smaller numbers may be flushed to 0 by the logarithm.
@@ -522,13 +517,13 @@ def select_image(
     lowest, highest = tl.min(least, 0), tl.max(most, 0)
     finite = (lowest > 0x007FFFFF) & (highest < 0xFF800000)  # keys of the infinities; beyond them are the NaNs
 
-    if MODE == _SCORE_ONLY:
+    if MODE == "SCORE_ONLY":
         tl.store(new_lengths + b, tl.where(finite, live, -1))
     else:
         keep = tl.minimum(n, target)
-        if MODE != _FIXED and entropy is not None:
+        if MODE != "FIXED" and entropy is not None:
             finite = finite & (tl.abs(tl.load(entropy + b)) < float("inf"))
-            if MODE == _ADAPTIVE_BATCH:
+            if MODE == "ADAPTIVE_BATCH":
                 dropped = _batch_count(
                     lengths, entropy, budgets, batch, tokens, protect, budget, divisor, entropy_exponent, BATCH, GROUP
                 )

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._ops import Relevance, ValueNorm, select_outputs
+from ..._ops import Relevance, Select, ValueNorm, select_outputs
 from .._triton_common import (
     ENOUGH_PROGRAMS,
     LOG2_E,
@@ -43,11 +43,6 @@ from .._triton_common import (
     wide,
 )
 
-_NO_RELEVANCE = tl.constexpr(int(Relevance.NONE))
-_COSINE = tl.constexpr(int(Relevance.COSINE))
-_NO_NORM = tl.constexpr(int(ValueNorm.NONE))
-_FULL = tl.constexpr(int(ValueNorm.FULL))
-_HEAD_MEAN = tl.constexpr(int(ValueNorm.HEAD_MEAN))
 _FEW = 4  # anchors that are streamed one by one, where nothing but their attention is asked for
 
 
@@ -150,7 +145,7 @@ def stream_block(
 
     every = tl.arange(0, triton.next_power_of_2(G))
     among = (every < G)[None, :, None]
-    if RELEVANCE == _COSINE and ANCHORS == 1:
+    if RELEVANCE == "COSINE" and ANCHORS == 1:
         # Asked for here and needed after the loop: nobody waits for it.
         anchor_row = _rows(anchor, _offset(anchor_steps, b, 0, every, b * 0, UNIT), among, DV, DV_MAIN, DV_REST)
 
@@ -166,10 +161,10 @@ def stream_block(
         # Anchors beyond the first find the tile in L1. Their rows are loaded before the tile, so that the compiler
         # brings them to the tile's layout and not the other way round.
         for r in range(anchors):
-            if RELEVANCE != _NO_RELEVANCE:
+            if RELEVANCE != "NONE":
                 at = _offset(anchor_steps, b, first, tile, b * 0 + r, UNIT)
                 a = _rows(anchor, at, head_mask, DV, DV_MAIN, DV_REST)
-            if RELEVANCE != _NO_RELEVANCE or VALUE_NORM != _NO_NORM:
+            if RELEVANCE != "NONE" or VALUE_NORM != "NONE":
                 at = _offset(value_steps, b, first, tile, token[:, None, None], UNIT)
                 v = _rows(value, at, mask, DV, DV_MAIN, DV_REST)
             for j in tl.static_range(H // G):
@@ -180,30 +175,30 @@ def stream_block(
                 k = _rows(key, at, mask, D, D_MAIN, D_REST)
                 channel = r * H + first * (H // G) + each
                 _leave(_dot(k, q) * scale, live, token, channel, valid, pitch, logits)
-            if RELEVANCE == _COSINE:
+            if RELEVANCE == "COSINE":
                 mine = (anchor_id == r)[None, None, None, :]
                 dot += tl.where(mine, _lanes(v[0].to(tl.float32) * a[0].to(tl.float32), VECTOR)[:, :, :, None], 0.0)
                 if DV_REST:
                     rest = _lanes(v[1].to(tl.float32) * a[1].to(tl.float32), VECTOR)
                     dot_rest += tl.where(mine, rest[:, :, :, None], 0.0)
-            elif RELEVANCE != _NO_RELEVANCE:
+            elif RELEVANCE != "NONE":
                 _leave(_dot(v, a) * factor, live, token, anchors * H + r * G + head, valid, pitch, logits)
             if r == 0:
-                if RELEVANCE == _COSINE:
+                if RELEVANCE == "COSINE":
                     square += _lanes(v[0].to(tl.float32) * v[0].to(tl.float32), VECTOR)
                     if DV_REST:
                         square_rest += _lanes(v[1].to(tl.float32) * v[1].to(tl.float32), VECTOR)
-                if VALUE_NORM == _FULL:
+                if VALUE_NORM == "FULL":
                     norm += _lanes(tl.abs(v[0].to(tl.float32)), VECTOR)
                     if DV_REST:
                         norm_rest += _lanes(tl.abs(v[1].to(tl.float32)), VECTOR)
-                if VALUE_NORM == _HEAD_MEAN:
+                if VALUE_NORM == "HEAD_MEAN":
                     head_sum += tl.sum(v[0].to(tl.float32), 1)
                     if DV_REST:
                         head_sum_rest += tl.sum(v[1].to(tl.float32), 1)
 
     scored = live & (token >= scored_from)
-    if RELEVANCE == _COSINE:
+    if RELEVANCE == "COSINE":
         anchor_square = tl.zeros([ANCHORS], tl.float32)
         for r in range(anchors):
             if ANCHORS > 1:
@@ -218,8 +213,8 @@ def stream_block(
             tl.where(scored[:, None], (1 + cosine) * 0.5, 0.0),
             mask=(anchor_id < anchors)[None, :] & (token < tokens)[:, None],
         )
-    if VALUE_NORM != _NO_NORM:
-        if VALUE_NORM == _FULL:
+    if VALUE_NORM != "NONE":
+        if VALUE_NORM == "FULL":
             total = _total(norm, norm_rest, DV_REST)
         else:
             total = tl.sum(tl.abs(head_sum), 1) / G
@@ -241,7 +236,7 @@ def finish_image(
             logits + r * H * pitch, H, pitch, attention + row, tokens, scored_from, end, TAIL_HEADS, TAIL_TOKENS
         )
         tl.store(entropy + b * anchors + r, entropy_ratio(mass, surprise, count))
-        if RELEVANCE != _NO_RELEVANCE and RELEVANCE != _COSINE:
+        if RELEVANCE != "NONE" and RELEVANCE != "COSINE":
             head_mean_softmax(
                 logits + (anchors * H + r * G) * pitch, G, pitch, relevance + row, tokens, scored_from, end,
                 TAIL_HEADS, TAIL_TOKENS,
@@ -295,8 +290,8 @@ def statistics_program(
             criterion, counting, history, lengths, budgets, score, index, new_lengths = selection[0]
             width, weights, history_weight, score_weight, budget, divisor, entropy_exponent = selection[1]
             select_image(
-                b, criterion, relevance if RELEVANCE != _NO_RELEVANCE else None,
-                value_norm if VALUE_NORM != _NO_NORM else None, history, counting, lengths, budgets, score, index,
+                b, criterion, relevance if RELEVANCE != "NONE" else None,
+                value_norm if VALUE_NORM != "NONE" else None, history, counting, lengths, budgets, score, index,
                 new_lengths, tl.num_programs(1), tokens, width, weights, history_weight, score_weight, protect, budget,
                 divisor, entropy_exponent, MODE, 1024, SELECT_TILES, 1, GROUP,
             )  # fmt: skip
@@ -362,7 +357,7 @@ def _anchor_rows(
     _, scored_from, end = read_span(key_span, b, tokens, protect)
     finish_image(
         attention + r * tokens, None, entropy + r, logits + b * image_size + r * H * pitch, b * anchors, pitch, tokens,
-        1, scored_from, end, H, H, _NO_RELEVANCE, TAIL_HEADS, TAIL_TOKENS,
+        1, scored_from, end, H, H, "NONE", TAIL_HEADS, TAIL_TOKENS,
     )  # fmt: skip
 
 
@@ -458,7 +453,7 @@ def _layout(
         LOG2_E * (value_dim**-0.5 if relevance == Relevance.SCALED_SOFTMAX else 1.0),
         dict(
             D_MAIN=main, D_REST=rest, DV_MAIN=value_main, DV_REST=value_rest,
-            RELEVANCE=relevance, VALUE_NORM=value_norm,
+            RELEVANCE=Relevance(relevance).name, VALUE_NORM=ValueNorm(value_norm).name,
             TOKENS=block, HEADS=chunk, STAGES=stages, ANCHORS=next_power_of_2(anchors),
             TAIL_HEADS=tail_heads, TAIL_TOKENS=tail_tokens,
         ),
@@ -518,7 +513,7 @@ def prepare(
         ),
         dict(
             plan.meta, H=query_heads, G=heads, D=dim, DV=value_dim, UNIT=unit,
-            MODE=mode, SELECT_TILES=cdiv(tokens, 1024), GROUP=block,
+            MODE=None if mode is None else Select(mode).name, SELECT_TILES=cdiv(tokens, 1024), GROUP=block,
             # Left alone, ptxas spills a few bytes in some variants to reach 80 registers, or 64. At 128 two programs
             # still fit a multiprocessor; the sums of many anchors need more.
             num_warps=8, maxnreg=128 if anchors <= 4 else 255, enable_fp_fusion=True,

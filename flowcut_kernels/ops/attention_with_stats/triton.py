@@ -204,7 +204,7 @@ def prepare(
         new = lambda *shape: key.new_empty(shape, dtype=torch.float32)  # noqa: E731
         blocks, statistics = 0, [new(images, 0, tokens), new(images, 0, 0), new(images, 0), new(images, 0)]
         scratch, sizes, factor = (None, None), (None, None), None
-        meta = dict(RELEVANCE=int(Relevance.NONE), VALUE_NORM=int(ValueNorm.NONE))
+        meta = dict(RELEVANCE=Relevance.NONE.name, VALUE_NORM=ValueNorm.NONE.name)
     else:
         blocks, statistics, scratch, sizes, factor, meta = plan_statistics(
             key, value, query_heads, 1, images, tokens, relevance, value_norm

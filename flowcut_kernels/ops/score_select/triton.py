@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._ops import any_tensor, select_outputs
+from ..._ops import Select, any_tensor, select_outputs
 from .._triton_common import Launch, cdiv, next_power_of_2, powers, select_image
 
 
@@ -64,7 +64,7 @@ def prepare(
         (*criteria, score, index, new_lengths, batch, tokens, index.shape[1],
          weights, history_weight, 1 - history_weight, protect, budget, divisor, entropy_exponent),
         dict(
-            MODE=mode, TILE=tile, TILES=cdiv(tokens, tile) or 1, BATCH=next_power_of_2(batch),
+            MODE=Select(mode).name, TILE=tile, TILES=cdiv(tokens, tile) or 1, BATCH=next_power_of_2(batch),
             GROUP=block, num_warps=4 if tile == 1024 else 16, enable_fp_fusion=False,
         ),
         first.device,
