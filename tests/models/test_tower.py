@@ -279,9 +279,11 @@ def test_blank_images(kind):
 
 @KINDS
 def test_inference_mode_and_views(kind):
-    """Channels-last and sliced pixels give what contiguous ones give."""
+    """Channels-last and sliced pixels give what contiguous ones give, as nearly as they do in the stock model."""
     model, pixels = tiny.TOWERS[kind](), tiny.images(4)
-    with fk.patched(model, POLICY), torch.inference_mode():
-        want = model(pixels[::2].contiguous())[0]
-        assert_close(model(pixels[::2])[0], want, rtol=1e-4, atol=1e-4)
-        assert_close(model(pixels[::2].to(memory_format=torch.channels_last))[0], want, rtol=1e-4, atol=1e-4)
+    plain = pixels[::2].contiguous()
+    for given in (pixels[::2], plain.to(memory_format=torch.channels_last)):
+        with torch.inference_mode():
+            stock = (model(given)[0] - model(plain)[0]).abs().max().item()  # its convolution may round differently
+            with fk.patched(model, POLICY):
+                assert_close(model(given)[0], model(plain)[0], rtol=0, atol=max(1e-4, 10 * stock))
