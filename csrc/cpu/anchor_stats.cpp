@@ -200,7 +200,8 @@ struct ValueStats {
   // Sums over the segments of some tokens: products with the anchor, squares, absolute values.
   template <class T, bool kCosine, bool kFull, int kCount>
   void add_rows(const T* x, const float* anchor, F32* product, F32* square, F32* absolute) const {
-    F32 products[kCount] = {}, squares[kCount] = {}, absolutes[kCount] = {};
+    F32 products[kCount] = {}, squares[kCount] = {};
+    Pair absolutes[kCount] = {};  // no sign cancels what rounding adds up: two short chains, not a long one
     for (int64_t i = 0; i < s.segments; ++i, x += s.p.value.head_stride, anchor += packed)
       for_pairs(s.segment, [&](int64_t j, int64_t live) {
         const Pair a = kCosine ? load_pair(anchor + j) : Pair{};
@@ -213,12 +214,12 @@ struct ValueStats {
             squares[row] += v.a * v.a;
             squares[row] += v.b * v.b;
           }
-          if (kFull) absolutes[row] += abs(v.a) + abs(v.b);
+          if (kFull) absolutes[row].a += abs(v.a), absolutes[row].b += abs(v.b);
         }
       });
     for (int row = 0; row < kCount; ++row) {
       if (kCosine) product[row] = products[row], square[row] = squares[row];
-      if (kFull) absolute[row] = absolutes[row];
+      if (kFull) absolute[row] = absolutes[row].a + absolutes[row].b;
     }
   }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowcut_kernels.bench import encoder, prefill
+from flowcut_kernels.bench.cases import Anchor
 from flowcut_kernels.bench.shapes import real
 from flowcut_kernels.bench.tables import DASH, views
 
@@ -42,3 +43,13 @@ def test_encoder():
     shown = cells(section, "share of the stock tower on SDPA")
     assert {"stock, eager", "torch FlowCut", "torch FlowCut, eager", "limit"} < {*shown}
     assert DASH not in shown.values()
+
+
+def test_refcheck_of_a_softmax_of_large_logits():
+    """It demands of a relevance no more than correctly rounded logits give, and not much less."""
+    case = Anchor(1, 2305, "softmax", torch.float32, torch.device("cpu"), "reference")
+    wide = case.value.double()
+    logits = (wide[:, :, :1] @ wide.mT)[:, :, 0]
+    exact, rounded = (x.softmax(-1).mean(1)[:, 1:] for x in (logits, logits.float().double()))
+    error = ((rounded - exact).abs().max() / exact.max()).item()
+    assert error <= case._rounded_logits() <= 5 * error

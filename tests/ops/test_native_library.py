@@ -60,6 +60,31 @@ def test_other_instruction_sets_pass_the_operator_tests(isa):
     assert "[100%]" in run.stdout
 
 
+REFCHECKS = """
+import torch
+from flowcut_kernels.bench.cases import Anchor, budgeted, projected
+from flowcut_kernels.ops import anchor_stats
+
+check = Anchor(1, 2305, "softmax", torch.float32, torch.device("cpu"), "cpp").check()
+assert check.ok, check.detail
+
+value = projected(8, 2305, torch.float32, torch.device("cpu"), 2)
+norm = anchor_stats(value[:, :, :1], value, value, None, relevance=0, value_norm=1, backend="cpp")[2]
+sums = value.transpose(1, 2).flatten(2).abs()
+check = budgeted([norm], [sums.sum(-1)], [sums.double().sum(-1)])
+assert check.ok, check.detail
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "scalar"])
+def test_every_instruction_set_passes_the_refchecks(isa):
+    """Where the order of a sum shows: a softmax of large logits, sums of 1,024 values."""
+    run = python("-c", REFCHECKS, FLOWCUT_CPU_ISA=isa)
+    if "cannot be had" in run.stderr:
+        pytest.skip(run.stderr.splitlines()[-1])
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_instruction_set_that_cannot_be_had_is_an_error():
     run = python("-c", CHOSEN_ISA, FLOWCUT_CPU_ISA="neon")
     assert "FLOWCUT_CPU_ISA=neon cannot be had: this machine offers" in run.stderr
