@@ -213,6 +213,9 @@ inline void prefetch_pair(const T* p) {
 template <class F>
 __attribute__((always_inline)) inline void for_pairs(int64_t dim, const F& f) {
   int64_t i = 0;
+#if !defined(__AVX512F__)
+#pragma GCC unroll 4  // AVX2: a head of 64 in one turn
+#endif
   for (; i + kPair <= dim; i += kPair) f(i, kPair);
   if (i < dim) f(i, dim - i);
 }
