@@ -88,5 +88,6 @@ def one_image(start: int, count: int, length: int, batch: int = 1) -> VisualToke
         ends=column[:, [-1, -1]],
         tokens=(column >= start) & (column < start + count),
         live=torch.ones_like(column, dtype=torch.bool),
+        prompt=length,
         right=False,
     )

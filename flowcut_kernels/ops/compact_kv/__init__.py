@@ -81,8 +81,9 @@ def compact_kv_(
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"compact_kv_: {_name(i, keys)} requires grad; call it under torch.no_grad()")
+    choice = _choose("compact_kv_", backend, keys[0], cos)
     check_apart("compact_kv_", keys, values)
-    if _choose("compact_kv_", backend, keys[0], cos) == "reference":
+    if choice == "reference":
         _reference_(keys, values, keep, cos, sin)
     else:
         torch.ops.flowcut_kernels.compact_kv_.default(keys, values, keep, cos, sin)

@@ -118,6 +118,7 @@ def compact_kv_paged(
     choice = choose_backend(
         "compact_kv_paged", backend, keys[0], ("cpp", "cuda"), (keys[0].dtype,) if inv_freq is None else NATIVE_DTYPES
     )
+    check_apart("compact_kv_paged", keys, values)
     plan = _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, blocks, choice)
     if len(plan.moves) == 0:
         return plan
@@ -171,7 +172,6 @@ def _checked_caches(caches: list[Tensor], values: list[Tensor] | None) -> tuple[
                 raise ValueError(f"{op}: {name}[{i}] is an expanded tensor, whose rows share memory; clone() it first")
             if torch.is_grad_enabled() and x.requires_grad:
                 raise ValueError(f"{op}: {name}[{i}] requires grad; call it under torch.no_grad()")
-    check_apart(op, keys, values)
     return keys, values
 
 
