@@ -203,6 +203,10 @@ class EncoderState:
         self.history = choice.score
         return choice
 
+    # Counts that are read back end a compiled graph. Of the shapes that follow from them dynamo made code that left out
+    # a cut in later calls, so that it is not to look.
+    select_apart = torch.compiler.disable(select)
+
     def leave(self, left: list[int]) -> None:
         """So many tokens of each tile go on."""
         self.left, self.done = left, all(n <= budget for n, budget in zip(left, self.budgets, strict=True))
@@ -336,7 +340,8 @@ class PrunedEncoderLayer:
                 places=pruning.places,
                 lse=None if known is None else known[1],
             )
-            choice = pruning.select(self.number, step, budgets, view)
+            select = pruning.select_apart if step.prunes and not step.static else pruning.select
+            choice = select(self.number, step, budgets, view)
             if step.merges:
                 merged = choice
             elif choice.index is not None and (pruning.lengths is not None or choice.index.shape[1] < normed.shape[1]):

@@ -293,6 +293,8 @@ class PackedState:
             self._record(self.trace, layer, choice.entropy, scored)
         return hidden, query
 
+    select_apart = torch.compiler.disable(select)  # as `EncoderState.select_apart`
+
     def _counts(
         self, layer: int, step: EncoderStep, budgets: list[int], choice: Selection
     ) -> tuple[tuple[int, ...], np.ndarray | None]:
@@ -450,7 +452,8 @@ class PackedBlock:
             if made[0].lse and not self.windowed:  # of a layer that keeps all rows
                 known = _attend_with_lse(module, query, key, value, keys)
             lse = None if known is None else known[1]
-            hidden_states, query = state.select(self.number, hidden_states, query, key, value, rotary, made, lse)
+            select = state.select_apart if made[0].prunes and not made[0].static else state.select
+            hidden_states, query = select(self.number, hidden_states, query, key, value, rotary, made, lse)
         if known is not None:
             return hidden_states + module.proj(known[0].flatten(1))
         stock = made is None or state.rows.number is None  # nothing is pruned: the very sums of the stock block
