@@ -3,8 +3,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOOR := transformers==5.17.0
-# A process for every core, each with one thread: most tests are too small for more. What is skipped is named.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal -rs
+# A process for every core, each with one thread: most tests are too small for more. What is skipped is named, and what is
+# slow: CI has to be done in 25 minutes.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal -rs --durations 30
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: bench test test-newest test-floor lint sanitize docs build clean
