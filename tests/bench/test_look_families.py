@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil
+from transformers import BatchFeature, Qwen2VLImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
@@ -23,6 +24,7 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import zoo
+from tiny import IMAGE
 from typer.testing import CliRunner
 from zoo import idefics3, internvl, llava_next, llava_onevision, qwen2_vl
 
@@ -43,12 +45,34 @@ FAMILIES = {
 }
 
 
-class Reader(zoo.Reader):
-    """What a family's processor is to `look`."""
+@dataclass(frozen=True)
+class Picture(zoo.Image):
+    """A picture of its own as an image of a prompt."""
+
+    shown: Image.Image | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        return np.asarray(self.shown)
+
+
+class Reader:
+    """What a family's processor is to `look`: words "w3", "<image>", and pictures as the zoo prepares them."""
+
+    image_token = "<image>"
 
     def __init__(self, name: str) -> None:
-        super().__init__(next(family for family in zoo.families() if family.name == name))
-        self.image_processor = FAMILIES[name][0]
+        self.family = next(family for family in zoo.families() if family.name == name)
+        self.tokenizer, self.image_processor = zoo.tokenizer(), FAMILIES[name][0]
+
+    def __call__(self, images, text, return_tensors, **_):
+        shown = iter(images if isinstance(images, list) else [images])
+        (words,) = [text] if isinstance(text, str) else text
+        row = []
+        for word in self.tokenizer(words)["input_ids"]:
+            picture = next(shown) if word == IMAGE else None
+            row.append(word if picture is None else Picture(picture.height, picture.width, shown=picture))
+        return BatchFeature(self.family.prompt([row]))
 
 
 def picture(name: str) -> Image.Image:
