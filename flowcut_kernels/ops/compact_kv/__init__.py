@@ -119,7 +119,8 @@ def check_apart(op: str, keys: list[Tensor], values: list[Tensor]) -> None:
         return
     found: dict[int, int] = {}
     for i, x in enumerate((*keys, *values)):
-        if x.numel() > 0 and (first := found.setdefault(x.data_ptr(), i)) != i:
+        at = x.data_ptr()  # 0: of a tensor that only stands for others
+        if at and x.numel() > 0 and (first := found.setdefault(at, i)) != i:
             raise ValueError(
                 f"{op}: {_name(i, keys)} is the memory of {_name(first, keys)}, whose rows would be moved twice; give "
                 "it once, or clone() it"
