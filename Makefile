@@ -21,7 +21,7 @@ test-newest: .venv/built
 # The oldest supported transformers, in front of the environment's own. Which one it is says nothing about Triton's
 # interpreter, which takes minutes.
 test-floor: .venv/built .venv/floor/ready
-	PYTHONPATH=.venv/floor $(PYTEST) -k "not triton" tests/models tests/modules tests/policies tests/test_cache.py tests/test_cost.py
+	PYTHONPATH=.venv/floor $(PYTEST) -k "not triton" tests/models tests/test_cache.py
 
 lint: .venv/built
 	$(PY) -m ruff check .

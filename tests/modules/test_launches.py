@@ -36,7 +36,7 @@ def test_kernel_launches(monkeypatch, record):
         pytest.skip(triton_error())
     from flowcut_kernels.ops import _triton_common
 
-    launches, tower, pixels = [], tiny.clip_tower(), tiny.images(2)
+    launches, tower, pixels = [], tiny.clip_tower(), tiny.images(1)
     launch = _triton_common.Launch.__call__
 
     def counted(self):
