@@ -27,6 +27,7 @@ def test_published_presets_meet_their_average(ratio):
     [
         (dict(hub_threshold=-1), "hub_threshold=-1 must be a number, at least 0"),
         (dict(hub_threshold=float("nan")), "hub_threshold=nan"),
+        (dict(hub_threshold=10**400), "hub_threshold=1000"),  # more than a float can hold
         (dict(entropy_weight="1"), "entropy_weight='1' must be a number"),
         (dict(recycle_cell=0.5), "recycle_cell=0.5 must be None or a number of tokens, at least 1"),
         (dict(recycle_cell=float("inf")), "recycle_cell=inf"),
