@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
 from ..modules.kv_layers import check_cache, is_pruned
@@ -24,6 +24,7 @@ from ._bound import Bound, Turns, named
 from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding, joined
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
+_LISTS = dict(logits_processor=LogitsProcessorList, stopping_criteria=StoppingCriteriaList)  # arguments of `generate`
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
 _PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", default=None)  # for a model
 
@@ -569,6 +570,7 @@ class PrunedGenerate(_PromptMethod):
                 raise ValueError("generate: give the prompt as inputs or as input_ids, not both")
             arguments["input_ids"] = prompt
         prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        self._step_aside(arguments)
         with self.shrinker.turns.running(self.model):
             shrunk = self.shrink(arguments)
         if shrunk is None:
@@ -596,11 +598,6 @@ class PrunedGenerate(_PromptMethod):
         return output
 
     def _generate(self, arguments: dict[str, Any]) -> Any:
-        for name in ("streamer", "prefix_allowed_tokens_fn"):
-            arguments |= {name: self._aside(arguments[name])} if arguments.get(name) is not None else {}
-        for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
-            if arguments.get(name) is not None:
-                arguments[name] = kind(map(self._aside, arguments[name]))
         given = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         whole = next((x for x in given if x is not None), None)
         before = _PROMPT_END.set(None if whole is None else (self.model, whole.shape[1]))
@@ -609,10 +606,19 @@ class PrunedGenerate(_PromptMethod):
         finally:
             _PROMPT_END.reset(before)
 
-    def _aside(self, callback: Any) -> Any:
-        """Of the caller's own; transformers' neither call a model nor wait, and `generate` asks for their class."""
-        known = type(callback).__module__.startswith("transformers.")
-        return callback if known else _Aside(callback, self.shrinker)
+    def _step_aside(self, arguments: dict[str, Any]) -> None:
+        """While a callback of the caller's own runs; transformers' neither call a model nor wait, and `generate` asks
+        for their class."""
+
+        def aside(callback: Any) -> Any:
+            known = type(callback).__module__.startswith("transformers.")
+            return callback if known else _Aside(callback, self.shrinker)
+
+        for name in ("streamer", "prefix_allowed_tokens_fn"):
+            arguments |= {name: aside(arguments[name])} if arguments.get(name) is not None else {}
+        for name, kind in _LISTS.items():
+            if arguments.get(name) is not None:
+                arguments[name] = kind(map(aside, arguments[name]))
 
     def _setting(self, arguments: dict[str, Any], name: str) -> Any:
         """A generation setting, wherever it was given."""
@@ -636,12 +642,9 @@ class PrunedGenerate(_PromptMethod):
         """Whatever the caller has look at the ids sees them behind the prompt as it was given."""
         if arguments.get("streamer") is not None:
             arguments["streamer"] = _PromptStreamer(arguments["streamer"], prompt)
-        for name, kind, view in (
-            ("logits_processor", LogitsProcessorList, _ShownToProcessor),
-            ("stopping_criteria", StoppingCriteriaList, _ShownToCriterion),
-        ):
+        for name, kind in _LISTS.items():
             if arguments.get(name) is not None:
-                arguments[name] = kind(view(x, prompt, skip) for x in arguments[name])
+                arguments[name] = kind(_Shown(x, prompt, skip) for x in arguments[name])
         allowed = arguments.get("prefix_allowed_tokens_fn")
         if allowed is not None:
             beams = self._setting(arguments, "num_beams") or 1
@@ -676,20 +679,28 @@ class _Aside:
             self.callback.end()
 
 
-class _ShownToProcessor(LogitsProcessor):
-    def __init__(self, processor: Callable, prompt: Tensor, skip: int) -> None:
-        self.processor, self.prompt, self.skip = processor, prompt, skip
+class _Shown:
+    """What looks at the ids is shown them behind the prompt as it was given."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.processor(_with_prompt(self.prompt, input_ids[:, self.skip :]), scores)
+    def __init__(self, callback: Callable, prompt: Tensor, skip: int) -> None:
+        self.callback, self.prompt, self.skip = callback, prompt, skip
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # a list of processors looks for the names of any more
+        ids, *others = args
+        return self.callback(_with_prompt(self.prompt, ids[:, self.skip :]), *others, **kwargs)
 
 
-class _ShownToCriterion:
-    def __init__(self, criterion: Callable, prompt: Tensor, skip: int) -> None:
-        self.criterion, self.prompt, self.skip = criterion, prompt, skip
+class PrunedMerge(Bound):
+    """Replacement ``_merge_criteria_processor_list``: what the caller gave takes the place of what `generate` makes of
+    the same class, whoever shows it the prompt."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return self.criterion(_with_prompt(self.prompt, input_ids[:, self.skip :]), scores, **kwargs)
+    method = "_merge_criteria_processor_list"
+
+    def __call__(self, default_list: Any, custom_list: Any) -> Any:
+        shown = {id(x.callback): x for x in custom_list if isinstance(x, _Shown)}
+        given = type(custom_list)(x.callback if isinstance(x, _Shown) else x for x in custom_list)
+        merged = self.original(default_list, given)
+        return type(merged)(shown.get(id(x), x) for x in merged)
 
 
 class _PromptStreamer:

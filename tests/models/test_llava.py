@@ -22,6 +22,8 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -466,6 +468,24 @@ def test_looking_at_the_ids(model, beams, copies):
         assert torch.equal(watcher.seen[-1], out[:, :-1])
     for row, seen in prefixes:
         assert torch.equal(seen[:width], ids[row // copies if beams == 1 else row])
+
+
+@pytest.mark.parametrize(
+    ("custom", "setting"),
+    [
+        (lambda width: dict(logits_processor=[RepetitionPenaltyLogitsProcessor(1.1)]), dict(repetition_penalty=9.0)),
+        (lambda width: dict(stopping_criteria=[MaxLengthCriteria(width + 7)]), dict(max_new_tokens=3)),
+    ],
+    ids=["processor", "criterion"],
+)
+def test_what_the_caller_gives_replaces_what_generate_makes(model, custom, setting):
+    """Of the same class, as in the stock model."""
+    inputs = inputs_for(PROMPTS["batch"])
+    given = custom(inputs["input_ids"].shape[1])
+    options = inputs | dict(do_sample=False, max_new_tokens=7, min_new_tokens=3)
+    alone = model.generate(**options | given)
+    assert not torch.equal(model.generate(**options | setting), alone)
+    assert torch.equal(model.generate(**options | setting | given), alone)
 
 
 class Words:
