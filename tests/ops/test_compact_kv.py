@@ -263,9 +263,44 @@ def test_an_expanded_tensor_is_not_compacted_in_place():
 @pytest.mark.parametrize("twin", [lambda x: x, lambda x: x[..., :6], lambda x: x.view(torch.int32).view(x.dtype)])
 def test_a_tensor_given_twice_is_not_compacted_in_place(twin):
     x = X.clone()
-    with pytest.raises(ValueError, match=r"values\[1\] is the memory of keys\[0\], whose rows would be moved twice"):
+    with pytest.raises(ValueError, match=r"values\[1\] shares memory with keys\[0\], whose rows would be moved twice"):
         compact_kv_([x, X.clone()], [X.clone(), twin(x)], KEEP)
     assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: (x.flatten()[:240].view_as(X), x.flatten()[239:479].view_as(X)),
+        lambda x: (x[:, :, :5], x[:, :, 4:9]),
+        lambda x: (x[:, :, 3:5], x[:, :, :4]),
+        lambda x: (x[:, :3], x[:, 2:]),
+        lambda x: (x[..., 4:12], x[..., :5]),
+        lambda x: (x[0].expand(2, -1, -1, -1)[:1], x[:1, :, 2:]),
+    ],
+    ids=["dense", "rows", "fewer rows", "heads", "columns", "one sample"],
+)
+def test_tensors_that_overlap_are_not_compacted_in_place(parts):
+    memory = torch.arange(2 * 5 * 10 * 16.0).view(2, 5, 10, 16)
+    key, value = parts(memory)
+    before, keep = memory.clone(), torch.arange(2).expand(len(key), -1)
+    for pair, names in (((key, value), "values[0] shares memory with keys[0]"), ((value, key), "values[0] shares")):
+        with pytest.raises(ValueError, match=re.escape(names)):
+            compact_kv_(pair[:1], pair[1:], keep)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("order", ["lvbgnd", "blvgnd", "bgnlvd", "blgnvd", "bnvlgd", "vbnlgd", "gnblvd", "lbgvnd"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_slices_of_one_buffer_are_apart(order, samples):
+    """Keys and values of all layers, whichever way their elements lie between each other's."""
+    sizes = dict(l=4, v=2, b=samples, g=2, n=6, d=8)
+    memory = torch.randn([sizes[name] for name in order]).permute([order.index(name) for name in "lvbgnd"])
+    keys, values = ([layer[i] for layer in memory] for i in range(2))
+    keep = torch.tensor([1, 2, 5]).expand(samples, -1)
+    want = flat(compact_kv(keys, values, keep))
+    compact_kv_(keys, values, keep)
+    assert all(torch.equal(x[:, :, :3], y) for x, y in zip((*keys, *values), want, strict=True))
 
 
 DIRECT = {

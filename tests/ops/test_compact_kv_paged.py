@@ -332,7 +332,7 @@ BAD_CALL = {
     "dtype": (dict(values=[X.half()]), r"values\[0\] is torch.float16"),
     "dim stride": (dict(keys=[X.repeat(1, 1, 1, 2)[..., ::2]]), "contiguous last dimension"),
     "expanded": (dict(values=[X[:1].expand(6, -1, -1, -1)]), r"values\[0\] is an expanded tensor"),
-    "given twice": (dict(keys=[X], values=[X]), r"values\[0\] is the memory of keys\[0\]"),
+    "given twice": (dict(keys=[X], values=[X]), r"values\[0\] shares memory with keys\[0\]"),
     "grad": (dict(keys=[X.clone().requires_grad_()]), r"keys\[0\] requires grad"),
     "beyond the cache": (dict(ref_counts=None, context_lens=[5, 5]), r"block_tables\[1, 2\] = 9 is no block, .* 0..5"),
     "counts size": (dict(ref_counts=[2, 1, 1, 1, 0, 0, 0]), r"ref_counts must be int32 or int64 \[6\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,15 +75,8 @@ def compact_kv_(
     """
     keys, values = list(keys), list(values)
     keep = check_arguments("compact_kv_", keys, values, keep, lengths, cos, sin)
-    for i, x in enumerate((*keys, *values)):
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(
-                f"compact_kv_: {_name(i, keys)} is an expanded tensor, whose rows share memory; clone() it first"
-            )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"compact_kv_: {_name(i, keys)} requires grad; call it under torch.no_grad()")
     choice = _choose("compact_kv_", backend, keys[0], cos)
-    check_apart("compact_kv_", keys, values)
+    check_writable("compact_kv_", keys, values)
     if choice == "reference":
         _reference_(keys, values, keep, cos, sin)
     else:
@@ -113,18 +107,58 @@ def check_keep(op: str, keep: Tensor) -> None:
         raise ValueError(f"{op}: keep must be an int64 tensor [batch, kept], got {_said(keep)}")
 
 
-def check_apart(op: str, keys: list[Tensor], values: list[Tensor]) -> None:
-    """ValueError in the name of `op` where two tensors begin at one address: their rows would be moved twice."""
-    if torch.compiler.is_compiling():
-        return
-    found: dict[int, int] = {}
+def check_writable(op: str, keys: list[Tensor], values: list[Tensor]) -> None:
+    """ValueError in the name of `op` where autograd records, or where rows share memory and would be moved twice."""
+    recorded, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    length, spans = 0, []
+    layout: _Layout | None = None
     for i, x in enumerate((*keys, *values)):
-        at = x.data_ptr()  # 0: of a tensor that only stands for others
-        if at and x.numel() > 0 and (first := found.setdefault(at, i)) != i:
-            raise ValueError(
-                f"{op}: {_name(i, keys)} is the memory of {_name(first, keys)}, whose rows would be moved twice; give "
-                "it once, or clone() it"
-            )
+        if (x.shape, x.stride()) != layout:  # most are alike
+            layout = x.shape, x.stride()
+            if any(stride == 0 and size > 1 for size, stride in zip(*layout, strict=True)):
+                raise ValueError(
+                    f"{op}: {_name(i, keys)} is an expanded tensor, whose rows share memory; clone() it first"
+                )
+            length = 1 + sum((size - 1) * stride for size, stride in zip(*layout, strict=True)) if x.numel() else 0
+        if recorded and x.requires_grad:
+            raise ValueError(f"{op}: {_name(i, keys)} requires grad; call it under torch.no_grad()")
+        if length and not compiling and (at := x.data_ptr()):  # 0: of a tensor that only stands for others
+            spans.append((at // x.element_size(), length, i, layout))
+    spans.sort()
+    far = before = (0, 0, 0, layout)
+    for span in spans:
+        at, length, i, layout = span
+        if at < far[0] + far[1]:  # it may lie between the rows of those before it
+            for start, _, other, its in {far, before}:
+                if _meet(at - start, its, layout):
+                    first, second = sorted((i, other))
+                    raise ValueError(
+                        f"{op}: {_name(second, keys)} shares memory with {_name(first, keys)}, whose rows would be "
+                        "moved twice; give it once, or clone() it"
+                    )
+        before, far = span, span if at + length > far[0] + far[1] else far
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+@lru_cache(maxsize=256)
+def _meet(offset: int, x: _Layout, y: _Layout) -> bool:
+    """Whether some element of x is one of y, which begins `offset` elements later.
+
+    Exact where both have the same strides, each of them longer than the dimensions within it reach, as in slices of one
+    cache; of others it is only known that they do if they begin together.
+    """
+    steps = []
+    for n, m, stride, other in zip(x[0], y[0], x[1], y[1], strict=True):
+        if n > 1 and m > 1 and stride != other:
+            return offset == 0
+        if n > 1 or m > 1:
+            steps.append((stride if n > 1 else other, n, m))
+    left = [offset]  # to be made up by the dimensions to come
+    for stride, n, m in sorted(steps, reverse=True):
+        left = [at - i * stride for at in left for i in (at // stride, at // stride + 1) if -m < i < n]
+    return 0 in left
 
 
 def check_arguments(op, keys, values, keep, lengths, cos, sin) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._library import NATIVE_DTYPES, choose_backend, planner, planner_error, resolve_backend
 from ..._ops import LIB, accumulate_dtype
-from ..compact_kv import check_apart
+from ..compact_kv import check_writable
 from .reference import compact_kv_paged_ as _reference_
 from .reference import plan_paged as _plan_reference
 
@@ -118,7 +118,7 @@ def compact_kv_paged(
     choice = choose_backend(
         "compact_kv_paged", backend, keys[0], ("cpp", "cuda"), (keys[0].dtype,) if inv_freq is None else NATIVE_DTYPES
     )
-    check_apart("compact_kv_paged", keys, values)
+    check_writable("compact_kv_paged", keys, values)
     plan = _plan(block_tables, context_lens, keep, block_size, ref_counts, free_blocks, blocks, choice)
     if len(plan.moves) == 0:
         return plan
@@ -168,10 +168,6 @@ def _checked_caches(caches: list[Tensor], values: list[Tensor] | None) -> tuple[
                     f"{op}: {name}[{i}] needs a contiguous last dimension, its stride is {x.stride(3)}; it is written "
                     "in place, so keep the cache in another layout"
                 )
-            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-                raise ValueError(f"{op}: {name}[{i}] is an expanded tensor, whose rows share memory; clone() it first")
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise ValueError(f"{op}: {name}[{i}] requires grad; call it under torch.no_grad()")
     return keys, values
 
 
