@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from ..modules.decoder import DecoderParts, PrunedDecoder, PrunedDecoderLayer
+from ..modules.decoder import DecoderParts, PrunedDecoder, PrunedDecoderLayer, check_attention
 from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
@@ -86,8 +86,7 @@ def decoder_replacements(
             f"text_config.sliding_window={window}: visual tokens cannot be dropped from layers that keep only recent "
             f"rows; load the model with None there{instead}"
         )
-    if model.config._attn_implementation == "flex_attention":
-        raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")
+    check_attention(model)
     decoder = PrunedDecoder(model, policy, encoder, backend, compact_cache)
     layers: list[Replacement] = [
         (layer, "forward", PrunedDecoderLayer(layer, parts, i)) for i, layer in enumerate(model.layers)

@@ -777,6 +777,12 @@ def _attend(
     return attend(module, query, key, value, mask, **kwargs | dict(dropout=dropout, scaling=module.scaling))[0]
 
 
+def check_attention(model: Any) -> None:
+    """ValueError where a language model's attention has masks that rows cannot be taken from."""
+    if model.config._attn_implementation == "flex_attention":
+        raise ValueError("attn_implementation='flex_attention' has masks that cannot be cut: use 'sdpa' or 'eager'")
+
+
 @dataclass
 class PrunedDecoder:
     """Replacement ``forward`` of a decoder: the stock loop with a state that travels through the layers."""
@@ -802,6 +808,7 @@ class PrunedDecoder:
         if self.compact_cache and cache is not None and visual_tokens is not None and visual_tokens.drafted:
             return self._prompt_then_draft(visual_tokens, cache, arguments)
         if visual_tokens is not None or is_pruned(cache):
+            check_attention(self.model)  # which may have changed since it was patched
             if arguments.get("output_attentions") or self.model.config.output_attentions:
                 raise ValueError(
                     "output_attentions=True was asked of a language model whose layers drop tokens and form no "

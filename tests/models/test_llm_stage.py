@@ -649,6 +649,19 @@ def test_models_that_do_not_fit(change, policy, words):
     assert vars(model).keys() == before.keys()
 
 
+@torch.no_grad()
+def test_attention_that_cannot_be_cut():
+    """Whenever it was chosen."""
+    model, cache, words = model_of(), DynamicCache(), "'flex_attention' has masks that cannot be cut"
+    fk.patch(model, spread())
+    model.model.language_model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=words):
+        model(**given(ROWS), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match=words):
+        fk.patch(fk.unpatch(model), spread())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
