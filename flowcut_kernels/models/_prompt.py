@@ -564,6 +564,11 @@ class PrunedGenerate(_PromptMethod):
 
     @torch.no_grad()  # as the model's own, features that are made ahead included
     def run(self, arguments: dict[str, Any]) -> Any:
+        if arguments.get("cache_implementation") == "paged":
+            raise ValueError(
+                "cache_implementation='paged' hands on the ids of a prompt without its images, which nobody would see: "
+                "leave it unset"
+            )
         prompt = arguments.pop("inputs", None)
         if prompt is not None:
             if arguments.get("input_ids") is not None:

@@ -368,6 +368,14 @@ def test_generate_positional_and_plain(model, oracle):
         model.generate(inputs["input_ids"], **inputs)
 
 
+def test_continuous_batching_is_refused(model):
+    """It leaves images out, and waits for a thread of its own that waits for its turn with the model."""
+    with pytest.raises(
+        ValueError, match="cache_implementation='paged' hands on the ids of a prompt without its images"
+    ):
+        model.generate(**inputs_for(PROMPTS["one image"]), cache_implementation="paged")
+
+
 def test_pruned_prompts(model, oracle):
     """A prompt that already has one placeholder per kept token."""
     rows = PROMPTS["with and without"]
