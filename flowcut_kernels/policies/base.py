@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from .._ops import Select
 
 P = TypeVar("P", bound="Policy")
+_LARGEST = torch.finfo(torch.float32).max
 # Lowest and highest value of a field, and "int" for whole numbers or "log" for a logarithmic scale.
 Range = tuple[float, float] | tuple[float, float, str]
 
@@ -306,8 +307,8 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """True for an int or float that is no bool, and finite as a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """True for an int or float that is no bool, and finite in float32, in which scores are computed."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def check_feature_layer(policy: Any) -> None:

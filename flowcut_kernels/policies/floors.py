@@ -99,6 +99,8 @@ class RandomTokens(_BlindPolicy):
         super().__post_init__()
         if not is_whole(self.seed):
             raise TypeError(f"RandomTokens: seed={self.seed!r} must be an int")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"RandomTokens: seed={self.seed} must be a number of 64 bits, as torch takes it")
 
     def _tokens(self, grid: tuple[int, int], budget: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

@@ -157,7 +157,7 @@ class VFlowOpt(Policy):
             if view.lengths is not None:
                 row = torch.arange(bits.shape[1], device=bits.device)
                 bits = bits.masked_fill(row >= (view.lengths - view.protect)[:, None], float("-inf"))
-            score = score + self.entropy_weight * bits.softmax(-1)
+            score = score + float(self.entropy_weight) * bits.softmax(-1)
         if view.block > 1:
             patches = score.unflatten(1, (-1, view.block))
             score = patches.mean(2, keepdim=True).expand_as(patches).flatten(1)
@@ -176,7 +176,7 @@ class VFlowOpt(Policy):
         if view.lengths is not None:  # nothing is received behind them
             span = torch.stack([torch.zeros_like(view.lengths), view.lengths], 1)
             mean = received.sum(1, keepdim=True) / (view.lengths - first).clamp_min(1)[:, None]
-        floor = self.hub_threshold * mean
+        floor = float(self.hub_threshold) * mean  # a tensor takes no int beyond 64 bits
         most = self._most_hubs(patches)
         if received.device.type == "cpu" and not torch.compiler.is_compiling() and received.numel():
             most = min(most, int((received > floor).sum(1).max()))

@@ -394,6 +394,12 @@ def test_random_is_a_function_of_its_seed():
     assert hits.max() <= 14 and (hits == 0).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_torch_does_not_take(seed):
+    with pytest.raises(ValueError, match=f"seed={seed} must be a number of 64 bits"):
+        fk.RandomTokens(8, seed=seed)
+
+
 @pytest.mark.parametrize("policy", [fk.RandomTokens(8, seed=3), fk.UniformTokens(8)], ids=["random", "uniform"])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_floors_cut_where_flowcut_makes_its_last(policy, kind):

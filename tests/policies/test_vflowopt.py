@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ def test_published_presets_meet_their_average(ratio):
         (dict(hub_threshold=-1), "hub_threshold=-1 must be a number, at least 0"),
         (dict(hub_threshold=float("nan")), "hub_threshold=nan"),
         (dict(hub_threshold=10**400), "hub_threshold=1000"),  # more than a float can hold
+        (dict(entropy_weight=1e39), "entropy_weight=1e.39"),  # more than float32 can
         (dict(entropy_weight="1"), "entropy_weight='1' must be a number"),
         (dict(recycle_cell=0.5), "recycle_cell=0.5 must be None or a number of tokens, at least 1"),
         (dict(recycle_cell=float("inf")), "recycle_cell=inf"),
@@ -49,6 +51,17 @@ def test_published_presets_meet_their_average(ratio):
 def test_bad_settings(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fk.VFlowOpt(**(dict(retain_ratio=0.1) | change))
+
+
+@torch.no_grad()
+def test_large_numbers():
+    """An int of more than 64 bits is a number too."""
+    model, ids = tiny.llava(), torch.tensor([[1] + [tiny.IMAGE] * tiny.PATCHES + [5, 6]])
+    found = []
+    for number in (1e30, 10**30):
+        with fk.patched(model, fk.VFlowOpt(9, hub_threshold=number, entropy_weight=number)):
+            found.append(model(ids, pixel_values=tiny.images(1)).logits)
+    assert torch.equal(*found)
 
 
 def test_unpublished_preset():
