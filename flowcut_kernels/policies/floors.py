@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .._ops import Select
 from .base import EncoderStep, EncoderView, Policy, Selection, check_feature_layer, is_whole
 from .flowcut import FlowCut
+from .recycling import held
 
 _ATTENTION = FlowCut(1, criteria=("attention",), cumulative=False)  # the budget is the step's
 
@@ -35,25 +36,19 @@ class _OneCut(Policy):
 class _BlindPolicy(_OneCut):
     def encoder_select(self, step: EncoderStep, view: EncoderView) -> Selection:
         batch, device = view.key.shape[0], view.key.device
-        if view.budgets is None and view.places is None and view.grids is None:
-            index, length = _chosen(self, view.grid, step.budget, view.protect, view.block, device)
-            return Selection(index.expand(batch, -1), length.expand(batch))
         budgets = [step.budget] * batch if view.budgets is None else view.budgets.tolist()
         grids = view.grids or [view.grid] * batch
-        places = [None] * batch if view.places is None else view.places().cpu().unbind()
-        tokens = [prod(grid) if place is None else len(place) for grid, place in zip(grids, places, strict=True)]
-        if view.lengths is not None:
-            tokens = [(length - view.protect) // view.block for length in view.lengths.tolist()]
+        if view.places is None:
+            index, lengths = _chosen(self, tuple(grids), tuple(budgets), view.protect, view.block, device)
+            return Selection(held(index), held(lengths))
+        tokens = [view.key.shape[2]] * batch if view.lengths is None else view.lengths.tolist()
         rows = []
-        for grid, n, place, budget in zip(grids, tokens, places, budgets, strict=True):
-            if place is None:
-                chosen = self._tokens(grid, min(budget, n))
-            else:
-                place, order = place[:n].sort()
-                chosen = order[self._tokens(_rectangle(place, grid), min(budget, n))].sort().values
+        for grid, n, place, budget in zip(grids, tokens, view.places().cpu(), budgets, strict=True):
+            place, order = place[: (n - view.protect) // view.block].sort()
+            chosen = order[self._tokens(_rectangle(place, grid), min(budget, len(place)))].sort().values
             rows.append(_rows(chosen, view.protect, view.block))
-        index = pad_sequence(rows, batch_first=True, padding_value=-1)
-        return Selection(index.to(device), torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device))
+        index, lengths = _padded(rows)
+        return Selection(index.to(device), lengths.to(device))
 
     def _tokens(self, grid: tuple[int, int], budget: int) -> Tensor:
         raise NotImplementedError
@@ -74,13 +69,25 @@ def _rows(tokens: Tensor, protect: int, block: int) -> Tensor:
     return torch.cat([torch.arange(protect), patches + protect])
 
 
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`rows` [B, M], -1 after the last of a shorter one, and how many each are [B]."""
+    index = pad_sequence(rows, batch_first=True, padding_value=-1)
+    return index, torch.tensor([len(row) for row in rows], dtype=torch.int32)
+
+
 @lru_cache(maxsize=16)
 def _chosen(
-    policy: _BlindPolicy, grid: tuple[int, int], budget: int, protect: int, block: int, device: torch.device
+    policy: _BlindPolicy,
+    grids: tuple[tuple[int, int], ...],
+    budgets: tuple[int, ...],
+    protect: int,
+    block: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rows [M] and their number [], copied to the device once: a copy would wait for it."""
-    index = _rows(policy._tokens(grid, budget), protect, block)
-    return index.to(device), torch.tensor(len(index), dtype=torch.int32, device=device)
+    """Of grids whose tokens are all there, copied to the device once: a copy would wait for it."""
+    made = {kind: policy._tokens(kind[0], min(kind[1], prod(kind[0]))) for kind in zip(grids, budgets, strict=True)}
+    index, lengths = _padded([_rows(made[kind], protect, block) for kind in zip(grids, budgets, strict=True)])
+    return index.to(device), lengths.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
