@@ -159,7 +159,7 @@ class _WatchedTower(Bound):
         finally:
             encoder.asked = None
         states = output.get("hidden_states")
-        if states is not None:
+        if states is not None and known.rows:
             output.hidden_states = states = tuple(
                 x if i not in known.rows or x is None else gather_tokens([x], known.rows[i], backend=encoder.backend)[0]
                 for i, x in enumerate(states)
@@ -167,15 +167,16 @@ class _WatchedTower(Bound):
         if known.side > 1 and known.position is not None:
             output.last_hidden_state = _squares(output.last_hidden_state, tower.protect, known.side)
             if states is not None:
-                output.hidden_states = tuple(
-                    x if i <= encoder.feature_layer or x is None else _squares(x, tower.protect, known.side)
-                    for i, x in enumerate(states)
-                )
+                before, read = states[: encoder.feature_layer + 1], states[encoder.feature_layer + 1 :]
+                read = (x if x is None else _squares(x, tower.protect, known.side) for x in read)
+                output.hidden_states = (*before, *read)
         return output.to_tuple() if as_tuple else output
 
 
 def _squares(x: Tensor, protect: int, side: int) -> Tensor:
     """Rows [B, protect + n * side^2, C], token by token, as one image for each: [B * n, protect + side^2, C]."""
+    if not protect:
+        return x.reshape(-1, side**2, x.shape[2])
     tokens = x[:, protect:].unflatten(1, (-1, side**2))
     lead = x[:, None, :protect].expand(-1, tokens.shape[1], -1, -1)
     return torch.cat([lead, tokens], 2).flatten(0, 1)

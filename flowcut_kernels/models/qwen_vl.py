@@ -32,10 +32,11 @@ from ._vlm import MANY, vlm_replacements
 
 def block_parts(block: Any) -> PackedParts:
     """What a block of the vision encoder is made of."""
-    modeling = sys.modules[type(block.attn).__module__]
+    attention = block.attn
+    modeling = sys.modules[type(attention).__module__]
     return PackedParts(
         norm1=block.norm1,
-        attention=block.attn,
+        attention=attention,
         norm2=block.norm2,
         mlp=block.mlp,
         eager=modeling.eager_attention_forward,

@@ -97,9 +97,11 @@ class EncoderState:
     tokens: list[int]  # of each tile
     budgets: list[int]  # of each tile, to end with
     block: int = 1  # patches of a token
+    numbers: bool = False  # which patch a row is has to be known
     void: Tensor | None = None  # bool [B, N] tokens that are no tile's, until the first cut
     pixels: Pixels | None = None
-    patches: Tensor | None = None  # [B, M] original patch of each row (protected rows count up from -protect)
+    # [B, M] original patch of each row (protected rows count up from -protect), once some are gone
+    patches: Tensor | None = None
     lengths: Tensor | None = None  # int32 [B] live rows, None while all images have all rows
     mask: Tensor | None = None  # bool [B, M] live rows, None unless the batch is ragged
     history: Tensor | None = None  # [B, M] cumulative score
@@ -146,8 +148,6 @@ class EncoderState:
         """The rows of tokens that a tile has, before a policy cuts for the first time."""
         if self.void is None:
             return hidden
-        if self.patches is None:
-            self.number_patches(len(hidden), hidden.shape[1], hidden.device)
         gone = self.void.to(hidden.device).repeat_interleave(self.block, 1)
         gone = torch.nn.functional.pad(gone, (self.protect, 0))
         lengths = constant(tuple(self.protect + self.block * n for n in self.tokens), hidden.device)
@@ -156,7 +156,7 @@ class EncoderState:
         self.void, self.lengths = None, lengths.int() if min(self.tokens) < max(self.tokens) else None
         travels = self._travels(hidden)
         hidden, *rows = gather_tokens([hidden, *travels.values()], index, backend=self.backend)
-        self._arrive(travels, rows)
+        self._arrive(travels, rows, index)
         return hidden
 
     @property
@@ -224,7 +224,7 @@ class EncoderState:
         """Rows of the residual stream and of its norm, and of the state that travels with them, in one pass."""
         travels = self._travels(hidden)
         hidden, normed, rows = gather_normed(norm, hidden, normed, list(travels.values()), index, backend=self.backend)
-        self._arrive(travels, rows)
+        self._arrive(travels, rows, index)
         return hidden, normed
 
     def merge(self, choice: Selection, hidden: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class EncoderState:
         assert choice.merge is not None and choice.index is not None
         travels = self._travels(hidden)
         rows = gather_tokens(list(travels.values()), choice.index, backend=self.backend) if travels else []
-        self._arrive(travels, rows)
+        self._arrive(travels, rows, choice.index)
         return choice.merge(hidden)
 
     def _travels(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -241,31 +241,29 @@ class EncoderState:
             travels["mask"] = torch.ones((1, 1), dtype=torch.bool, device=hidden.device).expand(hidden.shape[:2])
         return travels
 
-    def _arrive(self, travels: Iterable[str], rows: list[Tensor]) -> None:
+    def _arrive(self, travels: Iterable[str], rows: list[Tensor], index: Tensor) -> None:
         self.mask = None
         for name, x in zip(travels, rows, strict=True):
             setattr(self, name, x)
-
-    def number_patches(self, batch: int, rows: int, device: torch.device) -> None:
-        """From now on it is known which patch a row is."""
-        self.patches = torch.arange(-self.protect, rows - self.protect, device=device).repeat(batch, 1)
+        if self.patches is None and (self.numbers or self.trace is not None):  # all were there
+            index = index if self.mask is None else index.masked_fill(index < 0, self.protect)
+            self.patches = index - self.protect
 
     def _record(self, layer: int, view: EncoderView, choice: Selection) -> None:
         assert self.trace is not None
         batch, rows = view.key.shape[0], view.key.shape[2]
-        if self.patches is None:
-            self.number_patches(batch, rows, view.key.device)
-        assert self.patches is not None
         if choice.entropy is not None:
             self.trace.entropy[layer] = choice.entropy
         if choice.index is None:
             return
-        absent = choice.index < 0
-        kept = self.tokens_of(self.patches.gather(1, choice.index.clamp_min(0)).masked_fill(absent, -self.block))
+        absent, patches = choice.index < 0, self.patches
+        if patches is None:
+            patches = torch.arange(-self.protect, rows - self.protect, device=absent.device).expand(batch, -1)
+        kept = self.tokens_of(patches.gather(1, choice.index.clamp_min(0)).masked_fill(absent, -self.block))
         scores = None
         if choice.score is not None:
             scores = choice.score.new_full((batch, math.prod(self.grid) + 1), float("nan"))
-            column = self.tokens_of(self.patches)
+            column = self.tokens_of(patches)
             if view.lengths is not None:  # padding rows write to a spare last column
                 first = torch.arange(rows, device=column.device)[self.protect :: self.block]
                 column = column.masked_fill(first >= view.lengths[:, None], scores.shape[1] - 1)
@@ -526,8 +524,7 @@ class PrunedEncoder:
             # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers.
             # Where nothing is pruned it stays: other layouts round differently.
             hidden_states = hidden_states.contiguous()
-        if encoder_pass is not None and state.prunes:
-            state.number_patches(batch, rows, hidden_states.device)
+        state.numbers = encoder_pass is not None
         if attention_mask is not None and state.void is not None:  # what nothing may attend to leaves at once
             hidden_states, attention_mask = state.drop_void(hidden_states), None
         elif attention_mask is not None and (state.prunes or self.policy.prunes_features):
@@ -569,7 +566,7 @@ class PrunedEncoder:
             policy=self.policy,
             feature_layer=self.feature_layer,
             plans={
-                kind: _plan(self.policy, len(self.layers), self.feature_layer, *kind)
+                kind: plan_of(self.policy, len(self.layers), self.feature_layer, *kind)
                 for kind in sorted({*zip(tokens, budgets, strict=True)})
             },
             grid=grid,
@@ -604,8 +601,10 @@ class PrunedEncoder:
             asked.position = position.masked_fill(none[:, None], -1)
         for index in asked.align:
             before, mask = entered[index] if index < len(entered) else (patches, state.mask)
-            assert before is not None
-            rows = torch.searchsorted(_or_absent(before, mask, torch.iinfo(torch.int64).max), patches)
+            if before is None:  # all
+                rows = patches + self.protect
+            else:
+                rows = torch.searchsorted(_or_absent(before, mask, torch.iinfo(torch.int64).max), patches)
             asked.rows[index] = _or_absent(rows, state.mask, -1)
 
     @classmethod
@@ -624,7 +623,9 @@ class PrunedEncoder:
 
 
 @lru_cache(maxsize=256)
-def _plan(policy: Policy, layers: int, feature_layer: int, tokens: int, budget: int) -> tuple[EncoderStep | None, ...]:
+def plan_of(
+    policy: Policy, layers: int, feature_layer: int, tokens: int, budget: int
+) -> tuple[EncoderStep | None, ...]:
     """The policy's step at each layer, for a tile of so many tokens of which `budget` are to be left."""
     return tuple(policy.encoder_step(layer, feature_layer, tokens, budget) for layer in range(layers))
 

@@ -35,7 +35,7 @@ from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
 from ..policies.recycling import constant
 from ..trace import Stage, Trace
 from ._signature import signature_of
-from .encoder import PrunedEncoder, has_native_attention, sdpa_with_lse, untracked
+from .encoder import PrunedEncoder, has_native_attention, plan_of, sdpa_with_lse, untracked
 
 
 class cached_property:
@@ -193,6 +193,12 @@ class PackedState:
         """Tokens of each frame, and how many to leave."""
         return [(frame.tokens, frame.budget) for frame in self.frames]
 
+    @cached_property
+    def plans(self) -> dict[tuple[int, int], tuple[EncoderStep | None, ...]]:
+        """The policy's step at each block, by kind."""
+        policy, last = self.encoder.policy, self.encoder.feature_layer
+        return {kind: plan_of(policy, last + 1, last, *kind) for kind in {*self.kinds}}
+
     def enter(self, layer: int) -> None:
         """With gradient checkpointing, called by every layer: they run again in the backward pass, the last first."""
         assert self.entries is not None
@@ -205,8 +211,7 @@ class PackedState:
 
         A frame that is down to its budget keeps its tokens and their score.
         """
-        policy, last = self.encoder.policy, self.encoder.feature_layer
-        found = {kind: policy.encoder_step(layer, last, *kind) for kind in {*self.kinds}}
+        found = {kind: plan[layer] for kind, plan in self.plans.items()}
         if not any(found.values()):
             return None
         left = self.rows.by_token.lengths
@@ -444,7 +449,7 @@ class PackedBlock:
     ) -> Tensor:
         """Everything up to the residual stream after attention; what it made on the way is gone before the MLP."""
         module: Any = parts.attention
-        heads = module.qkv(parts.norm1(hidden_states)).unflatten(-1, (3, module.num_heads, -1))
+        heads = torch.unflatten(module.qkv(parts.norm1(hidden_states)), -1, (3, module.num_heads, -1))
         query, key, value = heads.unbind(1)
         query, key = parts.rotate(query, key, *rotary)
         keys, made, known = self._pieces(state.rows), state.step(self.number), None
@@ -496,8 +501,8 @@ def _attend(
         span = None if sees.even else torch.stack([torch.zeros_like(sees.tensor), sees.tensor], 1)
         padded = (x.transpose(1, 2) for x in (asks.pad(query), sees.pad(key), sees.pad(value)))
         return asks.unpad(attention(*padded, key_span=span, scale=module.scaling, backend=backend))
-    if not stock and len(set(pairs)) == 1:  # one batch
-        batch = (x.unflatten(0, (len(pairs), -1)).transpose(1, 2) for x in (query, key, value))
+    if len(pairs) == 1 or (not stock and len(set(pairs)) == 1):  # one batch
+        batch = (torch.unflatten(x, 0, (len(pairs), -1)).transpose(1, 2) for x in (query, key, value))
         return attend(module, *batch, None, **options)[0].flatten(0, 1)
     given = (query, rows), (key, keys), (value, keys)
     pieces = zip(*(x.transpose(0, 1)[None].split(list(n), 2) for x, n in given), strict=True)
