@@ -495,7 +495,7 @@ class _Prompt:
     def _read(cls, forward: PrunedForward, ids: Tensor, left: dict[str, Any]) -> _Prompt:
         passes: list[Any] = []
         for features in forward.shrinker.kinds:
-            placeholders = (ids == features.kind.token_id).cpu()
+            placeholders = ids.cpu().numpy() == features.kind.token_id
             for visuals in features.visuals(left, placeholders):
                 counts = placeholders.sum(1).tolist()
                 if sum(counts) != sum(visuals.full):

@@ -86,8 +86,8 @@ def one_image(start: int, count: int, length: int, batch: int = 1) -> VisualToke
         samples=torch.arange(batch),
         counts=[1] * batch,
         ends=column[:, [-1, -1]],
-        tokens=(column >= start) & (column < start + count),
-        live=torch.ones_like(column, dtype=torch.bool),
+        tokens=((column >= start) & (column < start + count)).numpy(),
+        live=np.ones((batch, length), bool),
         prompt=length,
         right=False,
     )

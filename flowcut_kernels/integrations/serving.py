@@ -88,8 +88,8 @@ def retained_count(
                     "pixel_shape, or of images the processor"
                 )
         if sizes is None and modality == "image":  # one run of placeholders
-            run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)))
-            visuals.heed(pixels, run, dict(input_ids=run))
+            run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)), dtype=torch.bool)
+            visuals.heed(pixels, run.numpy(), dict(input_ids=run))
         kept = features.counts(pixels, arguments)
     if None in kept:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ class AnyresImages(Kind):
                 tokens = torch.ones(views, side**2, 1, device="cpu", requires_grad=True)
                 packed = self.pack([tokens], [size], tokens.new_zeros(1), options)[0]
                 counts = torch.autograd.grad(packed.sum(), tokens)[0][..., 0] > 0
+                numbers = torch.arange(1.0, tokens.numel() + 1, device="cpu").view_as(tokens)
+                placed = self.pack([numbers], [size], tokens.new_zeros(1), options)[0][:, 0].long()
             grids, is_place = [(side, side)], packed[:, 0] > 0
             if views > 1 and len(packed) > side**2:  # of a line of an image no row of the tiles is left
                 columns = int((~is_place[side**2 :]).int().argmax()) + 1
                 grids.append(((len(packed) - side**2) // columns, columns))
-            self.remembered[key] = Layout(
+            layout = Layout(
                 grids=tuple(grids),
                 tile=side**2,
                 live=tuple(counts.sum(1).tolist()),
@@ -71,6 +74,11 @@ class AnyresImages(Kind):
                 void=None if counts.all() else ~counts,
                 behind=int(views == 1),
             )
+            if not layout.resampled:
+                order = torch.full((tokens.numel() + 1,), layout.area, device="cpu")
+                order[placed[: layout.area] - 1] = torch.arange(layout.area, device="cpu")
+                layout = replace(layout, order=order[:-1])
+            self.remembered[key] = layout
         return self.remembered[key]
 
     @staticmethod

@@ -31,8 +31,7 @@ class Turns:
     def __exit__(self, *_: object) -> None:
         self.lock.release()
 
-    @contextmanager
-    def running(self, model: nn.Module, inside: bool = False) -> Iterator[None]:
+    def running(self, model: nn.Module, inside: bool = False) -> _Running:
         """While a model runs in a thread whose turn it is.
 
         Args:
@@ -41,17 +40,12 @@ class Turns:
         Raises:
             RuntimeError: it runs already: a hook calls the model that called it.
         """
-        before = self.busy
-        if before and not inside:
+        if self.busy and not inside:
             raise RuntimeError(
                 f"a patched {type(model).__name__} was called while it runs, by a hook of its own: call it before or "
                 "afterwards, or from a logits processor, stopping criterion or streamer"
             )
-        self.busy = True
-        try:
-            yield
-        finally:
-            self.busy = before
+        return _Running(self)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -61,6 +55,17 @@ class Turns:
             yield
         finally:
             self.lock.acquire()
+
+
+class _Running:
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def __enter__(self) -> None:
+        self.before, self.turns.busy = self.turns.busy, True
+
+    def __exit__(self, *_: object) -> None:
+        self.turns.busy = self.before
 
 
 class Bound:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..modules.encoder import EncoderPass
 from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
-from ..policies.recycling import constant, images_of, select_features
+from ..policies.recycling import constant, held, images_of, select_features
 from ..trace import Stage
 from ._bound import Bound, Turns, named
 
@@ -32,14 +32,14 @@ HEEDED: ContextVar[tuple[Any, Any] | None] = ContextVar("heeded", default=None)
 _TAPS = 4  # bilinear resampling makes a token of that many at most
 
 
-@contextmanager
-def heeding() -> Iterator[None]:
+class heeding:
     """While a prompt is at hand. What `generate` learned of it, `forward` knows too."""
-    before = HEEDED.set(HEEDED.get() or (None, None))
-    try:
-        yield
-    finally:
-        HEEDED.reset(before)
+
+    def __enter__(self) -> None:
+        self.before = HEEDED.set(HEEDED.get() or (None, None))
+
+    def __exit__(self, *_: object) -> None:
+        HEEDED.reset(self.before)
 
 
 class Encoded(NamedTuple):
@@ -82,6 +82,9 @@ class Layout:
     tile: int  # N
     live: tuple[int, ...]  # tokens of each tile that have a part in the grids
     places: int  # tokens of the grids that are made of those
+    # int64 [tiles * N] the place of each token of the tiles, `area` for one without; None: that is its number, or
+    # places are resampled.
+    order: Tensor | None = None
     void: Tensor | None = None  # bool [tiles, N] the other tokens of the tiles; None: there are none
     masked: bool = False  # nothing may attend to those
     behind: int = 0  # tokens after the grids: a newline
@@ -120,6 +123,15 @@ class Layout:
             return [self.tile] * len(self.live)
         places = left - self.lasting
         return spread(_TAPS * places if self.resampled else places, self.live)
+
+
+class Prospect(NamedTuple):
+    """What will come of a prompt's images or videos."""
+
+    pixels: Tensor
+    layouts: list[Layout]
+    left: list[int]  # tokens of each that the encoder leaves
+    kept: list[int | None]  # features of each that enter the language model; None: known once they are chosen
 
 
 @dataclass
@@ -187,7 +199,7 @@ class Kind:
         """
         return [x.flatten(0, 1) for x in tiles]
 
-    def heed(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> None:
+    def heed(self, pixels: Tensor, placeholders: np.ndarray, arguments: dict[str, Any]) -> None:
         """Note what a prompt tells about its visuals, until its call is over.
 
         Args:
@@ -223,8 +235,9 @@ class PrunedFeatures(Bound):
         self.fixed, self.backend, self.turns = fixed, backend, turns
         self.encoded: Encoded | None = None  # of the last call
         self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
+        self.first = next(iter(self.__signature__.parameters))  # the method's pixels; versions name videos' otherwise
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
-        self.found: tuple[Tensor, list[Layout]] | None = None
+        self.found: Prospect | None = None
         self.ahead: tuple[Tensor, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,35 +255,31 @@ class PrunedFeatures(Bound):
                     f"{name}={given!r} but the model was patched for {value!r}: unpatch, set it in model.config, "
                     "patch again"
                 )
-        pixels = self._pixels(arguments, self._first)
+        pixels = self._pixels(arguments, self.first)
         ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead[0] is pixels:
             return ahead[1]
         as_tuple = arguments.get("return_dict") is False
-        layouts = self._layouts(pixels, arguments)
-        output, known = self._make(arguments, layouts)
-        kept = [self._kept(layout) for layout in layouts]
-        self.encoded = self._expected(layouts, kept)
+        found = self._prospect(pixels, arguments)
+        output, known = self._make(arguments, found)
+        self.encoded = self._expected(found)
         full = self.encoded.full
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
             self.encoded = Encoded(full, [len(x) for x in places], position=places)
         scored = self.policy.prunes_features and known.importance is not None
         if scored or (self.kind.assembles and self.encoded.kept != full):
-            features = self.kind.split(output.pooler_output, layouts)
-            self._choose(output, self._items(features, arguments, layouts, known), kept)
+            features = self.kind.split(output.pooler_output, found.layouts)
+            self._choose(output, self._items(features, arguments, found, known), found.kept)
         for holder in (output, *_first(output)):
-            setattr(holder, _ENCODED, self.encoded)
+            vars(holder)[_ENCODED] = self.encoded
         return output.to_tuple() if as_tuple else output
 
-    @property
-    def _first(self) -> str:
-        """The name under which the method takes the pixels; videos' changed with transformers' versions."""
-        return next(iter(self.__signature__.parameters))
-
     def _pixels(self, arguments: dict[str, Any], name: str) -> Any:
-        names = name, *self.kind.aliases
-        return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+        for key in (name, *self.kind.aliases):
+            if arguments.get(key) is not None:
+                return arguments[key]
+        return None
 
     def _left(self, layout: Layout) -> int:
         """Tokens of a visual that the encoder leaves, lasting ones included: one of its tiles at least."""
@@ -279,43 +288,51 @@ class PrunedFeatures(Bound):
             return layout.full
         return min(max(budget - layout.lasting, 1), layout.places) + layout.lasting
 
-    def _kept(self, layout: Layout) -> int | None:
+    def _kept(self, layout: Layout, left: int) -> int | None:
         """Features of a visual that enter the language model; None: known once they are chosen."""
-        left = self._left(layout)
         budget = self.policy.feature_budget(layout.full) if self.policy.prunes_features else left
         if budget is None and self.predicts:
             video = self.kind.modality == "video"
             budget = self.policy.feature_limit(layout.area, layout.without_newlines, video) + layout.behind
         return None if budget is None else min(budget, left) + layout.besides
 
-    def _expected(self, layouts: list[Layout], kept: list[int | None] | None = None) -> Encoded:
-        """What is known of visuals that are not encoded yet, `kept` of which `_kept` says."""
-        full, kept = [layout.full + layout.besides for layout in layouts], kept or [*map(self._kept, layouts)]
-        tile = layouts[0].tile if self.kind.apart and layouts else None
-        return Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
+    def _prospect(self, pixels: Tensor, arguments: dict[str, Any]) -> Prospect:
+        """A prompt asks for it several times, and some kinds look at all pixels for it."""
+        found = self.found  # read once: another thread's prompt may end meanwhile
+        if found is not None and found.pixels is pixels:
+            return found
+        layouts = self.kind.layouts(pixels, arguments)
+        left = [*map(self._left, layouts)]
+        return Prospect(pixels, layouts, left, [*map(self._kept, layouts, left)])
+
+    def _expected(self, found: Prospect) -> Encoded:
+        """What is known of visuals that are not encoded yet."""
+        full = [layout.full + layout.besides for layout in found.layouts]
+        tile = found.layouts[0].tile if self.kind.apart and full else None
+        return Encoded(full, [n if m is None else m for n, m in zip(full, found.kept, strict=True)], tile=tile)
 
     def heed(self, arguments: dict[str, Any]) -> None:
         """Note what a prompt tells about the visuals that come with it, if there is one."""
         ids, (pixels, _) = arguments.get("input_ids"), self.given(arguments)
         if ids is not None and pixels is not None:
-            self.kind.heed(pixels, ids.cpu() == self.kind.token_id, arguments)
+            self.kind.heed(pixels, ids.cpu().numpy() == self.kind.token_id, arguments)
 
     def foresee(self, arguments: dict[str, Any]) -> None:
         """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
         pixels, output = self.given(arguments)
         if pixels is not None and output is None:
-            self.encoded, self.ahead = self._expected(self._layouts(pixels, arguments)), (pixels, None)
+            self.encoded, self.ahead = self._expected(self._prospect(pixels, arguments)), (pixels, None)
 
-    def _asked(self, layouts: list[Layout]) -> EncoderPass:
+    def _asked(self, found: Prospect) -> EncoderPass:
         """What is to be left of each tile."""
         tokens: list[int] = []
         budgets: list[int] = []
         voids: list[Tensor] = []  # where there are some
         kept, cut = False, False  # images with hidden tokens as they are; others not
+        layouts = found.layouts
         some = any(layout.void is not None for layout in layouts)
-        for layout in layouts:
-            left, every = self._left(layout), [layout.tile] * len(layout.live)
-            ends = layout.tile_budgets(left)
+        for layout, left in zip(layouts, found.left, strict=True):
+            every, ends = [layout.tile] * len(layout.live), layout.tile_budgets(left)
             # Void tokens leave only where others do, but those that nothing may attend to.
             whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
             kept, cut = kept or (whole and layout.masked), cut or not whole
@@ -334,9 +351,9 @@ class PrunedFeatures(Bound):
         masked = any(layout.masked for layout in layouts)
         return EncoderPass(self.kind.side, tokens, budgets, void, masked, leads=leads)
 
-    def _make(self, arguments: dict[str, Any], layouts: list[Layout]) -> tuple[Any, EncoderPass]:
+    def _make(self, arguments: dict[str, Any], found: Prospect) -> tuple[Any, EncoderPass]:
         """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
-        kind, known = self.kind, self._asked(layouts)
+        kind, known = self.kind, self._asked(found)
         if kind.shrinks and (kind.assembles or kind.side > 1 or self.policy.prunes_features):
             arguments = arguments | dict(encoder_pass=known)
         before = _PASS.set(known)
@@ -354,7 +371,7 @@ class PrunedFeatures(Bound):
         output = encoded.get(self.kind.modality) if isinstance(encoded, dict) else None
         return self._pixels(arguments, self.kind.pixels), output
 
-    def visuals(self, arguments: dict[str, Any], placeholders: Tensor) -> list[Visuals]:
+    def visuals(self, arguments: dict[str, Any], placeholders: np.ndarray) -> list[Visuals]:
         """The same, with what is left of it; bool [B, L] `placeholders` of the prompt."""
         kind, lead = self.kind, self.kind.leading
         pixels, output = self.given(arguments)
@@ -368,44 +385,35 @@ class PrunedFeatures(Bound):
         if pixels is None:
             return []
         kind.heed(pixels, placeholders, arguments)
-        layouts = self._layouts(pixels, arguments)
-        self.found = pixels, layouts
-        whole = [layout.full + layout.besides for layout in layouts]
-        budgets = [self._kept(layout) for layout in layouts] if kind.shrinks else whole
-        left = [n for n in budgets if n is not None]
-        if len(left) < len(budgets):
+        self.found = found = self._prospect(pixels, arguments)
+        whole = [layout.full + layout.besides for layout in found.layouts]
+        left = [n for n in (found.kept if kind.shrinks else whole) if n is not None]
+        if len(left) < len(whole):
             left = self._encode_ahead(pixels, arguments).kept
         kept = [n + lead for n in left]
         return [
             Visuals(
                 kind.token_id, [n + lead for n in whole], kept, lead,
-                lambda: self._asked(layouts), lambda: self.encoded,
-                lambda: self._runs(layouts, pixels, arguments) if kind.apart else [[n] for n in kept],
+                lambda: self._asked(found), lambda: self.encoded,
+                lambda: self._runs(found, arguments) if kind.apart else [[n] for n in kept],
             )
         ]  # fmt: skip
 
-    def _runs(self, layouts: list[Layout], pixels: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
+    def _runs(self, found: Prospect, arguments: dict[str, Any]) -> list[list[int]]:
         """Of visuals with text between their tiles' placeholders, the features that stay of each tile.
 
         They are made ahead where a policy chooses among those of all tiles.
         """
-        known = self._expected(layouts)
-        if self.policy.prunes_features and any(len(layout.live) > 1 for layout in layouts):
-            known = self._encode_ahead(pixels, arguments)
+        known = self._expected(found)
+        if self.policy.prunes_features and any(len(layout.live) > 1 for layout in found.layouts):
+            known = self._encode_ahead(found.pixels, arguments)
         if known.position is not None:
             return known.runs()
-        return [layout.tile_budgets(n) for layout, n in zip(layouts, known.kept, strict=True)]
-
-    def _layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        """Of each visual. A prompt asks for them several times, and some kinds look at all pixels for them."""
-        found = self.found  # read once: another thread's prompt may end meanwhile
-        if found is not None and found[0] is pixels:
-            return found[1]
-        return self.kind.layouts(pixels, arguments)
+        return [layout.tile_budgets(n) for layout, n in zip(found.layouts, known.kept, strict=True)]
 
     def counts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[int | None]:
         """Features of each visual that enter the language model, without leading ones; None: known once chosen."""
-        return [self._kept(layout) for layout in self.kind.layouts(pixels, arguments)]
+        return self._prospect(pixels, arguments).kept
 
     def _encode_ahead(self, pixels: Tensor, arguments: dict[str, Any]) -> Encoded:
         """What is left of features, where it is not known before they are made; they wait for the call that wants them.
@@ -415,15 +423,16 @@ class PrunedFeatures(Bound):
         if self.ahead is None or self.ahead[0] is not pixels:
             names = self.__signature__.parameters.keys() - {*self.kind.aliases}
             others = {name: arguments[name] for name in names if name in arguments}
-            output = self(**others | {self._first: pixels, "return_dict": True})
+            output = self(**others | {self.first: pixels, "return_dict": True})
             self.ahead = pixels, output
         assert self.encoded is not None
         return self.encoded
 
     def _items(
-        self, features: Sequence[Tensor], arguments: dict[str, Any], layouts: list[Layout], known: EncoderPass
+        self, features: Sequence[Tensor], arguments: dict[str, Any], found: Prospect, known: EncoderPass
     ) -> list[Item]:
         """Every visual's features, without those that the encoder dropped."""
+        layouts = found.layouts
         if not self.kind.assembles:
             assert known.importance is not None
             positions = [None] * len(layouts) if known.position is None else known.position
@@ -437,24 +446,20 @@ class PrunedFeatures(Bound):
         features, leads = zip(*map(_without_leads, features, layouts), strict=True)
         device, areas = features[0].device, [layout.area for layout in layouts]
         # All visuals at once: for each by itself these would be a dozen launches a tile.
-        x, marks = (
-            joined([rows[:area] for rows, area in zip(each, areas, strict=True)])
-            for each in (features, self._marked(device, arguments, layouts, known))
-        )
-        share, score = marks.unbind(1)
-        image, start = images_of(tuple(areas), device)
-        lefts = [self._left(layout) for layout in layouts]
-        whole = [left == layout.full for left, layout in zip(lefts, layouts, strict=True)]
+        x = joined([rows[:area] for rows, area in zip(features, areas, strict=True)])
+        whole = [left == layout.full for left, layout in zip(found.left, layouts, strict=True)]
         ends = [
             layout.area if every else left - layout.lasting
-            for layout, left, every in zip(layouts, lefts, whole, strict=True)
+            for layout, left, every in zip(layouts, found.left, whole, strict=True)
         ]
-        gone = share == 0
-        if any(whole):  # newlines stay there
-            gone = gone & ~constant(tuple(whole), device, torch.bool)[image]
+        image, start = images_of(tuple(areas), device)
         if any(layout.resampled for layout in layouts):
             # Means of what is left of the tokens that a place is made of; the highest of them stay.
-            means = share.masked_fill(gone | constant(tuple(whole), device, torch.bool)[image], 1)
+            marks = self._marked(device, arguments, layouts, known)
+            share, score = joined([rows[:area] for rows, area in zip(marks, areas, strict=True)]).unbind(1)
+            stays = constant(tuple(whole), device, torch.bool)[image]
+            gone = (share == 0) & ~stays
+            means = share.masked_fill(gone | stays, 1)
             x = (x / means[:, None]).to(x.dtype)
             score = score if known.importance is None else score / means
             score = score.masked_fill(gone, float("-inf"))
@@ -464,19 +469,20 @@ class PrunedFeatures(Bound):
                 pieces += grids
                 counts += spread(end, grids)
             index = select_features(FeatureView(x, score, pieces, [], None, counts, self.backend), counts, None).index
-        else:  # exactly the places that have a token are to stay
-            index = gone.long().argsort(stable=True)[: sum(ends)]
-        chosen = x[index], score[index], index - start[image[index]]
+            weight = score[index]
+        else:
+            index, weight = _placed(layouts, whole, known, sum(ends), device)
+        chosen = x[index], weight, index - start[image[index]] if len(layouts) > 1 else index
         items = []
-        for rows, lead, layout, every, (kept, weight, at) in zip(
-            features, leads, layouts, whole, zip(*(part.split(ends) for part in chosen), strict=True), strict=True
+        for rows, lead, layout, every, (kept, scores, at) in zip(
+            features, leads, layouts, whole, zip(*(_parted(part, ends) for part in chosen), strict=True), strict=True
         ):
             # transformers 5.17 puts the newline behind a video's features later on.
             appended = layout.full - len(rows)
             trailing = (layout.behind if every else layout.lasting) - appended
             items.append(
                 Item(
-                    kept, weight, layout.grids, layout.full + layout.besides,
+                    kept, scores, layout.grids, layout.full + layout.besides,
                     position=None if every else at,
                     trailing=rows[len(rows) - trailing :] if trailing else None,
                     appended=appended,
@@ -522,7 +528,7 @@ class PrunedFeatures(Bound):
             choice = self.policy.feature_select(view)
             chosen = choice.features, places[choice.index], view.importance[choice.index], choice.recycled
             ends = choice.lengths
-        pieces = zip(*(x.split(ends) for x in chosen), strict=True)
+        pieces = zip(*(_parted(x, ends) for x in chosen), strict=True)
         rows, positions, weights, recycled = map(list, zip(*map(_surrounded, items, pieces), strict=True))
         if not self.kind.shrinks:
             rows = [
@@ -563,6 +569,11 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _parted(x: Tensor, lengths: list[int]) -> Sequence[Tensor]:
+    """`joined` undone."""
+    return (x,) if len(lengths) == 1 else x.split(lengths)
+
+
 def _first(output: Any) -> Sequence[Tensor]:
     """The tensor that holds the features of an output, or the first of several."""
     features = output.pooler_output
@@ -597,6 +608,44 @@ def _spread_out(x: Tensor, known: EncoderPass) -> Tensor:
     # One more row, for those that go nowhere.
     out = x.new_zeros(len(x) * known.whole + 1, x.shape[2]).index_copy_(0, known.places, x.flatten(0, 1))
     return out[:-1].unflatten(0, (len(x), known.whole))
+
+
+def _placed(
+    layouts: list[Layout], whole: list[bool], known: EncoderPass, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Places [count] of the tokens that are left, counted through all visuals, ascending, and their importance.
+
+    Newlines of visuals that are `whole` are among them, of importance 1.
+    """
+    order = None if all(x.order is None for x in layouts) else _order(tuple(layouts), tuple(whole), device)
+    weight = None if known.importance is None else known.importance.flatten()
+    if order is None:
+        places = torch.arange(count, device=device) if known.position is None else known.places
+    else:
+        tokens, newlines = map(held, order)
+        places = tokens[:-1] if known.position is None else tokens[known.places]
+        if len(newlines):
+            places = torch.cat([places, newlines])
+            weight = None if weight is None else torch.cat([weight, weight.new_ones(len(newlines))])
+    if order is not None or len(places) > count:
+        places, number = places.sort()
+        places, weight = places[:count], None if weight is None else weight[number[:count]]
+    return places, torch.ones(count, device=device) if weight is None else weight
+
+
+@lru_cache(maxsize=16)
+def _order(layouts: tuple[Layout, ...], whole: tuple[bool, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The place of each token of all visuals' tiles, and of one more that is nowhere: behind all. And the newlines of
+    those that are `whole`. On the device once: a copy would wait."""
+    with torch.inference_mode(False):
+        orders, newlines, start, nowhere = [], [], 0, sum(layout.area for layout in layouts)
+        for layout, every in zip(layouts, whole, strict=True):
+            order = torch.arange(layout.area) if layout.order is None else layout.order
+            orders.append(torch.where(order < layout.area, order + start, nowhere))
+            is_newline = torch.full((layout.area + 1,), every).index_fill_(0, order, False)
+            newlines.append(is_newline[:-1].nonzero()[:, 0] + start)
+            start += layout.area
+        return torch.cat([*orders, torch.tensor([nowhere])]).to(device), torch.cat(newlines).to(device)
 
 
 def spread(total: int, limits: Sequence[int]) -> list[int]:

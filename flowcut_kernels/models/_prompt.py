@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens
+from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens, table_of
 from ..modules.kv_layers import check_cache, is_pruned
 from ..policies.recycling import constant
 from ._bound import Bound, Turns, named
-from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding, joined
+from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 _LISTS = dict(logits_processor=LogitsProcessorList, stopping_criteria=StoppingCriteriaList)  # arguments of `generate`
@@ -31,17 +32,16 @@ _PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", defau
 
 class Shrunk(NamedTuple):
     """Which columns of a [B, L] prompt are left. On the host, where a prompt is looked at after one read-back: on a
-    device each of the small steps would be a launch, and each question a wait."""
+    device each of the small steps would be a launch, and each question a wait. In numpy, whose steps are shorter."""
 
-    columns: Tensor  # int64 [B, L'], -1 where a row is padded
-    dropped: Tensor  # bool [B, L] placeholders that no feature fills
+    columns: np.ndarray  # int64 [B, L'], -1 where a row is padded
+    dropped: np.ndarray  # bool [B, L] placeholders that no feature fills
     pads: bool = False  # whether some row may be padded
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Shrunk:
         """All columns of a prompt."""
-        columns = torch.arange(length).expand(batch, -1)
-        return cls(columns, torch.zeros_like(columns, dtype=torch.bool))
+        return cls(np.arange(length)[None].repeat(batch, 0), np.zeros((batch, length), bool))
 
     @property
     def length(self) -> int:
@@ -58,20 +58,20 @@ class Shrunk(NamedTuple):
 
     def then(self, more: Shrunk) -> Shrunk:
         """This prompt, continued by another."""
-        columns = torch.where(more.columns < 0, more.columns, more.columns + self.length)
-        dropped = torch.cat([self.dropped, more.dropped], 1)
-        return Shrunk(torch.cat([self.columns, columns], 1), dropped, self.pads or more.pads)
+        columns = np.where(more.columns < 0, more.columns, more.columns + self.length)
+        dropped = np.concatenate([self.dropped, more.dropped], 1)
+        return Shrunk(np.concatenate([self.columns, columns], 1), dropped, self.pads or more.pads)
 
     def take(self, x: Tensor, pad: int) -> Tensor:
         """The columns of x [B, L, ...], `pad` where a row is padded."""
-        index = self.columns.to(x.device, non_blocking=True)
+        index = torch.from_numpy(self.columns).to(x.device, non_blocking=True)
         if x.dim() > 2:
             index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
         return x.gather(1, index.clamp_min(0)).masked_fill(index < 0, pad) if self.pads else x.gather(1, index)
 
     def removed(self) -> Tensor:
         """Placeholders dropped before each column [B, L']: original minus new position."""
-        return self.take(self.dropped.long().cumsum(1), 0)
+        return self.take(torch.from_numpy(self.dropped.cumsum(1)), 0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PromptShrinker:
         """Whether images or videos come with a prompt."""
         return any(x is not None for features in self.kinds for x in features.given(arguments))
 
-    def visuals(self, arguments: dict[str, Any], masks: Sequence[Tensor]) -> list[Visuals]:
+    def visuals(self, arguments: dict[str, Any], masks: Sequence[np.ndarray]) -> list[Visuals]:
         """The images and videos that come with a prompt; bool [B, L] the placeholders of each kind."""
         return [
             visuals
@@ -103,15 +103,9 @@ class PromptShrinker:
             for visuals in features.visuals(arguments, mask)
         ]
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> _Reading:
         """While a prompt is at hand; what was found out, or made, for it is then forgotten."""
-        with self.turns, heeding():
-            try:
-                yield
-            finally:
-                for features in self.kinds:
-                    features.found = features.ahead = None
+        return _Reading(self)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -130,19 +124,19 @@ class PromptShrinker:
             for features, known in zip(self.kinds, before, strict=True):
                 features.found, features.ahead, features.encoded, features.encoder.trace = known
 
-    def shrink(self, masks: Sequence[Tensor], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
+    def shrink(self, masks: Sequence[np.ndarray], attention_mask: Tensor | None, given: list[Visuals]) -> Shrunk | None:
         """The columns to keep of a prompt, or None where nothing has to go.
 
         Args:
-            masks: of each kind the placeholders, bool [B, L] on the host.
+            masks: of each kind the placeholders, bool [B, L].
             attention_mask: [B, L] or None.
             given: the images or videos that come with the prompt.
 
         Raises:
             ValueError: a placeholder count that fits neither the full nor the pruned images.
         """
-        dropped, batch = torch.zeros_like(masks[0]), masks[0].shape[0]
-        counts, lost = [0] * batch, [0] * batch
+        shape, batch = masks[0].shape, len(masks[0])
+        dropped, counts, lost = np.zeros(shape, bool), [0] * batch, [0] * batch
         for visuals in given:
             is_image = masks[self.token_ids.index(visuals.token_id)]
             rows = is_image.sum(1).tolist()
@@ -162,12 +156,11 @@ class PromptShrinker:
                 )
             gone = iter([n - m for n, m in zip(visuals.full, visuals.kept, strict=True)])
             lost = [n + sum(islice(gone, count)) for n, count in zip(lost, images, strict=True)]
-            places = is_image.flatten().nonzero()[:, 0].split(visuals.full)
-            dropped.view(-1).index_fill_(0, joined([*_surplus(places, visuals.runs())]), True)
-            if attention_mask is not None and attention_mask.shape != is_image.shape:
-                raise ValueError(
-                    f"attention_mask must be {tuple(is_image.shape)} like input_ids, got {tuple(attention_mask.shape)}"
-                )
+            places = is_image.ravel().nonzero()[0]
+            for some in _surplus(visuals.full, visuals.runs()):
+                dropped.reshape(-1)[places[some]] = True
+            if attention_mask is not None and attention_mask.shape != shape:
+                raise ValueError(f"attention_mask must be {shape} like input_ids, got {tuple(attention_mask.shape)}")
         if not any(lost):
             return None
         even = len({*lost}) == 1
@@ -176,18 +169,32 @@ class PromptShrinker:
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
             )
-        mask = None if attention_mask is None else attention_mask.cpu()
+        mask = None if attention_mask is None else attention_mask.cpu().bool().numpy()
         if even and (mask is None or mask.all()):
-            return Shrunk((~dropped).nonzero()[:, 1].view(batch, -1), dropped)
+            return Shrunk((~dropped).nonzero()[1].reshape(batch, -1), dropped)
         assert mask is not None
-        mask = mask.bool()
-        live, right = ~dropped & mask, bool((~mask[:, -1]).any() and mask[:, 0].all())
-        order = (dropped if right else ~dropped).long().argsort(dim=1, stable=True)
-        columns = order.masked_fill(dropped.gather(1, order), -1)
+        live, right = ~dropped & mask, bool(mask[:, 0].all() and not mask[:, -1].all())
+        order = (dropped if right else ~dropped).argsort(1, kind="stable")
+        columns = np.where(np.take_along_axis(dropped, order, 1), -1, order)
         # Padding columns that no row needs any more go too.
-        used = live.gather(1, order).any(0).nonzero().flatten()
-        columns = columns[:, : int(used[-1]) + 1] if right else columns[:, int(used[0]) :]
+        used = np.take_along_axis(live, order, 1).any(0).nonzero()[0]
+        columns = columns[:, : used[-1] + 1] if right else columns[:, used[0] :]
         return Shrunk(columns, dropped, pads=True)
+
+
+class _Reading(heeding):
+    def __init__(self, shrinker: PromptShrinker) -> None:
+        self.shrinker = shrinker
+
+    def __enter__(self) -> None:
+        self.shrinker.turns.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for features in self.shrinker.kinds:
+            features.found = features.ahead = None
+        super().__exit__(*error)
+        self.shrinker.turns.__exit__(*error)
 
 
 def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
@@ -207,12 +214,14 @@ def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
     return counts if next(images, None) is None else None
 
 
-def _surplus(images: Iterable[Tensor], runs: list[list[int]]) -> Iterator[Tensor]:
-    """Placeholders of each of the `images` that are too many: the last ones of each of its `runs`, equally long ones
-    that are to have so many."""
-    for places, left in zip(images, runs, strict=True):
-        for run, n in zip(places.chunk(len(left)) if len(left) > 1 else (places,), left, strict=True):
-            yield run[n:]
+def _surplus(full: list[int], runs: list[list[int]]) -> Iterator[slice]:
+    """Of the placeholders of images, `full` of each, those that are too many: the last ones of each of an image's
+    `runs`, equally long ones that are to have so many."""
+    end = 0
+    for size, left in zip(full, runs, strict=True):
+        for n in left:
+            start, end = end, end + size // len(left)
+            yield slice(start + n, end)
 
 
 def _said(sizes: list[int]) -> str:
@@ -234,17 +243,17 @@ class _PromptMethod(Bound):
     def run(self, arguments: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def _placeholders(self, arguments: dict[str, Any]) -> list[Tensor] | None:
-        """bool [B, L] of each kind of visual, on the host."""
+    def _placeholders(self, arguments: dict[str, Any]) -> list[np.ndarray] | None:
+        """bool [B, L] of each kind of visual."""
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is not None:
-            ids = ids.cpu()
+            ids = ids.cpu().numpy()
             return [ids == token_id for token_id in self.shrinker.token_ids]
         if embeds is None:
             return None
         tokens = torch.tensor(self.shrinker.token_ids, device=embeds.device)
         words = self.model.get_input_embeddings()(tokens)
-        return [*torch.stack([(embeds == word).all(-1) for word in words]).cpu()]
+        return [*torch.stack([(embeds == word).all(-1) for word in words]).cpu().numpy()]
 
     @staticmethod
     def _is_one_token(arguments: dict[str, Any]) -> bool:
@@ -283,7 +292,9 @@ class _PromptMethod(Bound):
             old = past or cached
             assert old is not None
             new, masks = is_image[:, old.length :], [x[:, old.length :] for x in masks]
-        new_mask = mask[:, -new.shape[1] :] if mask is not None and mask.dim() == 2 else mask
+        new_mask = mask
+        if mask is not None and mask.dim() == 2 and mask.shape[1] != new.shape[1]:
+            new_mask = mask[:, -new.shape[1] :]
         visuals = self.shrinker.visuals(arguments, masks) if given else []
         piece = self.shrinker.shrink(masks, new_mask, visuals) if given else None
         if piece is None and past is None:
@@ -327,9 +338,9 @@ class _PromptMethod(Bound):
         return pad_id if pad_id not in (None, *taken) else next(i for i in range(3) if i not in taken)
 
 
-def _either(masks: list[Tensor]) -> Tensor:
+def _either(masks: list[np.ndarray]) -> np.ndarray:
     """bool [B, L] the placeholders of any kind."""
-    return reduce(torch.logical_or, masks)
+    return reduce(np.logical_or, masks)
 
 
 def one_mask(mask: Any) -> Tensor | None:
@@ -356,7 +367,7 @@ def _cached_prompt(cache: Any, seen: int, batch: int) -> Shrunk | None:
         raise ValueError(
             f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch"
         )
-    columns, dropped = (x.repeat_interleave(batch // rows, 0) for x in prompt[:2])
+    columns, dropped = (x.repeat(batch // rows, 0) for x in prompt[:2])
     prompt = Shrunk(columns, dropped, prompt.pads)
     return prompt.then(Shrunk.whole(batch, seen - prompt.kept))
 
@@ -430,15 +441,15 @@ class PrunedForward(_PromptMethod):
         cache = arguments.get("past_key_values")
         check_cache(cache)
         seen = 0 if cache is None else int(cache.get_seq_length())
-        live, prompt = torch.ones_like(is_image), arguments.get("input_ids")
+        live, prompt = np.ones_like(is_image), arguments.get("input_ids")
         device = (arguments["inputs_embeds"] if prompt is None else prompt).device
         if mask is not None and mask.dim() == 2:
             if mask.shape[1] != seen + length:
                 raise ValueError(f"attention_mask must be [{len(live)}, {seen + length}], got {tuple(mask.shape)}")
-            live = mask[:, -length:].bool().cpu()
+            live = mask[:, -length:].cpu().bool().numpy()
         elif mask is not None:
-            live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1).cpu()
-        column = torch.arange(length)
+            live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1).cpu().numpy()
+        column = np.arange(length)
         before, own = live, length
         known, end = _PROMPT_END.get() or (None, 0)
         if known is self.model:
@@ -452,17 +463,17 @@ class PrunedForward(_PromptMethod):
             if cache is not None:
                 _PROMPT_END.set(None)  # later passes of this generate bring no images
         if labels is not None:  # the answer is what has labels behind the images
-            images_end = torch.where(is_image, column, -1).amax(1, keepdim=True)
-            before = before & (((labels.cpu() != -100) & (column > images_end)).cumsum(1) == 0)
+            images_end = np.where(is_image, column, -1).max(1, keepdims=True)
+            before = before & (((labels.cpu().numpy() != -100) & (column > images_end)).cumsum(1) == 0)
         # The last instruction token: the last of the text, or where there is none the last of the images.
-        asks = torch.where(before & ~is_image, column, -1).amax(1)
-        last = torch.where(before, column, -1).amax(1)
-        ends = torch.stack([torch.where(asks < 0, last, asks), last], 1).clamp_min(0)
+        asks = np.where(before & ~is_image, column, -1).max(1)
+        last = np.where(before, column, -1).max(1)
+        ends = np.array([np.where(asks < 0, last, asks), last]).T.clip(0)
         return VisualTokens(
             **_located(found, ends, length, device),
             live=live,
             prompt=own,
-            right=right or bool((~live[:, -1]).any() and live[:, 0].all()),
+            right=right or bool(live[:, 0].all() and not live[:, -1].all()),
         )
 
     def _with_pruned_decoder(self, arguments: dict[str, Any], visual: VisualTokens) -> Any:
@@ -486,13 +497,13 @@ class PrunedForward(_PromptMethod):
 
 
 def _located(
-    found: list[tuple[Visuals, Tensor, list[int]]], ends: Tensor, length: int, device: torch.device
+    found: list[tuple[Visuals, np.ndarray, list[int]]], ends: np.ndarray, length: int, device: torch.device
 ) -> dict[str, Any]:
     """Fields of VisualTokens: the images and videos found in a prompt, by sample.
 
     Args:
-        found: for each kind the visuals, their placeholders [B, L] on the host and their number in each row.
-        ends: [B, 2] on the host.
+        found: for each kind the visuals, their placeholders [B, L] and their number in each row.
+        ends: [B, 2].
         length: L.
         device: of the fields.
     """
@@ -504,7 +515,8 @@ def _located(
         full += [visuals.full[i] - lead for i in source]
         sources += source
         samples += [row for row, count in enumerate(counts) for _ in range(count)]
-        places += [part[lead:] for part in is_kind.flatten().nonzero()[:, 0].split(visuals.kept)]
+        at, ends_at = is_kind.ravel().nonzero()[0], accumulate(visuals.kept)
+        places += [at[end - n + lead : end] for n, end in zip(visuals.kept, ends_at, strict=True)]
         known.append((visuals, source))
     order = sorted(range(len(samples)), key=samples.__getitem__)
 
@@ -529,15 +541,15 @@ def _located(
 
         return EncodedTokens(padded(importance), padded(position), [kept[i] for i in order])
 
-    tokens = torch.zeros((len(ends), length), dtype=torch.bool)
-    tokens.view(-1)[torch.cat(places)] = True
-    columns = pad_sequence([places[i] % length for i in order], batch_first=True, padding_value=-1)
-    # One copy that does not wait: what it is made of is on the host for good.
-    moved = torch.cat([columns.flatten(), ends.flatten()]).to(device, non_blocking=True)
+    tokens = np.zeros(len(ends) * length, bool)
+    tokens[np.concatenate(places)] = True
+    columns = table_of([places[i] % length for i in order], -1)
+    # One copy that does not wait.
+    moved = torch.from_numpy(np.concatenate([columns, ends], None)).to(device, non_blocking=True)
     return dict(
-        columns=moved[: columns.numel()].view_as(columns),
-        ends=moved[columns.numel() :].view_as(ends),
-        tokens=tokens,
+        columns=moved[: columns.size].view(columns.shape),
+        ends=moved[columns.size :].view(ends.shape),
+        tokens=tokens.reshape(len(ends), length),
         lengths=[lengths[i] for i in order],
         full=[full[i] for i in order],
         sources=[sources[i] for i in order],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from ._bound import Replacement
 from ._features import HEEDED, Encoded, Kind, Layout, ScatteredProjector
 from ._tower import Tower
 from ._vlm import MANY, vlm_replacements
+
+Runs = list[list[tuple[int, int]]]  # of each row: first column and end
 
 
 class ShuffledImages(Kind):
@@ -53,18 +56,18 @@ class ShuffledImages(Kind):
             for n, hidden in zip(live, (most == 0).cpu(), strict=True)
         ]
 
-    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
-        """Tiles of the images of each row of a prompt (see `heed`), here the runs of placeholders; none where they are
-        no whole tiles."""
-        rows, size = [[end - start for start, end in row] for row in runs_of(placeholders)], self.tile(pixels).tile
+    def images(self, pixels: Tensor, runs: Runs, columns: int, arguments: dict[str, Any]) -> list[list[int]]:
+        """Tiles of the images of each row of a prompt, by the runs of placeholders in its last columns (see `heed`);
+        here these are images, none where they are no whole tiles."""
+        rows, size = [[end - start for start, end in row] for row in runs], self.tile(pixels).tile
         return [] if any(n % size for row in rows for n in row) else [[n // size for n in row] for row in rows]
 
-    def heed(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> None:
+    def heed(self, pixels: Tensor, placeholders: np.ndarray, arguments: dict[str, Any]) -> None:
         rows = self._heeded()
         if rows:  # by `generate`, which repeats rows for its beams
             rows = [row for row in rows for _ in range(len(placeholders) // len(rows))]
         else:
-            rows = self.images(pixels, placeholders, arguments)
+            rows = self.images(pixels, runs_of(placeholders), placeholders.shape[1], arguments)
         HEEDED.set((self.model, rows))
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
@@ -93,17 +96,15 @@ class ShuffledImages(Kind):
         return rows if model is self.model else []
 
 
-def runs_of(mask: Tensor) -> list[list[tuple[int, int]]]:
-    """First column and end of the runs in each row of a mask [B, L]."""
+def runs_of(mask: np.ndarray) -> Runs:
+    """Of a mask [B, L]."""
     batch, length = mask.shape
-    numbers = mask.bool() + 2 * torch.arange(batch, device=mask.device)[:, None]  # other ones in each row
-    values, counts = numbers.flatten().unique_consecutive(return_counts=True)
-    found: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
-    place = 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        if value % 2:
-            found[value // 2].append((place % length, place % length + count))
-        place += count
+    framed = np.zeros((batch, length + 2), bool)
+    framed[:, 1:-1] = mask
+    row, edge = (framed[:, 1:] != framed[:, :-1]).nonzero()
+    found: Runs = [[] for _ in range(batch)]
+    for i, start, end in zip(row[::2].tolist(), edge[::2].tolist(), edge[1::2].tolist(), strict=True):
+        found[i].append((start, end))
     return found
 
 
@@ -118,7 +119,9 @@ def words_of(arguments: dict[str, Any], columns: int) -> list[list[int]]:
 
 def _together(tiles: list[Layout]) -> Layout:
     """Tiles, each as an image by itself, as one image."""
-    void = None
+    first, count, void = tiles[0], len(tiles), None
+    if first.void is None and all(x is first for x in tiles):
+        return Layout(first.grids * count, first.tile, first.live * count, first.places * count)
     if any(x.void is not None for x in tiles):
         void = torch.cat([torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles])
     return Layout(

@@ -15,7 +15,7 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
 from ._features import Layout
-from ._shuffle import ShuffledImages, runs_of, shuffled_replacements, words_of
+from ._shuffle import Runs, ShuffledImages, shuffled_replacements, words_of
 from ._tower import Tower, edge
 from .clip import vit_parts
 
@@ -66,21 +66,22 @@ class Idefics3Images(ShuffledImages):
 
     apart = True
 
-    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
-        rows = super().images(pixels, placeholders, arguments)
+    def images(self, pixels: Tensor, runs: Runs, columns: int, arguments: dict[str, Any]) -> list[list[int]]:
+        rows = super().images(pixels, runs, columns, arguments)
         if any(count > 1 for row in rows for count in row):  # with no text between
             return rows
-        words = words_of(arguments, placeholders.shape[1])
-        return [_tiles_of_images(*row) for row in zip(words, runs_of(placeholders), strict=True)]
+        return [_tiles_of_images(*row) for row in zip(words_of(arguments, columns), runs, strict=True)]
 
     def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         if pixels.is_meta:
             raise ValueError("pixel_values on the meta device do not say which tiles are filling: give their values")
-        real, mask = (pixels != 0).flatten(2).any(-1), arguments.get("pixel_attention_mask")
-        real[:1, :1] |= ~real.any()  # as the model has it
-        if mask is None or bool(mask[real].all()):
+        real, mask = (pixels != 0).flatten(2).any(-1).cpu(), arguments.get("pixel_attention_mask")
+        if not real.any():  # as the model has it
+            real[:1, :1] = True
+        mask = None if mask is None else mask[real.to(mask.device, non_blocking=True)]
+        if mask is None or bool(mask.all()):
             return [self.tile(pixels)] * int(real.sum())
-        return self.seen(pixels, mask[real])
+        return self.seen(pixels, mask)
 
 
 def _tiles_of_images(words: list[int], runs: list[tuple[int, int]]) -> list[int]:

@@ -11,7 +11,7 @@ from transformers.models.internvl import modeling_internvl
 from ..modules.encoder import LayerParts, PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._shuffle import ShuffledImages, runs_of, shuffled_replacements
+from ._shuffle import Runs, ShuffledImages, shuffled_replacements
 from ._tower import Tower, edge
 
 
@@ -89,11 +89,11 @@ class InternVL:
 class InternVLImages(ShuffledImages):
     """Each a run of placeholders."""
 
-    def images(self, pixels: Tensor, placeholders: Tensor, arguments: dict[str, Any]) -> list[list[int]]:
-        rows, tiles = super().images(pixels, placeholders, arguments), len(pixels)
+    def images(self, pixels: Tensor, runs: Runs, columns: int, arguments: dict[str, Any]) -> list[list[int]]:
+        rows, tiles = super().images(pixels, runs, columns, arguments), len(pixels)
         if sum(map(sum, rows)) == tiles:
             return rows
-        counts = [len(row) for row in runs_of(placeholders)]
+        counts = [*map(len, runs)]
         if sum(counts) in (1, tiles):  # of a prompt that fits what is left of one image, or of images of one tile
             return [[tiles // sum(counts)] * n for n in counts]
         return []

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -63,8 +64,8 @@ class VisualTokens:
     # int64 [B, 2] columns of the last instruction token, and of the prompt's last token, which is another one where an
     # image comes last
     ends: Tensor
-    tokens: Tensor  # bool [B, L] on the host: columns of the images' tokens
-    live: Tensor  # bool [B, L] on the host: columns that are no padding
+    tokens: np.ndarray  # bool [B, L] columns of the images' tokens
+    live: np.ndarray  # bool [B, L] columns that are no padding
     prompt: int  # how many of the L columns are the prompt's; a draft of what is to be written may follow
     right: bool  # padding is on the right
     encoded: Callable[[], EncodedTokens] | None = None  # what is known of the tokens, once they are encoded
@@ -92,14 +93,22 @@ class VisualTokens:
             gaps: samples lose different numbers of tokens, so that padding has to be laid out anew and goes.
         """
         if gaps not in self.others:
-            rows = [row.nonzero()[:, 0] for row in (~self.tokens & self.live if gaps else ~self.tokens)]
-            table = pad_sequence(rows, batch_first=True, padding_value=self.nowhere)
+            rows = [row.nonzero()[0] for row in (~self.tokens & self.live if gaps else ~self.tokens)]
+            table = torch.from_numpy(table_of(rows, self.nowhere))
             self.others[gaps] = table.to(self.columns.device, non_blocking=True), [len(row) for row in rows]
         return self.others[gaps]
 
     def known(self) -> EncodedTokens:
         """What is known of the tokens by now."""
         return EncodedTokens() if self.encoded is None else self.encoded()
+
+
+def table_of(rows: Sequence[np.ndarray], absent: int) -> np.ndarray:
+    """int64 [B, n] of B rows, `absent` after the last of a shorter one."""
+    table = np.full((len(rows), max(map(len, rows))), absent)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
 
 
 class EncodedTokens(NamedTuple):
@@ -206,7 +215,7 @@ class DecoderState:
         assert visual is not None
 
         def words() -> Tensor:
-            text = (visual.live & ~visual.tokens).to(visual.ends.device)
+            text = torch.from_numpy(visual.live & ~visual.tokens).to(visual.ends.device)
             return text & (torch.arange(self.length, device=text.device) <= visual.ends[:, 1:])
 
         tokens = torch.tensor(visual.lengths).split(visual.counts)
@@ -444,7 +453,7 @@ class DecoderState:
         """int64 [B, L] 1 for visual tokens that are gone after `cut`."""
         assert self.visual is not None
         # One more column, for the places that have no token.
-        gone = torch.nn.functional.pad(self.visual.tokens.to(cut.at.device).long(), (0, 1))
+        gone = torch.nn.functional.pad(torch.from_numpy(self.visual.tokens).to(cut.at.device).long(), (0, 1))
         gone[self.visual.samples[:, None], cut.at.where(cut.visual >= 0, self.length)] = 0
         return gone[:, :-1]
 

@@ -62,6 +62,7 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.operators = 0  # of the host as well
         self.constructors = _Constructors(self)
 
     def __enter__(self) -> Device:
@@ -73,6 +74,7 @@ class Device(TorchDispatchMode):
         self.constructors.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += 1
         options, leaves = dict(kwargs or {}), tree_leaves((args, kwargs))
         is_there = any(isinstance(x, There) for x in leaves)
         to = options.get("device") or (DEVICE if is_there else HOST)

@@ -273,7 +273,7 @@ def test_prompts_that_are_pruned_already(policy):
             assert made(input_ids=ids[None], mm_encoder_outputs=tiles).logits.shape[1] == len(ids) - 3 * (TOKENS - 10)
             with heeding():
                 vars(made.model)["get_image_features"].kind.heed(
-                    inputs["pixel_values"], ids[None] == idefics3.IMAGE, inputs
+                    inputs["pixel_values"], ids[None].numpy() == idefics3.IMAGE, inputs
                 )
                 image = dict(image=made.model.get_image_features(**pixels))
             assert torch.equal(made(input_ids=ids[None], mm_encoder_outputs=image).logits, want)
