@@ -151,11 +151,13 @@ def test_bad_input(policy, inputs, error, message):
 def test_constants_of_a_captured_graph_are_kept(monkeypatch):
     """It reads them where they are, when others have long pushed them out of the cache."""
     x = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(recycling, "_constant", lambda *_: x)
+    for cached in ("_constant", "_image_of"):
+        monkeypatch.setattr(recycling, cached, lambda *_: x)
     monkeypatch.setattr(recycling, "_captured", [])
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         assert recycling.constant((1, 2), x.device) is x and recycling._captured == [x] * capturing
+    assert recycling.images_of((1, 2), x.device) == (x, x) and recycling._captured == [x] * 3
 
 
 def replay(run, pixels):

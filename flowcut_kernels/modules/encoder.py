@@ -27,7 +27,7 @@ from .._ops import accumulate_dtype
 from ..ops import attention, gather_tokens
 from ..ops.score_select import raise_if_not_finite
 from ..policies.base import EncoderStep, EncoderView, Pixels, Policy, Selection
-from ..policies.recycling import constant
+from ..policies.recycling import constant, held
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from ._signature import signature_of
@@ -519,7 +519,7 @@ class PrunedEncoder:
         hidden_states = inputs_embeds
         if state.block > 1:
             side = math.isqrt(state.block)
-            hidden_states = hidden_states[:, _by_tokens(state.grid, side, self.protect, hidden_states.device)]
+            hidden_states = hidden_states[:, held(_by_tokens(state.grid, side, self.protect, hidden_states.device))]
         if state.prunes:
             # SigLIP's embeddings come channels-first in memory, and sums would keep that layout through all layers.
             # Where nothing is pruned it stays: other layouts round differently.
@@ -588,7 +588,7 @@ class PrunedEncoder:
         if not state.prunes:
             if score is not None and asked.side > 1:
                 order = _by_tokens(self._tokens(state.tokens[0], asked.side), asked.side, self.protect, score.device)
-                score = score[:, order]
+                score = score[:, held(order)]
             if score is not None:
                 asked.importance = score[:, self.protect :].unflatten(1, (-1, asked.side**2)).mean(2)
             return

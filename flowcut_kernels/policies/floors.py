@@ -85,9 +85,11 @@ def _chosen(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Of grids whose tokens are all there, copied to the device once: a copy would wait for it."""
-    made = {kind: policy._tokens(kind[0], min(kind[1], prod(kind[0]))) for kind in zip(grids, budgets, strict=True)}
-    index, lengths = _padded([_rows(made[kind], protect, block) for kind in zip(grids, budgets, strict=True)])
-    return index.to(device), lengths.to(device)
+    kinds = [*zip(grids, budgets, strict=True)]
+    with torch.inference_mode(False):  # what is kept must serve autograd too
+        made = {kind: policy._tokens(kind[0], min(kind[1], prod(kind[0]))) for kind in kinds}
+        index, lengths = _padded([_rows(made[kind], protect, block) for kind in kinds])
+        return index.to(device), lengths.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,7 @@ def _cells(view: FeatureView, cell: float) -> tuple[Tensor, int]:
     device = view.importance.device
     grids = [grid for image in view.grids for grid in image]
     cells, count = grid_cells(grids, cell, device)
+    cells = held(cells)
     if view.position is not None:
         sizes = [sum(rows * columns for rows, columns in image) for image in view.grids]
         before = constant(tuple(accumulate([0, *sizes[:-1]])), device)
@@ -131,12 +132,15 @@ def _may_exceed(view: FeatureView, cell: float, budgets: list[int]) -> bool:
     return any(grid_cells(grids, cell, "cpu")[1] > n for grids, n in zip(view.grids, budgets, strict=True))
 
 
-@lru_cache(maxsize=16)
 def images_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The image of every token [T], and the first token of every image [I]; on the device once: a copy would wait."""
+    return held(_image_of(lengths, device)), constant(tuple(accumulate([0, *lengths[:-1]])), device)
+
+
+@lru_cache(maxsize=16)
+def _image_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        return image.to(device), constant(tuple(accumulate([0, *lengths[:-1]])), device)
+        return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
 
 _captured: list[Tensor] = []

@@ -25,7 +25,9 @@ def view(budgets: torch.Tensor | None) -> EncoderView:
 def test_tiles_with_budgets_of_their_own_are_chosen_from_once(policy):
     """Each as if alone, and from the second pass on the choice is looked up."""
     both, (first, other) = policy.encoder_select(STEP, view(None)).index, torch.tensor([3, 2]).int()
-    found, again = (policy.encoder_select(STEP, view(torch.stack([first, other]))) for _ in range(2))
+    with torch.inference_mode():
+        found, again = (policy.encoder_select(STEP, view(torch.stack([first, other]))) for _ in range(2))
+    assert not found.index.is_inference(), "training may come next"
     assert found.lengths.tolist() == [4, 3] and again.index is found.index and again.lengths is found.lengths
     fewer = policy.encoder_select(STEP._replace(budget=2), view(None)).index
     assert found.index.tolist() == [both[0].tolist(), [*fewer[1].tolist(), -1]]
