@@ -66,7 +66,7 @@ def test_weights_are_small():
 
 def test_weights_answer(loaded):
     model, processor = loaded
-    asked = mini_vlm.questions("dev", 200, seed=11)
+    asked = mini_vlm.questions("dev", 100, seed=11)
     right = 0
     for i in range(0, len(asked), 50):
         part = asked[i : i + 50]

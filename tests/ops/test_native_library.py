@@ -82,9 +82,10 @@ assert check.ok, check.detail
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "scalar"])
 def test_every_instruction_set_passes_the_refchecks(isa):
     """Where the order of a sum shows: a softmax of large logits, sums of 1,024 values."""
+    chosen = python("-c", CHOSEN_ISA, FLOWCUT_CPU_ISA=isa)
+    if "cannot be had" in chosen.stderr:
+        pytest.skip(chosen.stderr.splitlines()[-1])
     run = python("-c", REFCHECKS, FLOWCUT_CPU_ISA=isa)
-    if "cannot be had" in run.stderr:
-        pytest.skip(run.stderr.splitlines()[-1])
     assert run.returncode == 0, run.stderr
 
 

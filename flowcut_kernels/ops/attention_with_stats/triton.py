@@ -166,7 +166,7 @@ def _tile_shape(queries: int, dim: int, itemsize: int, arch: int) -> tuple[int, 
     if arch < 90:
         return rows, 32, 3, 120 if dim <= 64 else 255
     if dim <= 64:
-        return rows, 64, 3, 124
+        return rows, 64, 3, 128 if arch < 100 else 120
     if dim <= 80:
         return rows, 32, 3, 128
     return rows, 64, 2, 255
