@@ -330,7 +330,7 @@ class _Vision:
         if arguments.get("pixel_values") is None:
             raise ValueError("cost: inputs holds no pixel_values; give images")
         patches = adapter_of(self.model, self.encoder.policy).patches(self.model)
-        return EncoderPass(tokens=[patches] * len(arguments["pixel_values"]))
+        return EncoderPass(tokens=(patches,) * len(arguments["pixel_values"]))
 
     def walk(self, asked: Any, entropy: float | None) -> _Walk:
         """A pass; with no `entropy` that of the stock model.

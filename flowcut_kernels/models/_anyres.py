@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modules.encoder import REMEMBERED
 from ._features import Kind, Layout
 
 Size = tuple[int, int]  # height and width
-
-_REMEMBERED = 256  # sizes of images
 
 
 class AnyresImages(Kind):
@@ -53,7 +52,7 @@ class AnyresImages(Kind):
         """By sending ones and newlines of zero through the model's packing: its gradient tells which tokens count."""
         key = size, views, *options.values()
         if key not in self.remembered:
-            if len(self.remembered) >= _REMEMBERED:
+            if len(self.remembered) >= REMEMBERED:
                 self.remembered.clear()
             side = tile_side(self.model)
             with torch.inference_mode(False), torch.enable_grad():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modules.encoder import EncoderPass
+from ..modules.encoder import REMEMBERED, EncoderPass
 from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
 from ..policies.recycling import constant, held, images_of, select_features
@@ -71,11 +71,12 @@ class Visuals(NamedTuple):
     runs: Callable[[], list[list[int]]]  # of `kept` those in each of a visual's runs of placeholders, equally long ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """An image or a video before it is encoded: tiles of N tokens each, of which the model makes grids.
 
     Newlines in the grids and behind them are dropped where anything is: a budget is spent on tokens of the tiles.
+    A kind makes each but once: what follows from layouts is remembered by them.
     """
 
     grids: Grids  # of what the model makes, newlines included
@@ -125,13 +126,22 @@ class Layout:
         return spread(_TAPS * places if self.resampled else places, self.live)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def equal_tiles(count: int, grid: tuple[int, int], tile: int | None = None, **more: Any) -> Layout:
+    """Of so many tiles, or frames, each of which is a `grid`: of its tokens, or of what is made of `tile` of them."""
+    area = math.prod(grid)
+    tile = area if tile is None else tile
+    return Layout((grid,) * count, tile, (tile,) * count, area * count, **more)
+
+
 class Prospect(NamedTuple):
     """What will come of a prompt's images or videos."""
 
-    pixels: Tensor
-    layouts: list[Layout]
+    layouts: tuple[Layout, ...]
     left: list[int]  # tokens of each that the encoder leaves
     kept: list[int | None]  # features of each that enter the language model; None: known once they are chosen
+    expected: Encoded  # what is known of them before they are encoded
+    asked: Callable[[], EncoderPass]  # what the encoder is to leave of each tile
 
 
 @dataclass
@@ -199,16 +209,17 @@ class Kind:
         """
         return [x.flatten(0, 1) for x in tiles]
 
+    @property
+    def in_order(self) -> bool:
+        """Whether that is how features are put together: then dropped tokens need not be made up for."""
+        return type(self).assemble is Kind.assemble
+
     def heed(self, pixels: Tensor, placeholders: np.ndarray, arguments: dict[str, Any]) -> None:
         """Note what a prompt tells about its visuals, until its call is over.
 
         Args:
             placeholders: bool [B, L] in the last L columns of the prompt that is among the `arguments`.
         """
-
-    def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
-        """The features [n, D] of each visual."""
-        return features
 
     def lengths(self, features: Any, known: Encoded | None) -> list[int]:
         """Features of each visual, where they were made before; generate repeats them for beams."""
@@ -237,8 +248,9 @@ class PrunedFeatures(Bound):
         self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
         self.first = next(iter(self.__signature__.parameters))  # the method's pixels; versions name videos' otherwise
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
-        self.found: Prospect | None = None
+        self.found: tuple[Tensor, Prospect] | None = None
         self.ahead: tuple[Tensor, Any] | None = None
+        self.remembered: dict[tuple[Layout, ...], Prospect] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.turns, self.turns.running(self.model, inside=True):
@@ -262,15 +274,14 @@ class PrunedFeatures(Bound):
         as_tuple = arguments.get("return_dict") is False
         found = self._prospect(pixels, arguments)
         output, known = self._make(arguments, found)
-        self.encoded = self._expected(found)
+        self.encoded = found.expected
         full = self.encoded.full
         if not self.kind.shrinks and known.position is not None:
             places = list(known.position)
             self.encoded = Encoded(full, [len(x) for x in places], position=places)
         scored = self.policy.prunes_features and known.importance is not None
         if scored or (self.kind.assembles and self.encoded.kept != full):
-            features = self.kind.split(output.pooler_output, found.layouts)
-            self._choose(output, self._items(features, arguments, found, known), found.kept)
+            self._choose(output, self._items(output.pooler_output, arguments, found, known), found.kept)
         for holder in (output, *_first(output)):
             vars(holder)[_ENCODED] = self.encoded
         return output.to_tuple() if as_tuple else output
@@ -299,17 +310,25 @@ class PrunedFeatures(Bound):
     def _prospect(self, pixels: Tensor, arguments: dict[str, Any]) -> Prospect:
         """A prompt asks for it several times, and some kinds look at all pixels for it."""
         found = self.found  # read once: another thread's prompt may end meanwhile
-        if found is not None and found.pixels is pixels:
-            return found
-        layouts = self.kind.layouts(pixels, arguments)
-        left = [*map(self._left, layouts)]
-        return Prospect(pixels, layouts, left, [*map(self._kept, layouts, left)])
+        if found is not None and found[0] is pixels:
+            return found[1]
+        layouts = tuple(self.kind.layouts(pixels, arguments))
+        if torch.compiler.is_compiling() or self.predicts:
+            return self._foreseen(layouts)
+        prospect = self.remembered.get(layouts)
+        if prospect is None:
+            if len(self.remembered) >= REMEMBERED:
+                self.remembered.clear()
+            self.remembered[layouts] = prospect = self._foreseen(layouts)
+        return prospect
 
-    def _expected(self, found: Prospect) -> Encoded:
-        """What is known of visuals that are not encoded yet."""
-        full = [layout.full + layout.besides for layout in found.layouts]
-        tile = found.layouts[0].tile if self.kind.apart and full else None
-        return Encoded(full, [n if m is None else m for n, m in zip(full, found.kept, strict=True)], tile=tile)
+    def _foreseen(self, layouts: tuple[Layout, ...]) -> Prospect:
+        left = [*map(self._left, layouts)]
+        kept = [*map(self._kept, layouts, left)]
+        full = [layout.full + layout.besides for layout in layouts]
+        tile = layouts[0].tile if self.kind.apart and full else None
+        expected = Encoded(full, [n if m is None else m for n, m in zip(full, kept, strict=True)], tile=tile)
+        return Prospect(layouts, left, kept, expected, self._asked(layouts, left))
 
     def heed(self, arguments: dict[str, Any]) -> None:
         """Note what a prompt tells about the visuals that come with it, if there is one."""
@@ -321,20 +340,19 @@ class PrunedFeatures(Bound):
         """Note what will be left of the visuals that come with a prompt, for one that nobody is going to encode."""
         pixels, output = self.given(arguments)
         if pixels is not None and output is None:
-            self.encoded, self.ahead = self._expected(self._prospect(pixels, arguments)), (pixels, None)
+            self.encoded, self.ahead = self._prospect(pixels, arguments).expected, (pixels, None)
 
-    def _asked(self, found: Prospect) -> EncoderPass:
+    def _asked(self, layouts: tuple[Layout, ...], left: list[int]) -> Callable[[], EncoderPass]:
         """What is to be left of each tile."""
         tokens: list[int] = []
         budgets: list[int] = []
         voids: list[Tensor] = []  # where there are some
         kept, cut = False, False  # images with hidden tokens as they are; others not
-        layouts = found.layouts
         some = any(layout.void is not None for layout in layouts)
-        for layout, left in zip(layouts, found.left, strict=True):
-            every, ends = [layout.tile] * len(layout.live), layout.tile_budgets(left)
+        for layout, n in zip(layouts, left, strict=True):
+            every, ends = [layout.tile] * len(layout.live), layout.tile_budgets(n)
             # Void tokens leave only where others do, but those that nothing may attend to.
-            whole = sum(ends) >= sum(layout.live) and (left == layout.full or not layout.masked)
+            whole = sum(ends) >= sum(layout.live) and (n == layout.full or not layout.masked)
             kept, cut = kept or (whole and layout.masked), cut or not whole
             tokens += every if whole else layout.live
             budgets += every if whole else ends
@@ -349,11 +367,14 @@ class PrunedFeatures(Bound):
         void = torch.cat(voids) if voids else None
         leads = self.kind.leading + max((layout.leads for layout in layouts), default=0)
         masked = any(layout.masked for layout in layouts)
-        return EncoderPass(self.kind.side, tokens, budgets, void, masked, leads=leads)
+        return partial(
+            EncoderPass, self.kind.side, tuple(tokens), tuple(budgets), void, masked, leads=leads,
+            in_order=self.kind.in_order,
+        )  # fmt: skip
 
     def _make(self, arguments: dict[str, Any], found: Prospect) -> tuple[Any, EncoderPass]:
         """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
-        kind, known = self.kind, self._asked(found)
+        kind, known = self.kind, found.asked()
         if kind.shrinks and (kind.assembles or kind.side > 1 or self.policy.prunes_features):
             arguments = arguments | dict(encoder_pass=known)
         before = _PASS.set(known)
@@ -385,8 +406,8 @@ class PrunedFeatures(Bound):
         if pixels is None:
             return []
         kind.heed(pixels, placeholders, arguments)
-        self.found = found = self._prospect(pixels, arguments)
-        whole = [layout.full + layout.besides for layout in found.layouts]
+        found = self._prospect(pixels, arguments)
+        self.found, whole = (pixels, found), found.expected.full
         left = [n for n in (found.kept if kind.shrinks else whole) if n is not None]
         if len(left) < len(whole):
             left = self._encode_ahead(pixels, arguments).kept
@@ -394,19 +415,19 @@ class PrunedFeatures(Bound):
         return [
             Visuals(
                 kind.token_id, [n + lead for n in whole], kept, lead,
-                lambda: self._asked(found), lambda: self.encoded,
-                lambda: self._runs(found, arguments) if kind.apart else [[n] for n in kept],
+                found.asked, lambda: self.encoded,
+                lambda: self._runs(pixels, found, arguments) if kind.apart else [[n] for n in kept],
             )
         ]  # fmt: skip
 
-    def _runs(self, found: Prospect, arguments: dict[str, Any]) -> list[list[int]]:
+    def _runs(self, pixels: Tensor, found: Prospect, arguments: dict[str, Any]) -> list[list[int]]:
         """Of visuals with text between their tiles' placeholders, the features that stay of each tile.
 
         They are made ahead where a policy chooses among those of all tiles.
         """
-        known = self._expected(found)
+        known = found.expected
         if self.policy.prunes_features and any(len(layout.live) > 1 for layout in found.layouts):
-            known = self._encode_ahead(found.pixels, arguments)
+            known = self._encode_ahead(pixels, arguments)
         if known.position is not None:
             return known.runs()
         return [layout.tile_budgets(n) for layout, n in zip(found.layouts, known.kept, strict=True)]
@@ -428,9 +449,7 @@ class PrunedFeatures(Bound):
         assert self.encoded is not None
         return self.encoded
 
-    def _items(
-        self, features: Sequence[Tensor], arguments: dict[str, Any], found: Prospect, known: EncoderPass
-    ) -> list[Item]:
+    def _items(self, features: Any, arguments: dict[str, Any], found: Prospect, known: EncoderPass) -> list[Item]:
         """Every visual's features, without those that the encoder dropped."""
         layouts = found.layouts
         if not self.kind.assembles:
@@ -443,10 +462,15 @@ class PrunedFeatures(Bound):
                 Item(x[lead:], weight, layout.grids, layout.full, position, x[:lead] if lead else None)
                 for x, weight, layout, position in zip(features, known.importance, layouts, positions, strict=True)
             ]
-        features, leads = zip(*map(_without_leads, features, layouts), strict=True)
-        device, areas = features[0].device, [layout.area for layout in layouts]
+        areas = [layout.area for layout in layouts]
         # All visuals at once: for each by itself these would be a dozen launches a tile.
-        x = joined([rows[:area] for rows, area in zip(features, areas, strict=True)])
+        if self.kind.in_order:
+            x, leads = _tiled(features, layouts)
+            made = areas
+        else:
+            x = joined([rows[:area] for rows, area in zip(features, areas, strict=True)])
+            leads, made = [None] * len(layouts), [len(rows) for rows in features]
+        device = x.device
         whole = [left == layout.full for left, layout in zip(found.left, layouts, strict=True)]
         ends = [
             layout.area if every else left - layout.lasting
@@ -469,30 +493,31 @@ class PrunedFeatures(Bound):
                 pieces += grids
                 counts += spread(end, grids)
             index = select_features(FeatureView(x, score, pieces, [], None, counts, self.backend), counts, None).index
-            weight = score[index]
+            x, weight = x[index], score[index]
         else:
-            index, weight = _placed(layouts, whole, known, sum(ends), device)
-        chosen = x[index], weight, index - start[image[index]] if len(layouts) > 1 else index
+            index, weight, number = _placed(layouts, whole, known, sum(ends), device)
+            rows = number if self.kind.in_order else index
+            x = x if rows is None else x[rows]
+        chosen = x, weight, index - start[image[index]] if len(layouts) > 1 else index
         items = []
-        for rows, lead, layout, every, (kept, scores, at) in zip(
-            features, leads, layouts, whole, zip(*(_parted(part, ends) for part in chosen), strict=True), strict=True
-        ):
+        parts = zip(*(_parted(part, ends) for part in chosen), strict=True)
+        for i, (front, layout, every, (kept, scores, at)) in enumerate(zip(leads, layouts, whole, parts, strict=True)):
             # transformers 5.17 puts the newline behind a video's features later on.
-            appended = layout.full - len(rows)
+            appended = layout.full - made[i]
             trailing = (layout.behind if every else layout.lasting) - appended
             items.append(
                 Item(
                     kept, scores, layout.grids, layout.full + layout.besides,
                     position=None if every else at,
-                    trailing=rows[len(rows) - trailing :] if trailing else None,
+                    trailing=features[i][made[i] - trailing :] if trailing else None,
                     appended=appended,
-                    leads=lead,
+                    leads=front,
                 )
             )  # fmt: skip
         return items
 
     def _marked(
-        self, device: torch.device, arguments: dict[str, Any], layouts: list[Layout], known: EncoderPass
+        self, device: torch.device, arguments: dict[str, Any], layouts: tuple[Layout, ...], known: EncoderPass
     ) -> list[Tensor]:
         """By way of the model's own assembly, of every token of a visual [n, 2]: the share of it that is left, and
         that share's importance. Newlines are none of it, and of importance 1."""
@@ -581,8 +606,8 @@ def _first(output: Any) -> Sequence[Tensor]:
 
 
 class ScatteredProjector(Bound):
-    """Replacement ``forward`` of a projector that works token by token: what the encoder left goes in, and what comes
-    out has every token of the tiles, zeros where one is gone, so that the model can put the tiles together."""
+    """Replacement ``forward`` of a projector that works token by token: what the encoder left goes in. What comes out
+    has every token of the tiles, zeros where one is gone, where the model puts the tiles together by their places."""
 
     method = "forward"
 
@@ -593,6 +618,8 @@ class ScatteredProjector(Bound):
         assert known.position is not None
         tiles, n = known.position.shape
         projected = projected.reshape(tiles, -1, projected.shape[-1])
+        if known.in_order:
+            return projected
         rows = _spread_out(projected[:, -n:], known)
         return torch.cat([projected[:, :-n], rows], 1) if projected.shape[1] > n else rows  # class tokens in front
 
@@ -611,13 +638,14 @@ def _spread_out(x: Tensor, known: EncoderPass) -> Tensor:
 
 
 def _placed(
-    layouts: list[Layout], whole: list[bool], known: EncoderPass, count: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Places [count] of the tokens that are left, counted through all visuals, ascending, and their importance.
+    layouts: tuple[Layout, ...], whole: list[bool], known: EncoderPass, count: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Places [count] of the tokens that are left, counted through all visuals, ascending, their importance, and the row
+    of each among all that the encoder gave; None: they are these rows.
 
     Newlines of visuals that are `whole` are among them, of importance 1.
     """
-    order = None if all(x.order is None for x in layouts) else _order(tuple(layouts), tuple(whole), device)
+    order = None if all(x.order is None for x in layouts) else _order(layouts, tuple(whole), device)
     weight = None if known.importance is None else known.importance.flatten()
     if order is None:
         places = torch.arange(count, device=device) if known.position is None else known.places
@@ -627,10 +655,12 @@ def _placed(
         if len(newlines):
             places = torch.cat([places, newlines])
             weight = None if weight is None else torch.cat([weight, weight.new_ones(len(newlines))])
+    number = None
     if order is not None or len(places) > count:
         places, number = places.sort()
-        places, weight = places[:count], None if weight is None else weight[number[:count]]
-    return places, torch.ones(count, device=device) if weight is None else weight
+        places, number = places[:count], number[:count]
+        weight = None if weight is None else weight[number]
+    return places, torch.ones(count, device=device) if weight is None else weight, number
 
 
 @lru_cache(maxsize=16)
@@ -662,12 +692,15 @@ def spread(total: int, limits: Sequence[int]) -> list[int]:
     return shares
 
 
-def _without_leads(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-    """A visual's features without those in front of each tile's, and those."""
-    if not layout.leads:
-        return x, None
-    tiles = x.unflatten(0, (len(layout.live), -1))
-    return tiles[:, layout.leads :].flatten(0, 1), tiles[:, : layout.leads]
+def _tiled(features: Any, layouts: tuple[Layout, ...]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Features of all tiles [rows, D], and of each visual those in front of each tile's."""
+    x = features if isinstance(features, Tensor) else torch.cat(list(features))
+    tiles, lead = [len(layout.live) for layout in layouts], layouts[0].leads
+    x = x.reshape(-1, x.shape[-1])
+    if not lead:
+        return x, [None] * len(layouts)
+    x = x.unflatten(0, (sum(tiles), -1))
+    return x[:, lead:].flatten(0, 1), x[:, :lead].split(tiles)
 
 
 def _surrounded(item: Item, chosen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

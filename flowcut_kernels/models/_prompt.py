@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +30,15 @@ _LISTS = dict(logits_processor=LogitsProcessorList, stopping_criteria=StoppingCr
 _PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", default=None)  # for a model
 
 
-class Shrunk(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Shrunk:
     """Which columns of a [B, L] prompt are left. On the host, where a prompt is looked at after one read-back: on a
     device each of the small steps would be a launch, and each question a wait. In numpy, whose steps are shorter."""
 
     columns: np.ndarray  # int64 [B, L'], -1 where a row is padded
     dropped: np.ndarray  # bool [B, L] placeholders that no feature fills
     pads: bool = False  # whether some row may be padded
+    masked: bool = True  # whether the prompt's mask may hide some column
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Shrunk:
@@ -138,8 +140,8 @@ class PromptShrinker:
         shape, batch = masks[0].shape, len(masks[0])
         dropped, counts, lost = np.zeros(shape, bool), [0] * batch, [0] * batch
         for visuals in given:
-            is_image = masks[self.token_ids.index(visuals.token_id)]
-            rows = is_image.sum(1).tolist()
+            places = masks[self.token_ids.index(visuals.token_id)].ravel().nonzero()[0]
+            rows = _counts_of_rows(places, shape)
             counts = [a + b for a, b in zip(counts, rows, strict=True)]
             if visuals.kept == visuals.full:
                 continue
@@ -156,7 +158,6 @@ class PromptShrinker:
                 )
             gone = iter([n - m for n, m in zip(visuals.full, visuals.kept, strict=True)])
             lost = [n + sum(islice(gone, count)) for n, count in zip(lost, images, strict=True)]
-            places = is_image.ravel().nonzero()[0]
             for some in _surplus(visuals.full, visuals.runs()):
                 dropped.reshape(-1)[places[some]] = True
             if attention_mask is not None and attention_mask.shape != shape:
@@ -169,10 +170,12 @@ class PromptShrinker:
                 f"rows hold different numbers of image placeholders ({counts}), so they are padded after pruning: pass "
                 "the processor's attention_mask"
             )
-        mask = None if attention_mask is None else attention_mask.cpu().bool().numpy()
-        if even and (mask is None or mask.all()):
-            return Shrunk((~dropped).nonzero()[1].reshape(batch, -1), dropped)
+        mask = None if attention_mask is None else _on_host(attention_mask)
+        if even and (mask is None or np.count_nonzero(mask) == mask.size):
+            columns = (~dropped).ravel().nonzero()[0].reshape(batch, -1)
+            return Shrunk(columns % shape[1] if batch > 1 else columns, dropped, masked=False)
         assert mask is not None
+        mask = mask != 0
         live, right = ~dropped & mask, bool(mask[:, 0].all() and not mask[:, -1].all())
         order = (dropped if right else ~dropped).argsort(1, kind="stable")
         columns = np.where(np.take_along_axis(dropped, order, 1), -1, order)
@@ -195,6 +198,18 @@ class _Reading(heeding):
             features.found = features.ahead = None
         super().__exit__(*error)
         self.shrinker.turns.__exit__(*error)
+
+
+def _on_host(mask: Tensor) -> np.ndarray:
+    """A mask of any dtype, some of which numpy lacks: not 0 where it hides nothing."""
+    mask = mask.cpu()
+    return (mask if mask.dtype in (torch.int64, torch.bool) else mask.bool()).numpy()
+
+
+def _counts_of_rows(places: np.ndarray, shape: tuple[int, ...]) -> list[int]:
+    """How many of ascending `places` lie in each row of a [B, L] prompt."""
+    batch, length = shape
+    return [len(places)] if batch == 1 else np.bincount(places // length, minlength=batch).tolist()
 
 
 def _images_of_rows(rows: list[int], sizes: list[int]) -> list[int] | None:
@@ -313,7 +328,8 @@ class _PromptMethod(Bound):
         prompt = talk if repeats else piece
 
         if mask is not None and mask.dim() == 2 and mask.shape[1] in (talk.length, short.length):
-            arguments["attention_mask"] = (talk if mask.shape[1] == talk.length else short).take(mask, 0)
+            fits = talk if mask.shape[1] == talk.length else short
+            arguments["attention_mask"] = fits.take(mask, 0) if fits.masked else mask[:, : fits.kept]
         elif mask is not None and drops:
             raise ValueError(
                 f"attention_mask must be [{batch}, {talk.length}] like the conversation so far, got {tuple(mask.shape)}"
@@ -367,7 +383,7 @@ def _cached_prompt(cache: Any, seen: int, batch: int) -> Shrunk | None:
         raise ValueError(
             f"input_ids hold {batch} rows but past_key_values was filled with {rows}: use one cache per batch"
         )
-    columns, dropped = (x.repeat(batch // rows, 0) for x in prompt[:2])
+    columns, dropped = (x.repeat(batch // rows, 0) for x in (prompt.columns, prompt.dropped))
     prompt = Shrunk(columns, dropped, prompt.pads)
     return prompt.then(Shrunk.whole(batch, seen - prompt.kept))
 
@@ -446,7 +462,7 @@ class PrunedForward(_PromptMethod):
         if mask is not None and mask.dim() == 2:
             if mask.shape[1] != seen + length:
                 raise ValueError(f"attention_mask must be [{len(live)}, {seen + length}], got {tuple(mask.shape)}")
-            live = mask[:, -length:].cpu().bool().numpy()
+            live = _on_host(mask[:, -length:]) != 0
         elif mask is not None:
             live = seen_by_last(mask)[:, seen : seen + length].expand(len(live), -1).cpu().numpy()
         column = np.arange(length)

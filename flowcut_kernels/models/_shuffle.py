@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import HEEDED, Encoded, Kind, Layout, ScatteredProjector
+from ._features import HEEDED, Encoded, Kind, Layout, ScatteredProjector, equal_tiles
 from ._tower import Tower
 from ._vlm import MANY, vlm_replacements
 
@@ -34,8 +33,7 @@ class ShuffledImages(Kind):
     def tile(self, pixels: Tensor) -> Layout:
         """Of a whole tile as an image by itself."""
         rows, columns = (size // self.patch // self.side for size in pixels.shape[-2:])
-        n = rows * columns
-        return Layout((PrunedEncoder.grid(n),), n, (n,), n)
+        return equal_tiles(1, PrunedEncoder.grid(rows * columns))
 
     def tiles(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         """Of each tile as an image by itself."""
@@ -78,10 +76,6 @@ class ShuffledImages(Kind):
         each = iter(tiles)
         return [_together([next(each) for _ in range(count)]) for count in counts]
 
-    def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
-        whole = features if isinstance(features, Tensor) else torch.cat(list(features))
-        return whole.reshape(-1, whole.shape[-1]).split([layout.full for layout in layouts])
-
     def lengths(self, features: Any, known: Encoded | None) -> list[int]:
         rows, found = self._heeded(), super().lengths(features, known)
         if known is None:
@@ -121,7 +115,7 @@ def _together(tiles: list[Layout]) -> Layout:
     """Tiles, each as an image by itself, as one image."""
     first, count, void = tiles[0], len(tiles), None
     if first.void is None and all(x is first for x in tiles):
-        return Layout(first.grids * count, first.tile, first.live * count, first.places * count)
+        return equal_tiles(count, first.grids[0])
     if any(x.void is not None for x in tiles):
         void = torch.cat([torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles])
     return Layout(

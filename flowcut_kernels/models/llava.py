@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Kind, Layout
+from ._features import Kind, Layout, equal_tiles
 from ._vlm import vlm_replacements
 from .clip import replace_tower
 
@@ -43,7 +43,6 @@ class LlavaImages(Kind):
         super().__init__(model, token_id)
         self.patches = self.usual = patches
         self.leading, self.side = leading, side
-        self.layout = Layout((PrunedEncoder.grid(patches),), tile=patches, live=(patches,), places=patches)
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
-        return [self.layout] * len(pixels)
+        return [equal_tiles(1, PrunedEncoder.grid(self.patches))] * len(pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._anyres import tile_side
 from ._bound import Replacement
-from ._features import Kind, Layout
+from ._features import Kind, Layout, equal_tiles
 from ._pooling import PooledTokens
 from ._tower import check_squares
 from ._vlm import tiled_replacements
@@ -60,8 +59,4 @@ class NextVideos(Kind):
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         videos, frames = pixels.shape[:2]
         edge = tile_side(self.model) // self.side
-        layout = Layout(((edge, edge),) * frames, edge**2, (edge**2,) * frames, frames * edge**2, even=True)
-        return [layout] * videos
-
-    def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
-        return [x.reshape(-1, x.shape[-1]) for x in features]  # frame by frame in transformers 5.17
+        return [equal_tiles(frames, (edge, edge), even=True)] * videos

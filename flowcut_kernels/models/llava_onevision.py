@@ -14,7 +14,7 @@ from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._anyres import AnyresImages, Size, tile_side
 from ._bound import Replacement
-from ._features import Kind, Layout
+from ._features import Kind, Layout, equal_tiles
 from ._vlm import tiled_replacements
 
 
@@ -68,16 +68,7 @@ class OnevisionVideos(Kind):
         videos, frames = pixels.shape[:2]
         side = tile_side(self.model)
         pooled = -(-side // 2)
-        layout = Layout(
-            grids=((pooled, pooled),) * frames,
-            tile=side**2,
-            live=(side**2,) * frames,
-            places=frames * pooled**2,
-            behind=1,
-            lasting=1,
-            even=True,
-        )
-        return [layout] * videos
+        return [equal_tiles(frames, (pooled, pooled), side**2, behind=1, lasting=1, even=True)] * videos
 
     def assemble(self, tiles: Sequence[Tensor], arguments: dict[str, Any], newline: Tensor) -> list[Tensor]:
         pooled = type(self.model).apply_pooling(self.model, torch.cat(list(tiles)))

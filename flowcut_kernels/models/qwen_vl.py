@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..modules.decoder import PrunedDeepstack
 from ..modules.packed_encoder import PackedEncoder, PackedParts
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Kind, Layout
+from ._features import Kind, Layout, equal_tiles
 from ._packed import PackedTower
 from ._vlm import MANY, vlm_replacements
 
@@ -92,8 +91,7 @@ class QwenVisuals(Kind):
         grids, side = arguments.get(self.grid), self.model.visual.spatial_merge_size
         if grids is None:
             raise ValueError(f"{self.grid} is missing, which says how large each one is: pass the processor's")
-        frames = [(count, (rows // side, columns // side)) for count, rows, columns in grids.tolist()]
-        return [Layout((grid,) * n, prod(grid), (prod(grid),) * n, n * prod(grid)) for n, grid in frames]
+        return [equal_tiles(n, (rows // side, columns // side)) for n, rows, columns in grids.tolist()]
 
 
 QWEN2_VL = QwenVL(Qwen2VLForConditionalGeneration, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import VideoLlavaForConditionalGeneration
 from ..modules.encoder import PrunedEncoder
 from ..policies.base import Policy
 from ._bound import Replacement
-from ._features import Encoded, Kind, Layout, ScatteredProjector
+from ._features import Encoded, Kind, Layout, ScatteredProjector, equal_tiles
 from ._vlm import MANY, vlm_replacements
 from .clip import replace_tower
 
@@ -65,12 +64,8 @@ class _Frames(Kind):
 
     def layouts(self, pixels: Tensor, arguments: dict[str, Any]) -> list[Layout]:
         frames = 1 if pixels.dim() == 4 else pixels.shape[1]
-        grids, live = (PrunedEncoder.grid(self.patches),) * frames, (self.patches,) * frames
-        layout = Layout(grids, self.patches, live, self.patches * frames, even=True, leads=self.leads)
-        return [layout] * len(pixels)
-
-    def split(self, features: Any, layouts: list[Layout]) -> Sequence[Tensor]:
-        return features.flatten(0, 1).unflatten(0, (len(layouts), -1))
+        grid = PrunedEncoder.grid(self.patches)
+        return [equal_tiles(frames, grid, even=True, leads=self.leads)] * len(pixels)
 
     def lengths(self, features: Any, known: Encoded | None) -> list[int]:
         found = super().lengths(features, known)

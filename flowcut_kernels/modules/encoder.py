@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -31,6 +31,8 @@ from ..policies.recycling import constant, held
 from ..trace import Stage, Trace
 from ._rows import gather_normed
 from ._signature import signature_of
+
+REMEMBERED = 256  # prompts' and passes' sizes, with what follows from them
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,15 @@ class EncoderPass:
     """
 
     side: int = 1  # edge of a token in patches
-    tokens: list[int] | None = None  # of each tile, without void ones; None: all
-    budgets: list[int] | None = None  # tokens to leave of each tile; None: what the policy leaves of an image
+    tokens: tuple[int, ...] | None = None  # of each tile, without void ones; None: all
+    budgets: tuple[int, ...] | None = None  # tokens to leave of each tile; None: what the policy leaves of an image
     void: Tensor | None = None  # bool [B, N] tokens that the model throws away: they go before the first cut
     # Nothing may attend to those: they go before the first layer. False: no token is hidden; None: nobody looked.
     masked: bool | None = None
     pixels: Pixels | None = None  # where the policy wants them
     align: tuple[int, ...] = ()  # indices of hidden states whose rows are to be known
     leads: int = 0  # rows of a tile in front of its patches that the projector is given too
+    in_order: bool = False  # the model takes the tokens tile by tile, and no dropped one has to be made up for
     # Afterwards:
     whole: int = 0  # N
     # Of a packed encoder, whose images differ in size, lists of one tensor [n] for each.
@@ -94,8 +97,9 @@ class EncoderState:
     grid: tuple[int, int]  # of a tile's tokens
     protect: int
     backend: str
-    tokens: list[int]  # of each tile
-    budgets: list[int]  # of each tile, to end with
+    tokens: Sequence[int]  # of each tile
+    budgets: Sequence[int]  # of each tile, to end with
+    prunes: bool  # any of them
     block: int = 1  # patches of a token
     numbers: bool = False  # which patch a row is has to be known
     void: Tensor | None = None  # bool [B, N] tokens that are no tile's, until the first cut
@@ -111,7 +115,6 @@ class EncoderState:
 
     def __post_init__(self) -> None:
         self.plan = next(iter(self.plans.values())) if len(self.plans) == 1 else None
-        self.prunes = any(budget < math.prod(self.grid) for budget in self.budgets)
         self.done = False  # every tile is down to what is to be left of it
 
     def enter(self, layer: int) -> None:
@@ -194,7 +197,8 @@ class EncoderState:
             raise_if_not_finite(lengths, f"encoder layer {layer}")
             if choice.index is not None:
                 self.leave([(n - self.protect) // self.block for n in lengths])
-                choice.index = choice.index[:, : max(lengths)]
+                if max(lengths) < choice.index.shape[1]:
+                    choice.index = choice.index[:, : max(lengths)]
         if choice.index is not None:
             assert self.left is not None
             self.lengths = choice.lengths if min(self.left) < max(self.left) else None
@@ -491,6 +495,7 @@ class PrunedEncoder:
     traced: PrunedEncoder | None = field(default=None, repr=False)  # another tower's, that has the trace of either
     asked: EncoderPass | None = field(default=None, repr=False)  # by a tower that gives its encoder no such argument
     takes_mask: bool = field(init=False, repr=False)
+    remembered: dict[Hashable, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Here, as a compiler cannot trace how a signature is found out.
@@ -547,9 +552,35 @@ class PrunedEncoder:
 
     def started(self, asked: EncoderPass, batch: int, patches: int) -> EncoderState:
         """The state of a pass over `batch` tiles of so many patches."""
-        side, grid = asked.side, self._tokens(patches, asked.side)
-        tokens = asked.tokens or [math.prod(grid)] * batch
-        budgets = asked.budgets or [self.policy.encoder_budget(n) for n in tokens]
+        key = asked.side, asked.tokens, asked.budgets, batch, patches
+        known = None if torch.compiler.is_compiling() else self.remembered.get(key)
+        if known is None:
+            known = self._foreseen(*key)
+            if not torch.compiler.is_compiling():
+                if len(self.remembered) >= REMEMBERED:
+                    self.remembered.clear()
+                self.remembered[key] = known
+        layers = self.layers if torch.is_grad_enabled() else ()
+        checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        return EncoderState(
+            **known,
+            policy=self.policy,
+            feature_layer=self.feature_layer,
+            protect=self.protect,
+            backend=resolve_backend(self.backend),  # once: the environment is slow to read
+            void=asked.void if known["prunes"] else None,
+            pixels=asked.pixels,
+            trace=Trace() if self.record else None,
+            entries={} if checkpoints else None,
+        )
+
+    def _foreseen(
+        self, side: int, tokens: Sequence[int] | None, budgets: Sequence[int] | None, batch: int, patches: int
+    ) -> dict[str, Any]:
+        """Of the state of a pass what follows from its tiles' sizes."""
+        grid = self._tokens(patches, side)
+        tokens = tokens or [math.prod(grid)] * batch
+        budgets = budgets or [self.policy.encoder_budget(n) for n in tokens]
         if len(tokens) != batch:
             raise ValueError(
                 f"{batch} tiles came to the vision encoder, but what came with them speaks of {len(tokens)}: pass "
@@ -559,27 +590,13 @@ class PrunedEncoder:
         if not prunes:  # patches by themselves, in the order in which the model expects them
             side, grid = 1, self.grid(patches)
             tokens = budgets = [patches] * batch
-        layers = self.layers if torch.is_grad_enabled() else ()
-        checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         budgets = [max(n, 1) for n in budgets]  # nothing attends to nothing
-        return EncoderState(
-            policy=self.policy,
-            feature_layer=self.feature_layer,
-            plans={
-                kind: plan_of(self.policy, len(self.layers), self.feature_layer, *kind)
-                for kind in sorted({*zip(tokens, budgets, strict=True)})
-            },
-            grid=grid,
-            protect=self.protect,
-            backend=resolve_backend(self.backend),  # once: the environment is slow to read
-            tokens=tokens,
-            budgets=budgets,
-            block=side**2,
-            void=asked.void if prunes else None,
-            pixels=asked.pixels,
-            trace=Trace() if self.record else None,
-            entries={} if checkpoints else None,
-        )
+        plans = {
+            kind: plan_of(self.policy, len(self.layers), self.feature_layer, *kind)
+            for kind in sorted({*zip(tokens, budgets, strict=True)})
+        }
+        prunes = any(budget < math.prod(grid) for budget in budgets)
+        return dict(plans=plans, grid=grid, tokens=tokens, budgets=budgets, block=side**2, prunes=prunes)
 
     def _end(self, state: EncoderState, asked: EncoderPass, entered: list[tuple[Tensor | None, Tensor | None]]) -> None:
         """Note what a pass left."""

@@ -148,7 +148,7 @@ _captured: list[Tensor] = []
 
 def held(x: Tensor) -> Tensor:
     """x, which a cache has: kept for ever where a CUDA graph that is being captured reads it."""
-    if not torch.compiler.is_compiling() and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         _captured.append(x)
     return x
 
