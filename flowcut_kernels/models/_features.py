@@ -50,9 +50,12 @@ class Encoded(NamedTuple):
     importance: list[Tensor] | None = None  # float32 [n] of each image
     position: list[Tensor] | None = None  # int64 [n] their places among all tokens of the image
     tile: int | None = None  # tokens of each run of an image's placeholders; None: they are one run
+    by_tile: list[list[int]] | None = None  # of each image those of `kept` that are each run's, where nobody knows more
 
     def runs(self) -> list[list[int]]:
         """Of each image the features that stay in each of its runs of placeholders."""
+        if self.by_tile is not None:
+            return self.by_tile
         if self.tile is None or self.position is None:
             return [[n] for n in self.kept]
         pairs = zip(self.full, self.position, strict=True)
@@ -212,7 +215,7 @@ class Kind:
     @property
     def in_order(self) -> bool:
         """Whether that is how features are put together: then dropped tokens need not be made up for."""
-        return type(self).assemble is Kind.assemble
+        return self.assembles and type(self).assemble is Kind.assemble
 
     def heed(self, pixels: Tensor, placeholders: np.ndarray, arguments: dict[str, Any]) -> None:
         """Note what a prompt tells about its visuals, until its call is over.
@@ -245,6 +248,7 @@ class PrunedFeatures(Bound):
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend, self.turns = fixed, backend, turns
         self.encoded: Encoded | None = None  # of the last call
+        self.marks = True  # somebody may ask which tokens the features are, and how important
         self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
         self.first = next(iter(self.__signature__.parameters))  # the method's pixels; versions name videos' otherwise
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
@@ -280,7 +284,9 @@ class PrunedFeatures(Bound):
             places = list(known.position)
             self.encoded = Encoded(full, [len(x) for x in places], position=places)
         scored = self.policy.prunes_features and known.importance is not None
-        if scored or (self.kind.assembles and self.encoded.kept != full):
+        if self.kind.in_order and known.left is not None and not (scored or self.marks):
+            self.encoded = _packed(output, found, known.left, known.width)
+        elif scored or (self.kind.assembles and self.encoded.kept != full):
             self._choose(output, self._items(output.pooler_output, arguments, found, known), found.kept)
         for holder in (output, *_first(output)):
             vars(holder)[_ENCODED] = self.encoded
@@ -615,9 +621,8 @@ class ScatteredProjector(Bound):
         projected, known = self.original(*args, **kwargs), pruned_pass()
         if known is None:
             return projected
-        assert known.position is not None
-        tiles, n = known.position.shape
-        projected = projected.reshape(tiles, -1, projected.shape[-1])
+        assert known.left is not None
+        n, projected = known.width, projected.reshape(len(known.left), -1, projected.shape[-1])
         if known.in_order:
             return projected
         rows = _spread_out(projected[:, -n:], known)
@@ -627,7 +632,7 @@ class ScatteredProjector(Bound):
 def pruned_pass() -> EncoderPass | None:
     """What the tower left whose output is being projected; None: everything."""
     known = _PASS.get()
-    return None if known is None or known.position is None else known
+    return None if known is None or known.left is None else known
 
 
 def _spread_out(x: Tensor, known: EncoderPass) -> Tensor:
@@ -635,6 +640,31 @@ def _spread_out(x: Tensor, known: EncoderPass) -> Tensor:
     # One more row, for those that go nowhere.
     out = x.new_zeros(len(x) * known.whole + 1, x.shape[2]).index_copy_(0, known.places, x.flatten(0, 1))
     return out[:-1].unflatten(0, (len(x), known.whole))
+
+
+def _packed(output: Any, found: Prospect, left: tuple[int, ...], width: int) -> Encoded:
+    """Take what is left of the tiles, which stands in rows of that `width`, for an output's features."""
+    features, layouts, known = output.pooler_output, found.layouts, found.expected
+    lead, tiles = layouts[0].leads, iter(left)
+    by_tile = [[next(tiles) + lead for _ in layout.live] for layout in layouts]
+    kept = [*map(sum, by_tile)]
+    x = joined(list(features)) if isinstance(features, (tuple, list)) else features
+    x = x.reshape(-1, x.shape[-1])
+    if min(left) < width:
+        x = x[held(_filled(tuple(n + lead for n in left), width + lead, x.device))]
+    if not isinstance(features, Tensor):
+        output.pooler_output = list(x.split(kept))
+    else:  # where they differ in length, feature by feature
+        output.pooler_output = x.view(len(kept), kept[0], -1) if len({*kept}) == 1 else x[:, None]
+    return known._replace(kept=kept, by_tile=by_tile if known.tile is not None else None)
+
+
+@lru_cache(maxsize=16)
+def _filled(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Rows with something in them, of tiles of so many among `width`; on the device once: a copy would wait."""
+    with torch.inference_mode(False):
+        rows = torch.arange(len(lengths) * width).view(-1, width)
+        return rows[torch.arange(width) < torch.tensor(lengths)[:, None]].to(device)
 
 
 def _placed(
@@ -694,7 +724,7 @@ def spread(total: int, limits: Sequence[int]) -> list[int]:
 
 def _tiled(features: Any, layouts: tuple[Layout, ...]) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Features of all tiles [rows, D], and of each visual those in front of each tile's."""
-    x = features if isinstance(features, Tensor) else torch.cat(list(features))
+    x = features if isinstance(features, Tensor) else joined(list(features))
     tiles, lead = [len(layout.live) for layout in layouts], layouts[0].leads
     x = x.reshape(-1, x.shape[-1])
     if not lead:

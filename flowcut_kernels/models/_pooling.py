@@ -17,9 +17,9 @@ def pooled(pool: Any, rows: Tensor, known: EncoderPass) -> Tensor:
     Args:
         rows: their patches [B, n * side^2, C], token by token.
     """
-    assert known.position is not None
+    assert known.left is not None
     squares = rows.reshape(-1, known.side, known.side, rows.shape[-1]).permute(0, 3, 1, 2)
-    return pool(squares).flatten(1).unflatten(0, known.position.shape)
+    return pool(squares).flatten(1).unflatten(0, (len(known.left), known.width))
 
 
 class PooledTokens(Bound):

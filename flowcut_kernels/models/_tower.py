@@ -164,11 +164,14 @@ class _WatchedTower(Bound):
                 x if i not in known.rows or x is None else gather_tokens([x], known.rows[i], backend=encoder.backend)[0]
                 for i, x in enumerate(states)
             )
-        if known.side > 1 and known.position is not None:
-            output.last_hidden_state = _squares(output.last_hidden_state, tower.protect, known.side)
+        if known.side > 1 and known.left is not None:
+            last = output.last_hidden_state
+            output.last_hidden_state = squares = _squares(last, tower.protect, known.side)
             if states is not None:
                 before, read = states[: encoder.feature_layer + 1], states[encoder.feature_layer + 1 :]
-                read = (x if x is None else _squares(x, tower.protect, known.side) for x in read)
+                read = (
+                    x if x is None else squares if x is last else _squares(x, tower.protect, known.side) for x in read
+                )
                 output.hidden_states = (*before, *read)
         return output.to_tuple() if as_tuple else output
 

@@ -43,6 +43,8 @@ def vlm_replacements(
         model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
         entrance=not all(each.kind.shrinks for each in features), leads=max(each.kind.leads for each in features),
     )  # fmt: skip
+    for each in features:
+        each.marks = decoder is not None or encoder.record
     inner: list[Replacement] = [] if decoder is None else [(model.model, "forward", _Inner(model.model, shrinker))]
     return [
         *((model.model, each.method, each) for each in features),

@@ -73,10 +73,17 @@ class EncoderPass:
     in_order: bool = False  # the model takes the tokens tile by tile, and no dropped one has to be made up for
     # Afterwards:
     whole: int = 0  # N
+    left: tuple[int, ...] | None = None  # tokens of each tile; None: all
+    width: int = 0  # n: rows of a tile, in tokens, at least one
     # Of a packed encoder, whose images differ in size, lists of one tensor [n] for each.
     importance: Any = None  # [B, n] cumulative score of the tokens that are left; None: nobody scored
-    position: Any = None  # int64 [B, n] those tokens, -1 after the last of a tile; None: all are there
+    find: Callable[[], Tensor] | None = None  # makes `position`, for which not everybody asks
     rows: dict[int, Tensor] = field(default_factory=dict)  # by index in `align`: int64 [B, M] its rows that are left
+
+    @cached_property
+    def position(self) -> Any:
+        """int64 [B, n] the tokens that are left, -1 after the last of a tile; None: all are there."""
+        return None if self.find is None else self.find()
 
     @cached_property
     def places(self) -> Tensor:
@@ -610,12 +617,19 @@ class PrunedEncoder:
                 asked.importance = score[:, self.protect :].unflatten(1, (-1, asked.side**2)).mean(2)
             return
         asked.importance = None if score is None else score[:, self.protect :: state.block]
-        patches = state.patches
+        patches, ends = state.patches, asked.budgets or state.budgets
         assert patches is not None
-        asked.position = position = state.tokens_of(_or_absent(patches, state.mask, -state.block))
-        if asked.budgets is not None and min(asked.budgets) < 1:
-            none = constant(tuple(n < 1 for n in asked.budgets), position.device, torch.bool)
-            asked.position = position.masked_fill(none[:, None], -1)
+        asked.width = (patches.shape[1] - self.protect) // state.block
+        asked.left = tuple(n if end else 0 for n, end in zip(state.left or state.tokens, ends, strict=True))
+
+        def position() -> Tensor:
+            found = state.tokens_of(_or_absent(patches, state.mask, -state.block))
+            if min(ends) > 0:
+                return found
+            none = constant(tuple(n < 1 for n in ends), found.device, torch.bool)
+            return found.masked_fill(none[:, None], -1)
+
+        asked.find = position
         for index in asked.align:
             before, mask = entered[index] if index < len(entered) else (patches, state.mask)
             if before is None:  # all
