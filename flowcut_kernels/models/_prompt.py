@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens, table_of
 from ..modules.kv_layers import check_cache, is_pruned
@@ -26,6 +26,8 @@ from ._features import HEEDED, Encoded, PrunedFeatures, Visuals, heeding
 
 _PROMPT = "_flowcut_prompt"  # attribute of a cache that holds a pruned prompt
 _LISTS = dict(logits_processor=LogitsProcessorList, stopping_criteria=StoppingCriteriaList)  # arguments of `generate`
+# The prompt as `generate` was given it, while a shorter one is in its place.
+_WHOLE: ContextVar[tuple[Any, _Whole] | None] = ContextVar("whole", default=None)  # for a model
 # Columns of the conversation that `generate` was given: without a cache it passes what it wrote along with them.
 _PROMPT_END: ContextVar[tuple[Any, int] | None] = ContextVar("prompt_end", default=None)  # for a model
 
@@ -116,7 +118,8 @@ class PromptShrinker:
         before = [(x.found, x.ahead, x.encoded, x.encoder.trace) for x in self.kinds]
         for features in self.kinds:
             features.found = features.ahead = None
-        tokens = [(variable, variable.set(None)) for variable in (HEEDED, _PROMPT_END)]
+        variables: tuple[ContextVar[Any], ...] = HEEDED, _PROMPT_END, _WHOLE
+        tokens = [(variable, variable.set(None)) for variable in variables]
         try:
             with self.turns.aside():
                 yield
@@ -602,7 +605,7 @@ class PrunedGenerate(_PromptMethod):
             if arguments.get("input_ids") is not None:
                 raise ValueError("generate: give the prompt as inputs or as input_ids, not both")
             arguments["input_ids"] = prompt
-        prompt, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        prompt, mask, cache = (arguments.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
         self._step_aside(arguments)
         with self.shrinker.turns.running(self.model):
             shrunk = self.shrink(arguments)
@@ -610,9 +613,13 @@ class PrunedGenerate(_PromptMethod):
             return self._generate(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]
         self._shift_lengths(arguments, shrunk[0].length - skip)
+        whole = None
         if prompt is not None:
-            self._show_prompt(arguments, prompt, skip)
+            whole = self.model, _Whole(prompt, mask, skip)
+            if arguments.get("streamer") is not None:
+                arguments["streamer"] = _PromptStreamer(arguments["streamer"], prompt)
         remembered = vars(cache).pop(_PROMPT, None) if cache is not None else None
+        before = _WHOLE.set(whole)
         try:
             # What generate passes to forward fits the cache as it is.
             output = self._generate(arguments)
@@ -620,6 +627,8 @@ class PrunedGenerate(_PromptMethod):
             if remembered is not None:
                 setattr(cache, _PROMPT, remembered)
             raise
+        finally:
+            _WHOLE.reset(before)
         for used in (cache, getattr(output, "past_key_values", None)):
             if used is not None:
                 setattr(used, _PROMPT, talk)
@@ -671,23 +680,6 @@ class PrunedGenerate(_PromptMethod):
                 arguments["generation_config"] = copy.copy(arguments["generation_config"])
                 setattr(arguments["generation_config"], name, max(value - removed, 0))
 
-    def _show_prompt(self, arguments: dict[str, Any], prompt: Tensor, skip: int) -> None:
-        """Whatever the caller has look at the ids sees them behind the prompt as it was given."""
-        if arguments.get("streamer") is not None:
-            arguments["streamer"] = _PromptStreamer(arguments["streamer"], prompt)
-        for name, kind in _LISTS.items():
-            if arguments.get(name) is not None:
-                arguments[name] = kind(_Shown(x, prompt, skip) for x in arguments[name])
-        allowed = arguments.get("prefix_allowed_tokens_fn")
-        if allowed is not None:
-            beams = self._setting(arguments, "num_beams") or 1
-            copies = 1 if beams > 1 else self._setting(arguments, "num_return_sequences") or 1
-
-            def shown(row: int, ids: Tensor) -> list[int]:
-                return allowed(row, torch.cat([prompt[row // copies].to(ids.device), ids[skip:]]))
-
-            arguments["prefix_allowed_tokens_fn"] = shown
-
 
 def _with_prompt(prompt: Tensor, new: Tensor) -> Tensor:
     return torch.cat([prompt.to(new.device).repeat_interleave(len(new) // len(prompt), 0), new], 1)
@@ -712,28 +704,78 @@ class _Aside:
             self.callback.end()
 
 
+class _Whole:
+    """The prompt as it was given, for what looks at the ids."""
+
+    def __init__(self, ids: Tensor, mask: Tensor | None, skip: int) -> None:
+        self.ids, self.mask, self.skip = ids, mask, skip
+        self.seen: tuple[Tensor, Tensor] | None = None  # of a step, which all look at
+
+    def behind(self, ids: Tensor) -> Tensor:
+        """What was written, behind the whole prompt."""
+        if self.seen is None or self.seen[0] is not ids:
+            self.seen = ids, _with_prompt(self.ids, ids[:, self.skip :])
+        return self.seen[1]
+
+
 class _Shown:
     """What looks at the ids is shown them behind the prompt as it was given."""
 
-    def __init__(self, callback: Callable, prompt: Tensor, skip: int) -> None:
-        self.callback, self.prompt, self.skip = callback, prompt, skip
+    def __init__(self, callback: Callable, whole: _Whole) -> None:
+        self.callback, self.whole = callback, whole
+        if hasattr(callback, "eos_token_id"):  # by which `generate` knows that rows end
+            self.eos_token_id = callback.eos_token_id
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # a list of processors looks for the names of any more
         ids, *others = args
-        return self.callback(_with_prompt(self.prompt, ids[:, self.skip :]), *others, **kwargs)
+        return self.callback(self.whole.behind(ids), *others, **kwargs)
 
 
-class PrunedMerge(Bound):
-    """Replacement ``_merge_criteria_processor_list``: what the caller gave takes the place of what `generate` makes of
-    the same class, whoever shows it the prompt."""
+class _Looking(Bound):
+    """A method with which `generate` makes what looks at the ids."""
 
-    method = "_merge_criteria_processor_list"
+    @property
+    def whole(self) -> _Whole | None:
+        model, whole = _WHOLE.get() or (None, None)
+        return whole if model is self.model else None
 
-    def __call__(self, default_list: Any, custom_list: Any) -> Any:
-        shown = {id(x.callback): x for x in custom_list if isinstance(x, _Shown)}
-        given = type(custom_list)(x.callback if isinstance(x, _Shown) else x for x in custom_list)
-        merged = self.original(default_list, given)
-        return type(merged)(shown.get(id(x), x) for x in merged)
+
+class PrunedProcessors(_Looking):
+    """Replacement ``_get_logits_processor``: all are made for, and look at, the prompt as it was given, whose pads,
+    n-grams and length are others than those of what is left of it."""
+
+    method = "_get_logits_processor"
+
+    def __call__(self, generation_config: Any, **known: Any) -> Any:
+        whole = self.whole
+        if whole is None:
+            return self.original(generation_config, **known)
+        config, ids, mask = copy.copy(generation_config), whole.ids, whole.mask
+        for name in ("max_length", "min_length"):
+            if getattr(config, name):
+                setattr(config, name, getattr(config, name) + ids.shape[1] - whole.skip)
+        if mask is None:
+            mask = self.model._prepare_attention_mask_for_generation(ids, config, {})
+        copies = max(config.num_beams, config.num_return_sequences)
+        known |= dict(input_ids_seq_length=ids.shape[1], encoder_input_ids=ids)
+        known["model_kwargs"] = known["model_kwargs"] | dict(attention_mask=mask.repeat_interleave(copies, 0))
+        made = self.original(config, **known)
+        return type(made)(_Shown(x, whole) for x in made)
+
+
+class PrunedCriteria(_Looking):
+    """Replacement ``_get_stopping_criteria``: what the caller gave, and stop strings, look at the prompt as it was
+    given; the others look at lengths, which count what is left of it, and at the last token."""
+
+    method = "_get_stopping_criteria"
+
+    def __call__(self, generation_config: Any, stopping_criteria: Any, **known: Any) -> Any:
+        made, whole = self.original(generation_config, stopping_criteria, **known), self.whole
+        if whole is None:
+            return made
+        given = {*map(id, stopping_criteria)}
+        looks = [id(x) in given or isinstance(x, StopStringCriteria) for x in made]
+        return type(made)(_Shown(x, whole) if look else x for x, look in zip(made, looks, strict=True))
 
 
 class _PromptStreamer:

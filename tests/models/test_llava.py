@@ -14,11 +14,12 @@ import threading
 import pytest
 import tiny
 import torch
-from tiny import IMAGE, PAD, PATCHES
+from tiny import IMAGE, PAD, PATCHES, VOCAB
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -27,7 +28,9 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
+    WatermarkingConfig,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import flowcut_kernels as fk
 
@@ -496,9 +499,96 @@ def test_what_the_caller_gives_replaces_what_generate_makes(model, custom, setti
     assert torch.equal(model.generate(**options | setting | given), alone)
 
 
+def test_rows_that_have_ended(model):
+    """Are filled up with padding, whoever says what ends them."""
+    inputs = inputs_for(PROMPTS["batch"]) | dict(do_sample=False, max_new_tokens=5)
+    end = int(model.generate(**inputs, eos_token_id=VOCAB - 1)[0, -4])  # of the first row
+    want = model.generate(**inputs, eos_token_id=[end, VOCAB - 1])
+    assert want[0, -1] == PAD and not torch.equal(want[1:, -1], torch.tensor([PAD, PAD]))
+    assert torch.equal(model.generate(**inputs, stopping_criteria=[EosTokenCriteria([end, VOCAB - 1])]), want)
+
+
+def answered_by(model, logits, **kwargs):
+    """What the stock `generate` makes of logits that are there already."""
+    steps, forward = iter(logits), type(model).forward
+
+    def next_step(ids=None, **given):
+        if ids is not None:  # guidance asks by position
+            return forward(model, ids, **given)
+        return CausalLMOutputWithPast(logits=next(steps)[:, None])
+
+    with pytest.MonkeyPatch.context() as patch:
+        next_step.__signature__ = inspect.signature(model.forward)
+        patch.setattr(model, "forward", next_step)
+        return model.generate(**kwargs)
+
+
+SETTINGS = {
+    "repeated": dict(repetition_penalty=1.7),
+    "repeated, prompt": dict(encoder_repetition_penalty=1.7),
+    "words": dict(no_repeat_ngram_size=1),
+    "n-grams": dict(no_repeat_ngram_size=3),
+    "words of the prompt": dict(encoder_no_repeat_ngram_size=1),
+    "n-grams of the prompt": dict(encoder_no_repeat_ngram_size=3),
+    "bias": dict(sequence_bias=[[[IMAGE, IMAGE, 41], 20.0], [[1, IMAGE, 42], 20.0]]),
+    "late end": dict(min_length=2 * PATCHES + 8, eos_token_id=[*range(3, 60)]),
+    "decay": dict(exponential_decay_length_penalty=(2, 1.5)),
+    "last and first": dict(forced_eos_token_id=2, begin_suppress_tokens=[*range(3, 50)]),
+    "watermark": dict(watermarking_config=WatermarkingConfig(seeding_scheme="selfhash", context_width=6)),
+    "guidance": dict(guidance_scale=1.7, negative_prompt_ids=torch.tensor([[5, IMAGE, 6], [1, 7, 8], [1, 3, 4]])),
+    "beams": dict(num_beams=3, repetition_penalty=1.3, no_repeat_ngram_size=1),
+    "copies": dict(num_return_sequences=2, do_sample=True, repetition_penalty=1.3, encoder_no_repeat_ngram_size=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_see_the_whole_prompt(stock, setting):
+    """Where rows lose different numbers of tokens, pads come and go; n-grams with an image are others without it."""
+    inputs = inputs_for([[1, IMG, 5, 1, IMG], [1, 11, 12, 13, IMG], [1, 6, 7]])
+    settings = dict(do_sample=False, max_new_tokens=5, return_dict_in_generate=True) | SETTINGS[setting]
+    settings |= dict(output_logits=True, output_scores=True)
+    for given in (inputs, {name: x for name, x in inputs.items() if name != "attention_mask"}):
+        if given is not inputs:  # rows that are alike need no mask
+            given = {name: x[:1] if name == "input_ids" else x[:2] for name, x in given.items()}
+            settings.pop("negative_prompt_ids", None)
+        with fk.patched(stock, fk.FlowCut(1)):
+            torch.manual_seed(4)
+            got = stock.generate(**given, **settings)
+        torch.manual_seed(4)
+        want = answered_by(stock, got.logits, **given, **settings)
+        assert torch.equal(got.sequences, want.sequences)
+        assert_close(torch.stack(got.scores), torch.stack(want.scores), **CLOSE)
+
+
 class Words:
+    """As much of a tokenizer as streamers and stop strings ask for."""
+
     def decode(self, ids, **kwargs):
         return "".join(f"<{int(i)}>" for i in ids)
+
+    def get_vocab(self):
+        return {f"<{i}>": i for i in range(VOCAB)}
+
+    def __call__(self, text, **kwargs):
+        return dict(input_ids=[text])
+
+    def _convert_id_to_token(self, word):
+        return word
+
+    def convert_tokens_to_string(self, words):
+        return "".join(words)
+
+
+def test_stop_strings(stock):
+    """That begin in the prompt: it ends in as many placeholders as it was given."""
+    inputs = inputs_for(PROMPTS["image last"])
+    width = inputs["input_ids"].shape[1]
+    with fk.patched(stock, fk.FlowCut(1)):
+        out = stock.generate(**inputs, do_sample=False, max_new_tokens=4)
+        stop = Words().decode([IMAGE, IMAGE, out[0, width]])
+        found = stock.generate(**inputs, do_sample=False, max_new_tokens=4, stop_strings=[stop], tokenizer=Words())
+    assert torch.equal(found, out[:, : width + 1])
 
 
 @pytest.mark.parametrize("skip", [False, True])
