@@ -177,7 +177,7 @@ class FlowCut(Policy):
 
     def _left_by_encoder(self, budget: int) -> int:
         last = self.llm_layer is None and self.recycle_cell is None
-        return budget if last else round(self.encoder_surplus * budget)
+        return budget if last else round(self.encoder_surplus * min(budget, 2**53))  # more than any image has
 
     def encoder_budget(self, tokens: int, tiles: int = 1) -> int:
         budget = self.budget(tokens)

@@ -49,6 +49,14 @@ def test_bad_budgets(policy, arguments, error, words):
         policy(**arguments)
 
 
+@pytest.mark.parametrize("last", [dict(llm_layer=1), dict(recycle_cell=2.5)], ids=str)
+def test_schedules_of_more_than_a_float_can_hold(last):
+    """Which the surplus makes of a budget."""
+    with pytest.raises(ValueError, match=r"FlowCut: schedule=\(\(1, 9\),\) must end with target_tokens=1000"):
+        fk.FlowCut(10**400, schedule=((1, 9),), **last)
+    assert fk.FlowCut(10**400, **last).encoder_budget(576) == 576
+
+
 @pytest.mark.parametrize(
     ("policy", "name", "value", "words"),
     [
