@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -55,11 +56,16 @@ def retained_count(
         A count for each image or video, in order. What the language model drops later on is not counted.
 
     Raises:
-        TypeError: a configuration of another model.
+        TypeError: a configuration of another model, or none.
         ValueError: a modality that the model does not have, sizes that are missing or of another kind, a processor that
             does not count patches, or a policy that knows its counts only afterwards (``VFlowOpt.release``) or does not
             fit the model.
     """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}, but what is needed is the model's configuration of transformers, as "
+            "AutoConfig.from_pretrained returns it"
+        )
     kind: Any = type(config)  # mypy takes a dataclass for something without a hash
     found = _features(kind, json.dumps(config.to_dict(), sort_keys=True, default=str), policy)
     features = next((each for each in found if each.kind.modality == modality), None)
@@ -68,16 +74,22 @@ def retained_count(
         raise ValueError(f"modality={modality!r} but this model has: {known}")
     if image_sizes is None and pixel_shape is None:
         raise ValueError("retained_count: give image_sizes, or pixel_shape where the count follows from it")
-    visuals, unknown = features.kind, (0,) * (4 if modality == "video" else 3)
-    asks = bool(visuals.grid) or isinstance(visuals, ShuffledImages)
-    if asks and processor is not None and image_sizes is not None and modality == "image":
-        patches = _patches(processor, image_sizes)
+    visuals, by_processor = features.kind, processor is not None and modality == "image"
+    counted = by_processor and (bool(visuals.grid) or isinstance(visuals, ShuffledImages))
+    grids = bool(visuals.grid) and not counted
+    side = visuals.model.visual.spatial_merge_size if grids else 1
+    sizes = None if image_sizes is None else _sizes(image_sizes, modality, grids, side)
+    if counted and sizes is not None:
+        patches = _patches(processor, sizes)
         counts = {n: retained_count(config, policy, **_of_patches(visuals, n))[0] for n in {*patches}}
         return [counts[n] for n in patches]
-    shape = tuple(pixel_shape or (len(image_sizes), *unknown))  # type: ignore[arg-type]
-    pixels, sizes = torch.ones(()).expand(shape), None if image_sizes is None else torch.as_tensor(image_sizes)
-    columns = () if sizes is None else (("image_sizes", 2), (f"{modality}_grid_thw", 3))
-    given = {name: sizes for name, count in columns if sizes.shape[-1] in (0, count)}  # type: ignore[union-attr]
+    shape = (len(sizes or ()), *(0,) * (4 if modality == "video" else 3))
+    if pixel_shape is not None:
+        alone = sizes is None and isinstance(visuals, ShuffledImages)
+        shape = _shape(pixel_shape, modality, visuals.apart if alone else None)
+    pixels = torch.ones(()).expand(shape)
+    table = torch.tensor(sizes or (), dtype=torch.int64).view(-1, 3 if grids else 2)
+    given = {} if sizes is None else {f"{modality}_grid_thw" if grids else "image_sizes": table}
     arguments: dict[str, Any] = dict(batch_num_images=batch_num_images, **given)
     with heeding():
         if pixel_shape is None:  # then there are no pixels to count by
@@ -96,9 +108,47 @@ def retained_count(
     return [n + visuals.leading for n in kept if n is not None]
 
 
-def _patches(processor: Any, sizes: Sequence[Sequence[int]] | Tensor) -> list[int]:
+def _plain(x: Any) -> Any:
+    """Lists in the place of arrays and tensors."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
+def _sizes(given: Any, modality: str, grids: bool, side: int) -> list[tuple[int, ...]]:
+    """Sizes of each image, however they come; of grids the rows and columns are multiples of `side`."""
+    try:
+        sizes = [tuple(index(_plain(x)) for x in _plain(one)) for one in _plain(given)]
+    except TypeError:
+        sizes = [()]
+    if any(len(one) != (3 if grids else 2) or min(one) < 1 or any(n % side for n in one[-2:]) for one in sizes):
+        parts = f"(frames, rows, columns) of patches, the last two multiples of {side}" if grids else "(height, width)"
+        other = "; with processor=, of images (height, width)" if grids and modality == "image" else ""
+        raise ValueError(
+            f"image_sizes={given!r} must be a list with {parts}, of each {modality}: whole numbers above 0{other}"
+        )
+    return sizes
+
+
+def _shape(given: Any, modality: str, apart: bool | None) -> tuple[int, ...]:
+    """A shape of pixel values, however it comes.
+
+    Args:
+        apart: whether images have tiles in a dimension of their own; None: they may have.
+    """
+    names = "images or tiles, 3, height, width"
+    if modality == "video" or apart:
+        names = "1, tiles, 3, height, width" if apart else "videos, frames, 3, height, width"
+    lengths = {names.count(",") + 1} | ({5} if apart is None else set())
+    try:
+        shape = tuple(index(_plain(n)) for n in _plain(given))
+    except TypeError:
+        shape = ()
+    if len(shape) not in lengths or min(shape) < 0 or (apart and shape[0] != 1):
+        raise ValueError(f"pixel_shape={given!r} must be that of the processor's pixel values, [{names}]")
+    return shape
+
+
+def _patches(processor: Any, sizes: list[tuple[int, ...]]) -> list[int]:
     """What a processor makes of images of (height, width), its own settings for its image processor included."""
-    sizes = [(int(height), int(width)) for height, width in sizes]
     if hasattr(processor, "_get_num_multimodal_tokens"):  # under this name for serving engines
         return processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_patches"]
     processor = getattr(processor, "image_processor", processor)
@@ -136,12 +186,19 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
         bool [T] on the device of the scores; ties go to the earlier token.
 
     Raises:
+        TypeError: scores that are no float32 or float64 tensor.
         ValueError: numbers that do not fit each other, or scores that are not finite.
     """
+    if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64):
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores must be a float32 or float64 tensor, got {found}")
+    full, kept = (_plain(x) for x in (full, kept))
     if scores.dim() != 1 or len(scores) != sum(full):
         raise ValueError(f"scores must be [{sum(full)}] = [sum(full)], got {tuple(scores.shape)}")
     if len(kept) != len(full) or any(not 0 < k <= n for k, n in zip(kept, full, strict=True)):
         raise ValueError(f"kept={list(kept)} must name 1 to all of the tokens of each image, full={list(full)}")
+    if not len(full):
+        return torch.zeros_like(scores, dtype=torch.bool)
     device = scores.device
     budgets = torch.tensor(kept, dtype=torch.int32, device=device)
     _, index, lengths = score_select(

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tiny import clip_tower, llava
@@ -88,13 +89,94 @@ def test_sizes_that_do_not_say_how_many():
             retained_count(found[name], policy, [(56, 56)], modality="video")
     with pytest.raises(ValueError, match="processor=LlavaImageProcessorPil does not say how many patches"):
         retained_count(found["internvl"], policy, [(56, 56)], processor=LlavaImageProcessorPil())
-    with pytest.raises(ValueError, match="video_grid_thw is missing"):  # a processor counts images
+    with pytest.raises(ValueError, match=r"must be a list with \(frames, rows, columns\)"):  # a processor counts images
         retained_count(found["qwen2_vl"], policy, [(56, 56)], modality="video", processor=object())
-    with pytest.raises(ValueError, match="image_grid_thw is missing"):
+    with pytest.raises(ValueError, match=r"columns\) of patches.* with processor=, of images \(height, width\)"):
         retained_count(found["qwen2_vl"], policy, [(56, 56)])
     with pytest.raises(ValueError, match="image_sizes is missing"):
-        retained_count(found["llava_next"], policy, [(1, 14, 14)])
+        retained_count(found["llava_next"], policy, pixel_shape=(1, 5, 3, 56, 56))
     assert all(retained_count(config, policy, []) == [] for config in found.values())
+
+
+SIZES = [(56, 100), (40, 70)]
+GRIDS = [(1, 8, 12), (1, 10, 6)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        torch.tensor,
+        np.array,
+        lambda x: [*map(torch.tensor, x)],
+        lambda x: [*map(np.array, x)],
+        lambda x: tuple(map(torch.Size, x)),
+    ],
+    ids=["tensor", "array", "rows of a tensor", "rows of an array", "tuples"],
+)
+def test_sizes_as_engines_hand_them_on(form):
+    """A row of a processor's tensor by itself, for one, as docs/serving.md has it."""
+    found, policy = {family.name: family for family in families()}, fk.FlowCut(retain_ratio=0.3)
+    for name, sizes, given in (
+        ("llava", SIZES, {}),
+        ("llava_next", SIZES, {}),
+        ("internvl", SIZES, dict(processor=found["internvl"].processor())),
+        ("qwen2_5_vl", GRIDS, {}),
+        ("qwen2_5_vl", SIZES, dict(processor=found["qwen2_5_vl"].processor())),
+    ):
+        config = found[name].model().config
+        want = retained_count(config, policy, sizes, **given)
+        assert retained_count(config, policy, form(sizes), **given) == want and all(type(n) is int for n in want)
+    shape = (3, 3, 56, 56)
+    config = found["internvl"].model().config
+    assert retained_count(config, policy, pixel_shape=form([shape])[0]) == retained_count(
+        config, policy, pixel_shape=shape
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (56, 100),
+        [(56.5, 100)],
+        [(0, 100)],
+        [(-3, 100)],
+        [(56, 100, 3)],
+        [{"height": 56, "width": 100}],
+        [(56,), (4, 7)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_sizes_that_are_none(name, sizes):
+    """One image's without a list around it were two images of a model whose counts are fixed."""
+    family = next(family for family in families() if family.name == name)
+    with pytest.raises(ValueError, match=r"image_sizes=.* must be a list with \(height, width\), of each image: whole"):
+        retained_count(family.model().config, POLICIES[0], sizes, processor=family.processor())
+
+
+@pytest.mark.parametrize("grids", [(1, 8, 12), [(1, 7, 12)], [(1, -8, 12)], [(1, 8.0, 12)]], ids=str)
+def test_grids_that_are_none(grids):
+    config = next(family for family in families() if family.name == "qwen3_vl").model().config
+    with pytest.raises(ValueError, match=r"image_sizes=.* \(frames, rows, columns\) .* multiples of 2, of each image"):
+        retained_count(config, POLICIES[0], grids)
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "shape", "words"),
+    [
+        ("internvl", "image", (1, 5, 3, 56, 56), "images or tiles, 3"),
+        ("internvl", "image", (5, 3, 56), "images or tiles, 3"),
+        ("internvl", "image", (-1, 3, 56, 56), "images or tiles, 3"),
+        ("internvl", "image", (5.0, 3, 56, 56), "images or tiles, 3"),
+        ("smolvlm", "image", (5, 3, 56, 56), "1, tiles, 3"),
+        ("smolvlm", "image", (2, 5, 3, 56, 56), "1, tiles, 3"),
+        ("video_llava", "video", (4, 3, 56, 56), "videos, frames, 3"),
+    ],
+)  # fmt: skip
+def test_shapes_that_are_none(name, modality, shape, words):
+    config = next(family for family in families() if family.name == name).model().config
+    with pytest.raises(ValueError, match=rf"pixel_shape=.* must be that of the processor's pixel values, \[{words}"):
+        retained_count(config, POLICIES[0], modality=modality, pixel_shape=shape)
 
 
 def test_what_cannot_be_counted():
@@ -105,6 +187,9 @@ def test_what_cannot_be_counted():
         retained_count(config, policy)
     with pytest.raises(ValueError, match="only once they are chosen"):
         retained_count(config, fk.VFlowOpt(retain_ratio=0.5, counts="release"), [(56, 56)])
+    for other in (config.to_dict(), None, llava()):
+        with pytest.raises(TypeError, match=f"config is a {type(other).__name__}, but what is needed is the model's"):
+            retained_count(other, policy, [(56, 56)])
     with pytest.raises(TypeError, match="vision tower alone"):
         retained_count(clip_tower().config, policy, [(56, 56)])
     with pytest.raises(TypeError, match="LlamaConfig is of no supported model; supported: CLIPVisionConfig"):
@@ -121,6 +206,8 @@ def test_mask(backend, dtype):
     for part, chosen, count in zip(scores.split(full), mask.split(full), kept, strict=True):
         best = part.argsort(descending=True, stable=True)[:count]
         assert chosen.nonzero().flatten().tolist() == sorted(best.tolist())
+    assert torch.equal(retention_mask(scores, torch.tensor(full), np.array(kept), backend=backend), mask)
+    assert retention_mask(scores[:0], [], [], backend=backend).shape == (0,)
     equal = retention_mask(torch.zeros(6, dtype=dtype), [4, 2], [2, 1], backend=backend)
     assert equal.tolist() == [True, True, False, False, True, False]
 
@@ -147,5 +234,8 @@ def test_bad_masks():
     for kept in ([1], [0, 1], [1, 4]):
         with pytest.raises(ValueError, match="kept="):
             retention_mask(torch.zeros(5), [2, 3], kept)
+    for scores in ([0.0] * 5, torch.zeros(5, dtype=torch.bfloat16)):
+        with pytest.raises(TypeError, match="scores must be a float32 or float64 tensor"):
+            retention_mask(scores, [2, 3], [1, 1])
     with pytest.raises(ValueError, match="NaN"):
         retention_mask(torch.tensor([1.0, float("nan"), 0.0]), [3], [1])
