@@ -17,6 +17,7 @@ from flowcut_kernels.modules.decoder import VisualTokens
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SQRT3 = 3**0.5
+STREAM = np.random.RandomState()  # seeded anew for every tensor; a new one would ask the system for entropy first
 
 
 def golden_manifest() -> dict:
@@ -31,8 +32,8 @@ def golden_tensors(case: str) -> dict[str, Tensor]:
 
 def drawn(name: str, seed: int, shape: tuple[int, ...], amplitude: float, offset: float = 0.0) -> Tensor:
     """The manifest's recipe for random tensors: the same numbers on every machine."""
-    stream = np.random.RandomState((seed * 1000003 + zlib.crc32(name.encode())) % 2**32)
-    values = stream.random_sample(tuple(shape))
+    STREAM.seed((seed * 1000003 + zlib.crc32(name.encode())) % 2**32)
+    values = STREAM.random_sample(tuple(shape))
     values *= 2.0
     values -= 1.0
     values *= amplitude

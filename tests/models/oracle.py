@@ -13,11 +13,11 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
-from skimage.measure import shannon_entropy
-from test_feature_stage import Item, pruned_by_hand, staged
+from test_feature_stage import Item, bits_of, pruned_by_hand, staged
 from test_llm_baselines import clusters_of
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -83,7 +83,7 @@ def flow_score(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, first:
 def entropy_of(patches: Tensor) -> Tensor:
     """[n] of the grey levels of patches [3, n, p, p] that were normalised with a mean and a deviation of one half."""
     levels = (127.5 * patches + 127.5).round().clamp(0, 255).mean(0).round()
-    return torch.tensor([shannon_entropy(patch) for patch in levels.numpy()], dtype=torch.float64)
+    return torch.tensor([bits_of(patch) for patch in levels.numpy()], dtype=torch.float64)
 
 
 class Tower:
@@ -360,13 +360,19 @@ class Visuals:
     tiles: list[Tensor] = field(default_factory=list)  # tokens that the encoder leaves of each tile, ascending
 
 
+@lru_cache(maxsize=2)
+def stock(build: Callable[..., Any]) -> Any:
+    """The model that oracles of a family share: each takes away what it adds."""
+    model = build(dtype=torch.float64).requires_grad_(False)
+    model.set_attn_implementation("oracle")
+    return model
+
+
 class Oracle:
     """Logits of single rows under a policy."""
 
     def __init__(self, family: Family, policy: fk.policies.base.Policy) -> None:
-        self.family, self.policy = family, policy
-        self.model = family.model(dtype=torch.float64).requires_grad_(False)
-        self.model.set_attn_implementation("oracle")
+        self.family, self.policy, self.model = family, policy, stock(family.model)
         self.inner = self.model.model
         self.token_ids = {kind: getattr(self.model.config, f"{kind}_token_id") for kind in family.kinds}
 
@@ -536,6 +542,7 @@ class Oracle:
         """[T, C]: `values` [tokens, C] in the projected tokens' place, as the model assembles them; 0 for newlines."""
         line = getattr(self.inner, "image_newline", None)
         before = None if line is None else line.data.clone()
+        layers = self._layers(kind)
 
         def put(number: Tensor, out: Tensor) -> Tensor:
             return torch.nn.functional.pad(values[number].to(out), (0, out.shape[1] - values.shape[1]))
@@ -543,10 +550,19 @@ class Oracle:
         try:
             if line is not None:
                 line.data.zero_()
+            for layer in layers:  # what they compute is thrown away behind the projector
+                layer.forward = lambda hidden, *_, **__: hidden
             return self._call(inputs, kind, put)[0][:, : values.shape[1]]
         finally:
+            for layer in layers:
+                del layer.forward
             if line is not None:
                 line.data.copy_(before)
+
+    def _layers(self, kind: str) -> list[nn.Module]:
+        """Of the tower that reads a kind."""
+        video = self.family.video_layers if kind == "video" else None
+        return list((video or self.family.layers)(self.model))
 
     def _watched(
         self,
@@ -558,15 +574,15 @@ class Oracle:
         change: Any = None,
     ) -> tuple[Tensor, Any, Tower]:
         """Features [T, D] of a pruning tower, the output they came in, and what it dropped."""
-        layers = self.family.video_layers if kind == "video" and self.family.video_layers else self.family.layers
-        modules = [self.family.attention(layer) for layer in layers(self.model)]
+        layers = self._layers(kind)
+        modules = [self.family.attention(layer) for layer in layers]
         watch = Tower(self.policy, tiles, voids, budgets, len(modules))
         handles = [m.register_forward_hook(lambda *_, i=i: watch.end(i)) for i, m in enumerate(modules)]
         if self.policy.wants_pixels:
             convolutions = [x for x in self.inner.modules() if isinstance(x, (nn.Conv2d, nn.Conv3d))]
             handles += [x.register_forward_pre_hook(watch.look) for x in convolutions]
         if isinstance(self.policy, fk.VisionZip):  # what is read of the tower changes before it is projected
-            last, projector = layers(self.model)[len(modules) - 1], self.family.projector(self.model)
+            last, projector = layers[-1], self.family.projector(self.model)
             handles += [last.register_forward_hook(watch.read), projector.register_forward_pre_hook(watch.merge)]
         try:
             for module in modules:
