@@ -47,13 +47,13 @@ STEPS = (
     *(
         Step(
             f"prefill-{model}", f"prefill --model {model} --batch {batch} --baselines --repeats 5 --device cuda",
-            f"prefill --model {model} --toy --batch 1,2 --baselines {TOY}",
+            f"prefill --model {model} --toy --batch {few} --baselines {TOY}",
         )
-        for model, batch in (("llava-1.5-7b", "1,8,32"), ("llava-next-7b", "1,8"))
+        for model, batch, few in (("llava-1.5-7b", "1,8,32", "1,2"), ("llava-next-7b", "1,8", "2"))
     ),
     Step(
         "encoder", "encoder --dtype bf16 --batch 1,8,32 --repeats 9 --device cuda",
-        f"encoder {ENCODER} --tokens 16,8 --batch 1,2 {TOY}",
+        f"encoder {ENCODER} --tokens 16,8 --batch 2 {TOY}",
     ),
     Step(
         "encoder-frozen", "encoder --dtype bf16 --batch 1 --frozen --no-baselines --repeats 9 --device cuda",
@@ -73,11 +73,11 @@ STEPS = (
     Step(
         "prefill-llava-onevision-7b",
         "prefill --model llava-onevision-7b --batch 1,8 --baselines --repeats 5 --device cuda",
-        f"prefill --model llava-onevision-7b --toy --batch 1,2 --baselines {TOY}",
+        f"prefill --model llava-onevision-7b --toy --batch 2 --baselines {TOY}",
     ),
     Step(
         "prefill-families", "prefill --family all --repeats 3 --device cuda",
-        f"prefill --family llava-1.5-7b,qwen2.5-vl-7b --toy {TOY}",
+        f"prefill --family qwen2.5-vl-7b --toy {TOY}",
     ),
     *(
         Step(

@@ -8,6 +8,14 @@ from typing import Any
 import pytest
 from browser import Visits, chromium
 
+from flowcut_kernels.bench import timing
+
+
+@pytest.fixture(autouse=True)
+def _unsettled(monkeypatch) -> None:
+    """Calls that only settle the caches before a sample are left out: no test looks at how long something took."""
+    monkeypatch.setattr(timing, "SETTLING", 0.0)
+
 
 # By module, not by session: until Playwright's loop is closed nothing else in the process can run one.
 @pytest.fixture(scope="module")
