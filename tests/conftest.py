@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ import torch
 # Triton reads it when it is first imported; without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from interpreter import patch_once
+
+        patch_once()
 # By default convolutions of float32, such as a tower's first, have the precision of TF32.
 torch.backends.cudnn.allow_tf32 = False
 
