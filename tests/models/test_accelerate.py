@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.testing import assert_close
 from zoo import Image, families
@@ -49,6 +50,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.any_transformers
 @torch.no_grad()
 def test_data_parallel(tmp_path):
     """Rows shared out between the processes give what one process gives."""

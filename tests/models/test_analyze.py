@@ -228,6 +228,7 @@ print(extra(48), extra(96))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory cannot be reset")
+@pytest.mark.any_transformers
 def test_memory_is_linear():
     """At N = 9,216 a map would be 324 MiB; four times the tokens take about four times the memory."""
     run = subprocess.run(

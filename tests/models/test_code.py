@@ -10,6 +10,7 @@ import pytest
 
 import flowcut_kernels as fk
 
+pytestmark = pytest.mark.any_transformers
 CODE = Path(fk.__file__).parent
 FILES = {str(path.relative_to(CODE)): ast.parse(path.read_text()) for path in CODE.rglob("*.py")}
 # Tokens, edges, patches and layers of LLaVA-1.5 and LLaVA-OneVision, and where an image starts in the former's prompt.

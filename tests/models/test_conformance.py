@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 import sys
 from collections.abc import Iterator
@@ -159,11 +160,16 @@ def first_policy(family: Family) -> fk.policies.base.Policy:
 
 
 def served() -> Iterator[Any]:
-    """Families and names of policies. Random tokens are a uniform grid but for the choice: two families will do."""
+    """Families and names of policies. Random tokens are a uniform grid but for the choice: two families will do.
+
+    Some drop at the places where FlowCut does, and differ in what they choose, which transformers has no part in.
+    """
     for family in families():
         for name in policies_of(family):
             if name != "random" or str(family) in ("llava_next", "qwen2_5_vl"):  # voids, windows
-                yield pytest.param(family, name, id=f"{family}-{name}")
+                choice = name in ("attention", "uniform", "one token", "random")
+                marks = [pytest.mark.any_transformers] * choice
+                yield pytest.param(family, name, id=f"{family}-{name}", marks=marks)
 
 
 # Prompts that are like others but for what no policy sees: two policies have them all.
@@ -179,6 +185,8 @@ def test_every_logit(family, policy):
     oracle = Oracle(family, policy)
     for name, rows in chosen.items():
         inputs = {side: given(family, rows, side, torch.float64) for side in ("left", "right")}
+        if inputs["left"]["attention_mask"].all():  # the other side is the same
+            del inputs["right"]
         with fk.patched(model, policy):
             logits = {side: model(**inputs[side]).logits for side in inputs}
             out = model.generate(**inputs["left"], **GREEDY)
@@ -187,15 +195,14 @@ def test_every_logit(family, policy):
         for i, row in enumerate(rows):
             want, _ = oracle(row, out.sequences[i, length:])
             want, steps = want[:-STEPS], want[-STEPS - 1 : -1]
-            found = dict(
-                left=(logits["left"][i, -len(want) :], want),
-                right=(logits["right"][i, : len(want)], want),
-                steps=(torch.stack([step[i] for step in out.logits]), steps),
-            )
+            places = dict(left=slice(-len(want), None), right=slice(len(want)))
+            found = {side: (logits[side][i, places[side]], want) for side in inputs}
+            found["steps"] = torch.stack([step[i] for step in out.logits]), steps
             for way, (got, expected) in found.items():
                 assert_close(got.double(), expected, **CLOSE, msg=lambda m, at=(name, i, way): f"{at}: {m}")
 
 
+@pytest.mark.any_transformers
 @torch.no_grad()
 def test_the_oracle_can_tell(family):
     """Policies and budgets give different logits: the comparisons mean something."""
@@ -260,27 +267,30 @@ def test_conversation(family):
     assert_close(torch.cat(second.logits).double(), want, **CLOSE)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @torch.no_grad()
-def test_precision(family, dtype, attention):
+def answered(family: Family, model: Any, policies: list) -> list[tuple[torch.Tensor, list]]:
+    """Logits behind the rows of a batch, of the stock model and under policies, each with its trace."""
+    inputs, found = given(family, prompts(family)["sizes in a batch"], dtype=model.dtype), []
+    found.append((model(**inputs).logits[:, -1], []))
+    for policy in policies:
+        with fk.patched(model, policy, record=True):
+            found.append((model(**inputs).logits[:, -1], fk.trace(model).stages))
+    return found
+
+
+def test_precision(family):
     """As close to the fp64 model as the stock model is, where both keep the same; and any policy's budget is exact."""
-    rows = prompts(family)["sizes in a batch"]
-    model, exact = family.model(attention, dtype), family.model(dtype=torch.float64)
-    inputs, reference = given(family, rows, dtype=dtype), given(family, rows, dtype=torch.float64)
-    noise = (model(**inputs).logits[:, -1] - exact(**reference).logits[:, -1]).abs().mean()
-    policies = [
-        policy for name, policy in policies_of(family).items() if name in ("flowcut", "flowcut llm", "vflowopt")
-    ]
-    for policy in (*policies, fk.RandomTokens(13)):
-        if not isinstance(policy, family.policies):
-            continue
-        with fk.patched(model, policy, record=True), fk.patched(exact, policy, record=True):
-            error = (model(**inputs).logits[:, -1] - exact(**reference).logits[:, -1]).abs().mean()
-            stages, others = fk.trace(model).stages, fk.trace(exact).stages
-        assert stages[-1].kept == others[-1].kept and error.isfinite()
-        if all(torch.equal(a.indices, b.indices) for a, b in zip(stages, others, strict=True)):
-            assert error < 3 * noise, policy
+    policies = [policies_of(family).get(name) for name in ("flowcut", "flowcut llm", "vflowopt")]
+    policies = [policy for policy in (*policies, fk.RandomTokens(13)) if isinstance(policy, family.policies)]
+    (exact, _), *others = answered(family, family.model(dtype=torch.float64), policies)
+    for dtype, attention in itertools.product((torch.float32, torch.bfloat16), ("sdpa", "eager")):
+        (stock, _), *pruned = answered(family, family.model(attention, dtype), policies)
+        noise = (stock - exact).abs().mean()
+        for policy, (logits, stages), (reference, wanted) in zip(policies, pruned, others, strict=True):
+            error = (logits - reference).abs().mean()
+            assert stages[-1].kept == wanted[-1].kept and error.isfinite()
+            if all(torch.equal(a.indices, b.indices) for a, b in zip(stages, wanted, strict=True)):
+                assert error < 3 * noise, (dtype, attention, policy)
 
 
 @torch.no_grad()
@@ -482,7 +492,7 @@ def test_copies(family, tmp_path):
 # Other libraries
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("place", ["cpu", pytest.param("disk", marks=pytest.mark.any_transformers)])
 @torch.no_grad()
 def test_hooks_of_accelerate(family, place, tmp_path):
     """A device map over several modules, which then run between hooks; weights on disk are loaded layer by layer."""

@@ -10,6 +10,7 @@ from zoo import spell
 import flowcut_kernels as fk
 from flowcut_kernels import policies
 
+pytestmark = pytest.mark.any_transformers
 LAYERS, SIDE = 32, 24
 POLICIES = [getattr(policies, name) for name in policies.__all__ if name != "Policy"]
 # What the published settings are called is not always what they keep.
