@@ -11,10 +11,6 @@ import torch
 # Triton reads it when it is first imported; without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    if find_spec("triton"):
-        from interpreter import patch_once
-
-        patch_once()
 # By default convolutions of float32, such as a tower's first, have the precision of TF32.
 torch.backends.cudnn.allow_tf32 = False
 
@@ -22,3 +18,12 @@ torch.backends.cudnn.allow_tf32 = False
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where Triton's interpreter has something to run."""
+    interpreted = not torch.cuda.is_available() and find_spec("triton")
+    if interpreted and any("triton" in item.name for item in session.items):
+        from interpreter import patch_once
+
+        patch_once()
