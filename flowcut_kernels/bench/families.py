@@ -12,11 +12,12 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Container
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -40,7 +41,11 @@ Settings = dict[str, Any]
 
 TEXT = 32  # words after the picture
 SHARE = 0.11  # of the visual tokens that stay
-CALLS = 25  # forward passes whose CPU time is compared, in turns, where nothing else is measured
+# Python keeps its frames in chunks of 16 KiB. Where calls in a loop happen to cross from one to the next, each of them
+# asks for memory and gives it back: a forward pass takes up to a third longer or shorter by nothing but how deep its
+# caller stands. CPU time is therefore a mean over such depths, in frames of `_below`, that cover a chunk.
+DEPTHS = range(0, 128, 8)
+CALLS = 6  # forward passes at each depth whose CPU time is compared, in turns, where nothing else is measured
 PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
 
@@ -330,7 +335,6 @@ def measure(
         size: "real" or "toy", of the models whose first token is timed.
     """
     device = torch.device(device)
-    calls = 5 * repeats  # of the Python around the layers, which takes less time and varies more
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for number, name in enumerate(families):
@@ -339,7 +343,7 @@ def measure(
         try:
             row |= first_token(FAMILIES[name], size, device, dtype, repeats, backend)
             if row["ok"]:
-                row |= overhead(FAMILIES[name], FAMILIES[name].shown, device, backend, calls)
+                row |= overhead(FAMILIES[name], FAMILIES[name].shown, device, backend, repeats)
                 if size == "real":  # of a toy's it would say nothing
                     row["adapter_share"] = row["adapter_seconds"] / row["stock_first_seconds"]
         except Exception as error:  # one family's failure must not cost the others
@@ -351,7 +355,7 @@ def measure(
         f"Model families, {size} size: all visual tokens against {SHARE:.0%} of them",
         command,
         rows,
-        facts=dict(share=SHARE, size=size, repeats=repeats, calls=calls, prompt_words=TEXT),
+        facts=dict(share=SHARE, size=size, repeats=repeats, calls=repeats * len(DEPTHS), prompt_words=TEXT),
         notes=[
             f"one picture or video and {TEXT} words; random weights; FlowCut(retain_ratio={SHARE})",
             "1st token: encoder, projector, prefill",
@@ -393,11 +397,15 @@ def first_token(
 
 
 class _HostClock(Clock):
-    """CPU time of this process, whatever the device still has to do, without what calls of some modules take."""
+    """CPU time of this process, whatever the device still has to do, without what calls of some modules take.
+
+    Each run's calls begin at one of DEPTHS after the other.
+    """
 
     def __init__(self, device: torch.device, without: Container[nn.Module] = ()) -> None:
         super().__init__(device)
         self.without = without
+        self.calls: Counter[Run] = Counter()
 
     def _span(self, run: Run, calls: int) -> float:
         taken, entered = 0.0, []  # one of these modules may call another
@@ -416,10 +424,22 @@ class _HostClock(Clock):
             if self.without:  # hooks of all modules: a module's own would change what the package does
                 for hook in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave)):
                     stack.callback(hook.remove)
+            depth = DEPTHS[self.calls[run] % len(DEPTHS)]
+            self.calls[run] += calls
             start = time.process_time()
             for _ in range(calls):
-                run()
+                _below(depth, run)
             return time.process_time() - start - taken
+
+
+def _below(depth: int, run: Run) -> object:
+    """`run` so many frames deeper."""
+    return run() if depth == 0 else _below(depth - 1, run)
+
+
+def _over_depths(seconds: Sequence[float]) -> float:
+    """The mean over DEPTHS of the median at each."""
+    return fmean(median(seconds[i :: len(DEPTHS)]) for i in range(len(DEPTHS)))
 
 
 @torch.inference_mode()
@@ -428,8 +448,9 @@ def overhead(
 ) -> dict[str, float]:
     """CPU seconds of this process: the thin stock model's forward pass, and what a patched one takes beyond it.
 
-    Fewer tokens are less work even for a thin model, and must not be set against what the adapter takes. So the time in
-    modules that the patch leaves alone is left out, on both sides.
+    Each is the mean over DEPTHS of the median of `calls` passes. Fewer tokens are less work even for a thin model, and
+    must not be set against what the adapter takes. So the time in modules that the patch leaves alone is left out, on
+    both sides.
     """
     stock = family.build("thin", device, torch.float32)
     inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
@@ -441,12 +462,12 @@ def overhead(
             stack.enter_context(patched(models[name], policy, backend=backend))
         same = _unchanged(models["adapter_seconds"])
         alone = {model.get_submodule(name) for model in models.values() for name in same}
-        around = interleave(runs, repeats=calls, clock=_HostClock(device, alone), least=0)
-        host = interleave(dict(stock=runs["stock"]), repeats=calls, clock=_HostClock(device), least=0)["stock"]
-    rounds = {name: zip(around[name].values, around["stock"].values, strict=True) for name in policies}
-    return dict(stock_host_seconds=host.median) | {
-        name: median(ours - theirs for ours, theirs in pairs) for name, pairs in rounds.items()
-    }
+        rounds = calls * len(DEPTHS)
+        around = interleave(runs, repeats=rounds, clock=_HostClock(device, alone), least=0)
+        host = interleave(dict(stock=runs["stock"]), repeats=rounds, clock=_HostClock(device), least=0)["stock"]
+    stock_around = _over_depths(around["stock"].values)
+    beyond = {name: _over_depths(around[name].values) - stock_around for name in policies}
+    return dict(stock_host_seconds=_over_depths(host.values)) | beyond
 
 
 def _unchanged(model: nn.Module) -> list[str]:
@@ -502,7 +523,7 @@ def measure_host(
         "Host time of a patched prefill, by family",
         command,
         rows,
-        facts=dict(share=SHARE, calls=CALLS, prompt_words=TEXT, peak=PEAK),
+        facts=dict(share=SHARE, calls=CALLS * len(DEPTHS), prompt_words=TEXT, peak=PEAK),
         notes=[
             f"CPU time of a forward pass of a thin model: all layers, width 64, small tiles; {TEXT} words behind one "
             "picture or video, which has as many tiles or frames as at real size, the usual ones or the most",

@@ -84,7 +84,7 @@ def retained_count(
         counts = {n: retained_count(config, policy, **_of_patches(visuals, n))[0] for n in {*patches}}
         return [counts[n] for n in patches]
     shape = (len(sizes or ()), *(0,) * (4 if modality == "video" else 3))
-    if pixel_shape is not None:
+    if pixel_shape is not None and not grids:  # which say more than the patches of all in a row
         alone = sizes is None and isinstance(visuals, ShuffledImages)
         shape = _shape(pixel_shape, modality, visuals.apart if alone else None)
     pixels = torch.ones(()).expand(shape)

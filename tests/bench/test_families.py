@@ -1,6 +1,8 @@
 """Families of `flowcut-bench prefill`: their real sizes, and what counts as the adapter's time on the host."""
 
+import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from flowcut_kernels.bench import families
 from flowcut_kernels.bench.families import FAMILIES, counts, measure_host, products
+from flowcut_kernels.bench.timing import interleave
 
 typer = pytest.importorskip("typer", reason="the bench extra is not installed")
 from typer.testing import CliRunner  # noqa: E402
@@ -58,6 +61,23 @@ def test_real_sizes(name, usual, largest):
             assert sum(counts(config, shown(config))) == tokens
 
 
+def test_host_time_is_taken_at_every_depth():
+    """Of the caller's frames, as often at each, by every run."""
+    depths = {"a": [], "b": []}
+
+    def run(name):
+        frame, depth = sys._getframe(), 0
+        while frame := frame.f_back:
+            depth += frame.f_code.co_name == "_below"
+        depths[name].append(depth - 1)
+
+    runs = {name: partial(run, name) for name in depths}
+    interleave(runs, repeats=2 * len(families.DEPTHS), clock=families._HostClock(torch.device("cpu")), least=0)
+    for found in depths.values():  # those at -1 settle the caches
+        assert all(found.count(depth) >= 2 for depth in families.DEPTHS)
+    assert families._over_depths([*range(16), *range(2, 18), *range(16)]) == 7.5
+
+
 def test_products():
     """Of LLaVA-1.5: about two FLOPs for each weight and token, attention beside it."""
     found = products(FAMILIES["llava-1.5-7b"], FAMILIES["llava-1.5-7b"].shown)
@@ -70,7 +90,7 @@ def test_products():
 
 
 def test_host_rows(monkeypatch):
-    monkeypatch.setattr(families, "CALLS", 2)
+    monkeypatch.setattr(families, "CALLS", 1)
     section = measure_host(families=("qwen2-vl-7b",))
     usual, largest = section.rows
     assert (usual["prompt"], largest["prompt"]) == ("usual", "largest") and not section.failed
