@@ -103,6 +103,11 @@ def retained_count(
             run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)), dtype=torch.bool)
             visuals.heed(pixels, run.numpy(), dict(input_ids=run))
         kept = features.counts(pixels, arguments)
+    if sizes is not None and len(kept) != len(sizes):
+        raise ValueError(
+            f"image_sizes={image_sizes!r} are {len(sizes)} {modality}s, but pixel_shape={pixel_shape!r} has "
+            f"{len(kept)}: give one of the two"
+        )
     if None in kept:
         raise ValueError(f"{policy} knows how many tokens it leaves only once they are chosen")
     return [n + visuals.leading for n in kept if n is not None]
@@ -192,7 +197,10 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
     if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64):
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores must be a float32 or float64 tensor, got {found}")
-    full, kept = (_plain(x) for x in (full, kept))
+    try:
+        full, kept = ([index(_plain(n)) for n in _plain(x)] for x in (full, kept))
+    except TypeError:
+        raise ValueError(f"full={full!r}, kept={kept!r}: give lists of whole numbers, one for each image") from None
     if scores.dim() != 1 or len(scores) != sum(full):
         raise ValueError(f"scores must be [{sum(full)}] = [sum(full)], got {tuple(scores.shape)}")
     if len(kept) != len(full) or any(not 0 < k <= n for k, n in zip(kept, full, strict=True)):
@@ -201,8 +209,8 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
         return torch.zeros_like(scores, dtype=torch.bool)
     device = scores.device
     budgets = torch.tensor(kept, dtype=torch.int32, device=device)
-    _, index, lengths = score_select(
-        None, None, pad_sequence(scores.split(list(full)), batch_first=True),
+    _, chosen, lengths = score_select(
+        None, None, pad_sequence(scores.split(full), batch_first=True),
         lengths=torch.tensor(full, dtype=torch.int32, device=device),
         mode=Select.FIXED, budget=max(kept), budgets=budgets, backend=backend,
     )  # fmt: skip
@@ -210,7 +218,7 @@ def retention_mask(scores: Tensor, full: Sequence[int], kept: Sequence[int], *, 
         raise ValueError("scores hold NaN or Inf: check the pixels, and the weights' dtype")
     first = torch.tensor([0, *full[:-1]], device=device).cumsum(0)
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask[(index + first[:, None])[index >= 0]] = True
+    mask[(chosen + first[:, None])[chosen >= 0]] = True
     return mask
 
 

@@ -51,7 +51,8 @@ class AnyresImages(Kind):
     def layout(self, size: Size, views: int, options: dict[str, Any]) -> Layout:
         """By sending ones and newlines of zero through the model's packing: its gradient tells which tokens count."""
         key = size, views, *options.values()
-        if key not in self.remembered:
+        layout = self.remembered.get(key)
+        if layout is None:
             if len(self.remembered) >= REMEMBERED:
                 self.remembered.clear()
             side = tile_side(self.model)
@@ -78,7 +79,7 @@ class AnyresImages(Kind):
                 order[placed[: layout.area] - 1] = torch.arange(layout.area, device="cpu")
                 layout = replace(layout, order=order[:-1])
             self.remembered[key] = layout
-        return self.remembered[key]
+        return layout
 
     @staticmethod
     def _sizes(arguments: dict[str, Any]) -> list[Size]:

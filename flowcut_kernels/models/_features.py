@@ -79,7 +79,7 @@ class Layout:
     """An image or a video before it is encoded: tiles of N tokens each, of which the model makes grids.
 
     Newlines in the grids and behind them are dropped where anything is: a budget is spent on tokens of the tiles.
-    A kind makes each but once: what follows from layouts is remembered by them.
+    A kind makes each but once, unless a mask hides some of it: what follows from layouts is remembered by them.
     """
 
     grids: Grids  # of what the model makes, newlines included
@@ -319,7 +319,8 @@ class PrunedFeatures(Bound):
         if found is not None and found[0] is pixels:
             return found[1]
         layouts = tuple(self.kind.layouts(pixels, arguments))
-        if torch.compiler.is_compiling() or self.predicts:
+        # A mask's are like no others.
+        if torch.compiler.is_compiling() or self.predicts or any(layout.masked for layout in layouts):
             return self._foreseen(layouts)
         prospect = self.remembered.get(layouts)
         if prospect is None:

@@ -174,7 +174,7 @@ class PromptShrinker:
                 "the processor's attention_mask"
             )
         mask = None if attention_mask is None else _on_host(attention_mask)
-        if even and (mask is None or np.count_nonzero(mask) == mask.size):
+        if even and (mask is None or (mask == 1).all()):
             columns = (~dropped).ravel().nonzero()[0].reshape(batch, -1)
             return Shrunk(columns % shape[1] if batch > 1 else columns, dropped, masked=False)
         assert mask is not None
@@ -690,6 +690,8 @@ class _Aside:
 
     def __init__(self, callback: Any, shrinker: PromptShrinker) -> None:
         self.callback, self.shrinker = callback, shrinker
+        if hasattr(callback, "eos_token_id"):  # by which `generate` knows that rows end
+            self.eos_token_id = callback.eos_token_id
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.shrinker.aside():
@@ -761,6 +763,20 @@ class PrunedProcessors(_Looking):
         known["model_kwargs"] = known["model_kwargs"] | dict(attention_mask=mask.repeat_interleave(copies, 0))
         made = self.original(config, **known)
         return type(made)(_Shown(x, whole) for x in made)
+
+
+class PrunedCandidates(Bound):
+    """Replacement ``_get_candidate_generator``: a model that drafts is handed processors themselves, as their classes
+    tell it which of its own they replace."""
+
+    method = "_get_candidate_generator"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = named(self, args, kwargs)
+        if arguments.get("assistant_model") is not None:
+            given = arguments["logits_processor"]
+            arguments["logits_processor"] = type(given)(x.callback if isinstance(x, _Shown) else x for x in given)
+        return self.original(**arguments)
 
 
 class PrunedCriteria(_Looking):

@@ -10,7 +10,7 @@ from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ._bound import Bound, Replacement, Turns, named
 from ._features import HEEDED, Kind, PrunedFeatures, ScatteredProjector
-from ._prompt import PromptShrinker, PrunedCriteria, PrunedForward, PrunedGenerate, PrunedProcessors
+from ._prompt import PromptShrinker, PrunedCandidates, PrunedCriteria, PrunedForward, PrunedGenerate, PrunedProcessors
 from .clip import replace_tower
 from .llm import decoder_replacements
 
@@ -51,7 +51,7 @@ def vlm_replacements(
         *inner,
         (model, "forward", PrunedForward(model, shrinker, decoder, first_position)),
         (model, "generate", PrunedGenerate(model, shrinker)),
-        *((model, kind.method, kind(model)) for kind in (PrunedProcessors, PrunedCriteria)),
+        *((model, kind.method, kind(model)) for kind in (PrunedProcessors, PrunedCriteria, PrunedCandidates)),
         *layers,
     ]
 

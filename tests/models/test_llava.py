@@ -505,7 +505,8 @@ def test_rows_that_have_ended(model):
     end = int(model.generate(**inputs, eos_token_id=VOCAB - 1)[0, -4])  # of the first row
     want = model.generate(**inputs, eos_token_id=[end, VOCAB - 1])
     assert want[0, -1] == PAD and not torch.equal(want[1:, -1], torch.tensor([PAD, PAD]))
-    assert torch.equal(model.generate(**inputs, stopping_criteria=[EosTokenCriteria([end, VOCAB - 1])]), want)
+    for kind in (EosTokenCriteria, type("Mine", (EosTokenCriteria,), {})):
+        assert torch.equal(model.generate(**inputs, stopping_criteria=[kind([end, VOCAB - 1])]), want)
 
 
 def answered_by(model, logits, **kwargs):

@@ -30,6 +30,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
 )
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -737,6 +738,26 @@ def test_assisted_with_candidates_in_the_first_pass(compact_cache):
     for options in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=model_of())):
         out, _, oracle = generated(model_of(), spread(), rows, compact_cache=compact_cache, **GREEDY, **options)
         check_steps(oracle, samples, out.sequences[:, -4:], out.logits, compacted=compact_cache)
+
+
+@torch.no_grad()
+def test_a_model_that_drafts_penalises_once(monkeypatch):
+    """Of the processors that it is handed it replaces its own of the same class."""
+    model, drafts, penalties, steps, drafted = model_of(), model_of(), [], [], []
+    apply, generate = RepetitionPenaltyLogitsProcessor.__call__, drafts.generate
+    monkeypatch.setattr(RepetitionPenaltyLogitsProcessor, "__call__", lambda *args: penalties.append(1) or apply(*args))
+    drafts.register_forward_hook(lambda *_: steps.append(1))
+
+    def counting(*args, **kwargs):
+        before = len(penalties)
+        output = generate(*args, **kwargs)
+        drafted.append(len(penalties) - before)
+        return output
+
+    drafts.generate = counting
+    with fk.patched(model, spread()):
+        model.generate(**given([[1, IMG, 5, 6, 7, 5]]), assistant_model=drafts, repetition_penalty=1.3, **GREEDY)
+    assert sum(drafted) == len(steps) > 0
 
 
 @torch.no_grad()

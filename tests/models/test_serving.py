@@ -84,6 +84,8 @@ def test_sizes_that_do_not_say_how_many():
     for name in ("internvl", "idefics3", "smolvlm"):
         with pytest.raises(ValueError, match="give pixel_shape"):
             retained_count(found[name], policy, [(56, 56), (30, 90)])
+    with pytest.raises(ValueError, match=r"are 1 images, but pixel_shape.* has 5: give one of the two"):
+        retained_count(found["internvl"], policy, [(112, 112)], pixel_shape=(5, 3, 56, 56))
     for name in ("llava_next_video", "llava_onevision", "video_llava"):
         with pytest.raises(ValueError, match=r"the videos of \w+Config have: give pixel_shape"):
             retained_count(found[name], policy, [(56, 56)], modality="video")
@@ -234,6 +236,9 @@ def test_bad_masks():
     for kept in ([1], [0, 1], [1, 4]):
         with pytest.raises(ValueError, match="kept="):
             retention_mask(torch.zeros(5), [2, 3], kept)
+    for counts in (([2, 3], [1.5, 2]), ([2.0, 3.0], [1, 1]), (5, 1), ([[2], [3]], [1, 1])):
+        with pytest.raises(ValueError, match="lists of whole numbers"):
+            retention_mask(torch.zeros(5), *counts)
     for scores in ([0.0] * 5, torch.zeros(5, dtype=torch.bfloat16)):
         with pytest.raises(TypeError, match="scores must be a float32 or float64 tensor"):
             retention_mask(scores, [2, 3], [1, 1])
