@@ -150,7 +150,7 @@ def test_bad_input(policy, inputs, error, message):
 
 def test_constants_of_a_captured_graph_are_kept(monkeypatch):
     """It reads them where they are, when others have long pushed them out of the cache."""
-    x = SimpleNamespace(device=torch.device("cuda", 0))
+    x = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
     for cached in ("_constant", "_image_of"):
         monkeypatch.setattr(recycling, cached, lambda *_: x)
     monkeypatch.setattr(recycling, "_captured", [])
