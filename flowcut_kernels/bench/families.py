@@ -45,7 +45,7 @@ SHARE = 0.11  # of the visual tokens that stay
 # asks for memory and gives it back: a forward pass takes up to a third longer or shorter by nothing but how deep its
 # caller stands. CPU time is therefore a mean over such depths, in frames of `_below`, that cover a chunk.
 DEPTHS = range(0, 128, 8)
-CALLS = 6  # forward passes at each depth whose CPU time is compared, in turns, where nothing else is measured
+CALLS = 4  # forward passes at each depth whose CPU time is compared, in turns, where nothing else is measured
 PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
 
