@@ -12,12 +12,11 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -41,11 +40,9 @@ Settings = dict[str, Any]
 
 TEXT = 32  # words after the picture
 SHARE = 0.11  # of the visual tokens that stay
-# Python keeps its frames in chunks of 16 KiB. Where calls in a loop happen to cross from one to the next, each of them
-# asks for memory and gives it back: a forward pass takes up to a third longer or shorter by nothing but how deep its
-# caller stands. CPU time is therefore a mean over such depths, in frames of `_below`, that cover a chunk.
-DEPTHS = range(0, 128, 8)
-CALLS = 4  # forward passes at each depth whose CPU time is compared, in turns, where nothing else is measured
+CALLS = 32  # forward passes whose CPU time is compared, in turns, where nothing else is measured
+ROUNDS = 5  # the same at each of DEPTHS
+DEPTHS = range(0, 128, 8)  # of a caller's frames: so many of `_below` fill one of the chunks that Python keeps them in
 PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
 
@@ -355,7 +352,7 @@ def measure(
         f"Model families, {size} size: all visual tokens against {SHARE:.0%} of them",
         command,
         rows,
-        facts=dict(share=SHARE, size=size, repeats=repeats, calls=repeats * len(DEPTHS), prompt_words=TEXT),
+        facts=dict(share=SHARE, size=size, repeats=repeats, calls=repeats, prompt_words=TEXT),
         notes=[
             f"one picture or video and {TEXT} words; random weights; FlowCut(retain_ratio={SHARE})",
             "1st token: encoder, projector, prefill",
@@ -397,15 +394,11 @@ def first_token(
 
 
 class _HostClock(Clock):
-    """CPU time of this process, whatever the device still has to do, without what calls of some modules take.
-
-    Each run's calls begin at one of DEPTHS after the other.
-    """
+    """CPU time of this process, whatever the device still has to do, without what calls of some modules take."""
 
     def __init__(self, device: torch.device, without: Container[nn.Module] = ()) -> None:
         super().__init__(device)
         self.without = without
-        self.calls: Counter[Run] = Counter()
 
     def _span(self, run: Run, calls: int) -> float:
         taken, entered = 0.0, []  # one of these modules may call another
@@ -424,22 +417,10 @@ class _HostClock(Clock):
             if self.without:  # hooks of all modules: a module's own would change what the package does
                 for hook in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave)):
                     stack.callback(hook.remove)
-            depth = DEPTHS[self.calls[run] % len(DEPTHS)]
-            self.calls[run] += calls
             start = time.process_time()
             for _ in range(calls):
-                _below(depth, run)
+                run()
             return time.process_time() - start - taken
-
-
-def _below(depth: int, run: Run) -> object:
-    """`run` so many frames deeper."""
-    return run() if depth == 0 else _below(depth - 1, run)
-
-
-def _over_depths(seconds: Sequence[float]) -> float:
-    """The mean over DEPTHS of the median at each."""
-    return fmean(median(seconds[i :: len(DEPTHS)]) for i in range(len(DEPTHS)))
 
 
 @torch.inference_mode()
@@ -448,9 +429,8 @@ def overhead(
 ) -> dict[str, float]:
     """CPU seconds of this process: the thin stock model's forward pass, and what a patched one takes beyond it.
 
-    Each is the mean over DEPTHS of the median of `calls` passes. Fewer tokens are less work even for a thin model, and
-    must not be set against what the adapter takes. So the time in modules that the patch leaves alone is left out, on
-    both sides.
+    Medians of `calls` passes and of differences. Fewer tokens are less work even for a thin model, and must not be set
+    against what the adapter takes. So the time in modules that the patch leaves alone is left out, on both sides.
     """
     stock = family.build("thin", device, torch.float32)
     inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
@@ -462,12 +442,46 @@ def overhead(
             stack.enter_context(patched(models[name], policy, backend=backend))
         same = _unchanged(models["adapter_seconds"])
         alone = {model.get_submodule(name) for model in models.values() for name in same}
-        rounds = calls * len(DEPTHS)
-        around = interleave(runs, repeats=rounds, clock=_HostClock(device, alone), least=0)
-        host = interleave(dict(stock=runs["stock"]), repeats=rounds, clock=_HostClock(device), least=0)["stock"]
-    stock_around = _over_depths(around["stock"].values)
-    beyond = {name: _over_depths(around[name].values) - stock_around for name in policies}
-    return dict(stock_host_seconds=_over_depths(host.values)) | beyond
+        around = interleave(runs, repeats=calls, clock=_HostClock(device, alone), least=0)
+        host = interleave(dict(stock=runs["stock"]), repeats=calls, clock=_HostClock(device), least=0)["stock"]
+    pairs = {name: zip(around[name].values, around["stock"].values, strict=True) for name in policies}
+    return dict(stock_host_seconds=host.median) | {
+        name: median(ours - stock for ours, stock in pair) for name, pair in pairs.items()
+    }
+
+
+@torch.inference_mode()
+def by_caller(
+    family: Family, shown: Callable[[Any], Arguments], device: torch.device, backend: str | None, rounds: int
+) -> dict[str, float]:
+    """How many times as long a thin model's forward pass takes below the worst of DEPTHS as below the best.
+
+    CPU time of this process, the median of `rounds` passes at each.
+    """
+    stock = family.build("thin", device, torch.float32)
+    inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
+    with patched(ours := twin(stock), UniformTokens(retain_ratio=SHARE), backend=backend):
+        return {
+            f"{name}_by_caller": _by_depth(partial(model, **inputs), rounds)
+            for name, model in (("stock", stock), ("patched", ours))
+        }
+
+
+def _by_depth(run: Run, rounds: int) -> float:
+    taken: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    run()
+    for _ in range(rounds):
+        for depth, seconds in taken.items():
+            start = time.process_time()
+            _below(depth, run)
+            seconds.append(time.process_time() - start)
+    medians = [*map(median, taken.values())]
+    return max(medians) / min(medians)
+
+
+def _below(depth: int, run: Run) -> object:
+    """`run` so many frames deeper."""
+    return run() if depth == 0 else _below(depth - 1, run)
 
 
 def _unchanged(model: nn.Module) -> list[str]:
@@ -515,6 +529,7 @@ def measure_host(
             row: dict[str, Any] = dict(family=name, prompt=size, ok=checked == "ok", refcheck=checked)
             if row["ok"]:
                 row |= overhead(family, shown, device, backend, CALLS) | products(family, shown)
+                row |= by_caller(family, shown, device, backend, ROUNDS)
                 row["least_seconds"] = max(row["stock_host_seconds"], row["flops"] / PEAK)
                 row["adapter_share"] = row["adapter_seconds"] / row["least_seconds"]
             rows.append(row)
@@ -523,7 +538,7 @@ def measure_host(
         "Host time of a patched prefill, by family",
         command,
         rows,
-        facts=dict(share=SHARE, calls=CALLS * len(DEPTHS), prompt_words=TEXT, peak=PEAK),
+        facts=dict(share=SHARE, calls=CALLS, prompt_words=TEXT, peak=PEAK),
         notes=[
             f"CPU time of a forward pass of a thin model: all layers, width 64, small tiles; {TEXT} words behind one "
             "picture or video, which has as many tiles or frames as at real size, the usual ones or the most",
@@ -533,6 +548,8 @@ def measure_host(
             "stock takes at least: at real size, the longer of the stock host time of the thin model and the matrix "
             f"products (fk.cost, half of the attention where it is causal) at {PEAK / 1e12:.0f} TFLOP/s, the peak of "
             "an H200",
+            "by caller: how many times as long a pass takes below the worst depth of the caller's stack as below the "
+            "best; the other columns are of one that costs nothing",
         ],
         failed=[f"{row['family']}: {row['refcheck']}" for row in rows if not row["ok"]],
     )

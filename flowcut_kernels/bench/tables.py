@@ -215,6 +215,8 @@ TABLES: dict[str, list[Column]] = {
         Column("adapter", _time("adapter_seconds")),
         Column("stock takes at least", _time("least_seconds")),
         Column("adapter : that", _cell("adapter_share", "{:.1%}".format)),
+        Column("stock by caller", _cell("stock_by_caller", times)),
+        Column("patched by caller", _cell("patched_by_caller", times)),
     ],
     "prefill limits": [
         Column("type", precision, False),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._frames import in_one_chunk
 from .machine import cache_bytes
 
 Run = Callable[[], object]
@@ -86,7 +87,10 @@ def captured(run: Run, device: torch.device) -> Run:
 
 
 class Clock:
-    """Times calls on one device: events on CUDA, the wall clock elsewhere."""
+    """Times calls on one device: events on CUDA, the wall clock elsewhere.
+
+    How deep the caller's stack is has no part in it.
+    """
 
     def __init__(self, device: torch.device | str = "cpu", cold: bool = False, queued: bool = False) -> None:
         """`queued`: on CUDA, hold the device back until the calls wait in its queue: no launch latency is timed."""
@@ -98,11 +102,11 @@ class Clock:
     def seconds(self, run: Run, calls: int = 1) -> float:
         """Seconds per call of `run`, averaged over `calls` calls in a row (each alone when the cache is flushed)."""
         if self.trash is None:
-            return self._span(run, calls) / calls
+            return in_one_chunk(self._span, run, calls) / calls
         total = 0.0
         for _ in range(calls):
             self.trash.add_(1)
-            total += self._span(run, 1)
+            total += in_one_chunk(self._span, run, 1)
         return total / calls
 
     def _span(self, run: Run, calls: int) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+from .._frames import in_one_chunk
 from ..modules.decoder import EncodedTokens, PrunedDecoder, VisualTokens, table_of
 from ..modules.kv_layers import check_cache, is_pruned
 from ..policies.recycling import constant
@@ -408,7 +409,7 @@ class PrunedForward(_PromptMethod):
 
     def run(self, arguments: dict[str, Any]) -> Any:
         with self.shrinker.turns.running(self.model):
-            return self._run(arguments)
+            return in_one_chunk(self._run, arguments)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
         shrunk = self.shrink(arguments) if self.shrinker.shrinks else None

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from flowcut_kernels.bench import families
 from flowcut_kernels.bench.families import FAMILIES, counts, measure_host, products
-from flowcut_kernels.bench.timing import interleave
 
 typer = pytest.importorskip("typer", reason="the bench extra is not installed")
 from typer.testing import CliRunner  # noqa: E402
@@ -61,21 +59,19 @@ def test_real_sizes(name, usual, largest):
             assert sum(counts(config, shown(config))) == tokens
 
 
-def test_host_time_is_taken_at_every_depth():
-    """Of the caller's frames, as often at each, by every run."""
-    depths = {"a": [], "b": []}
+def test_passes_by_caller():
+    """As often below each depth of the caller's stack; the slowest depth is found."""
+    depths = []
 
-    def run(name):
+    def run():
         frame, depth = sys._getframe(), 0
         while frame := frame.f_back:
             depth += frame.f_code.co_name == "_below"
-        depths[name].append(depth - 1)
+        depths.append(depth - 1)
+        spend(0.009 if depths[-1] == families.DEPTHS[5] else 0.003)
 
-    runs = {name: partial(run, name) for name in depths}
-    interleave(runs, repeats=2 * len(families.DEPTHS), clock=families._HostClock(torch.device("cpu")), least=0)
-    for found in depths.values():  # those at -1 settle the caches
-        assert all(found.count(depth) >= 2 for depth in families.DEPTHS)
-    assert families._over_depths([*range(16), *range(2, 18), *range(16)]) == 7.5
+    assert 2 < families._by_depth(run, 3) < 4
+    assert sorted(depths) == [-1, *sorted([*families.DEPTHS] * 3)]
 
 
 def test_products():
@@ -90,7 +86,8 @@ def test_products():
 
 
 def test_host_rows(monkeypatch):
-    monkeypatch.setattr(families, "CALLS", 1)
+    monkeypatch.setattr(families, "CALLS", 3)
+    monkeypatch.setattr(families, "ROUNDS", 1)
     section = measure_host(families=("qwen2-vl-7b",))
     usual, largest = section.rows
     assert (usual["prompt"], largest["prompt"]) == ("usual", "largest") and not section.failed
@@ -99,6 +96,7 @@ def test_host_rows(monkeypatch):
         assert row["least_seconds"] == max(row["stock_host_seconds"], row["flops"] / families.PEAK)
         assert row["adapter_share"] == row["adapter_seconds"] / row["least_seconds"]
         assert row["adapter_seconds"] < row["python_seconds"]
+        assert row["stock_by_caller"] > 1 and row["patched_by_caller"] > 1
     assert largest["least_seconds"] > largest["stock_host_seconds"]
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 
 import flowcut_kernels as fk
 from flowcut_kernels import _library
+from flowcut_kernels._frames import in_one_chunk
 
 POLICY = fk.FlowCut(8)
 BUILDERS = {"clip": tiny.clip_tower, "siglip": tiny.siglip_tower, "llava": tiny.llava}
@@ -478,3 +480,21 @@ def test_patched_model_can_be_freed():
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_a_pass_keeps_its_frames_in_one_chunk():
+    """Prompt and decoding steps alike; the stock model's are wherever its caller's are."""
+    model, found = tiny.llava(), []
+
+    def look(*_):
+        frame, names = sys._getframe(), set()
+        while frame := frame.f_back:
+            names.add(frame.f_code)
+        found.append(in_one_chunk.__code__ in names)
+
+    model.get_decoder().layers[0].register_forward_pre_hook(look)
+    run(model)
+    assert found == [False] * 4
+    with fk.patched(model, POLICY):
+        run(model)
+    assert found[4:] == [True] * 4
