@@ -50,7 +50,8 @@ class AnyresImages(Kind):
 
     def layout(self, size: Size, views: int, options: dict[str, Any]) -> Layout:
         """By sending ones and newlines of zero through the model's packing: its gradient tells which tokens count."""
-        key = size, views, *options.values()
+        points = tuple(map(tuple, self.model.config.image_grid_pinpoints))
+        key = size, views, points, *options.values()
         layout = self.remembered.get(key)
         if layout is None:
             if len(self.remembered) >= REMEMBERED:

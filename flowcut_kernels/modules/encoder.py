@@ -554,7 +554,7 @@ class PrunedEncoder:
             hidden_states = layer(hidden_states, *mask, pruning=state, **kwargs)
         (self.traced or self).trace = state.trace
         if encoder_pass is not None:
-            self._end(state, encoder_pass, entered)
+            self._end(state, encoder_pass, entered, hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
     def started(self, asked: EncoderPass, batch: int, patches: int) -> EncoderState:
@@ -602,11 +602,16 @@ class PrunedEncoder:
             kind: plan_of(self.policy, len(self.layers), self.feature_layer, *kind)
             for kind in sorted({*zip(tokens, budgets, strict=True)})
         }
-        prunes = any(budget < math.prod(grid) for budget in budgets)
         return dict(plans=plans, grid=grid, tokens=tokens, budgets=budgets, block=side**2, prunes=prunes)
 
-    def _end(self, state: EncoderState, asked: EncoderPass, entered: list[tuple[Tensor | None, Tensor | None]]) -> None:
-        """Note what a pass left."""
+    def _end(
+        self,
+        state: EncoderState,
+        asked: EncoderPass,
+        entered: list[tuple[Tensor | None, Tensor | None]],
+        hidden: Tensor,
+    ) -> None:
+        """Note what a pass left, of whose last layer `hidden` came."""
         score = state.history
         asked.whole = math.prod(state.grid)
         if not state.prunes:
@@ -618,7 +623,8 @@ class PrunedEncoder:
             return
         asked.importance = None if score is None else score[:, self.protect :: state.block]
         patches, ends = state.patches, asked.budgets or state.budgets
-        assert patches is not None
+        if patches is None:  # tiles of one token, of which some are nobody's
+            patches = torch.arange(-self.protect, state.block, device=hidden.device).expand(len(ends), -1)
         asked.width = (patches.shape[1] - self.protect) // state.block
         asked.left = tuple(n if end else 0 for n, end in zip(state.left or state.tokens, ends, strict=True))
 
@@ -670,6 +676,7 @@ def _or_absent(x: Tensor, live: Tensor | None, value: int) -> Tensor:
 def _by_tokens(grid: tuple[int, int], side: int, protect: int, device: torch.device) -> Tensor:
     """int64 [rows] of a tile whose tokens, `grid` of them, are squares of side x side patches: token by token."""
     rows, columns = grid
-    patches = torch.arange(rows * side * columns * side).view(rows, side, columns, side).transpose(1, 2).flatten()
+    places = torch.arange(rows * side * columns * side, device="cpu").view(rows, side, columns, side)
     with torch.inference_mode(False):
-        return torch.cat([torch.arange(protect), patches + protect]).to(device)
+        patches = places.transpose(1, 2).flatten() + protect
+        return torch.cat([torch.arange(protect, device="cpu"), patches]).to(device)

@@ -42,6 +42,17 @@ def test_squares_are_pooled_as_the_model_does(mode, stride):
     assert_close(got[0].view(KEEP, -1), torch.cat(want))
 
 
+@pytest.mark.parametrize("record", [False, True])
+@torch.no_grad()
+def test_frames_of_one_token(record):
+    """Those without a share of the budget are gone."""
+    llava, pixels = model(spatial_pool_stride=SIDE), prompt([[Video(3)]])["pixel_values_videos"]
+    whole = llava.model.get_video_features(pixels).pooler_output.flatten(0, -2)
+    with fk.patched(llava, fk.FlowCut(2), record=record):
+        left = llava.model.get_video_features(pixels).pooler_output.flatten(0, -2)
+    assert_close(left, whole[:2])
+
+
 def test_refused():
     with pytest.raises(ValueError, match=r"spatial_pool_stride=3.*whole squares of 3 x 3"):
         fk.patch(model(spatial_pool_stride=3), fk.FlowCut(KEEP))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 from test_feature_stage import Item, pruned_by_hand
-from tiny import LAYERS, SIDE
+from tiny import LAYERS, PATCH, SIDE
 from torch.testing import assert_close
 from zoo import Image, Video, llava, llava_next, llava_onevision
 
@@ -139,6 +139,24 @@ def test_neighbours_change_nothing(name):
             for row, features in zip(rows, together, strict=True):
                 (alone,) = features_of(model, inputs_of(family, row))
                 assert_close(features, alone, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_tiling_set_after_patching(name):
+    """As many tiles in another arrangement are another layout."""
+    model, edge = MAKERS[name].model(), SIDE * PATCH
+    pixels = tiny.images(3, seed=3)[None]
+    given = dict(pixel_values=pixels, image_sizes=torch.tensor([[40, 70]]), return_dict=True)
+
+    def features(points):
+        model.config.image_grid_pinpoints = [points]
+        return model.get_image_features(**given).pooler_output[0]
+
+    with fk.patched(model, fk.FlowCut(10)):
+        found = [features(points) for points in ([edge, 2 * edge], [2 * edge, edge])]
+    with fk.patched(model, fk.FlowCut(10)):
+        assert torch.equal(features([2 * edge, edge]), found[1])
 
 
 @torch.no_grad()
