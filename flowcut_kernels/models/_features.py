@@ -214,7 +214,7 @@ class Kind:
 
     @property
     def in_order(self) -> bool:
-        """Whether that is how features are put together: then dropped tokens need not be made up for."""
+        """Whether the model takes them tile after tile, as `assemble` here: nothing has to stand for dropped ones."""
         return self.assembles and type(self).assemble is Kind.assemble
 
     def heed(self, pixels: Tensor, placeholders: np.ndarray, arguments: dict[str, Any]) -> None:
@@ -243,12 +243,13 @@ class PrunedFeatures(Bound):
         fixed: dict[str, Any],
         backend: str | None,
         turns: Turns,
+        marks: bool,
     ) -> None:
         super().__init__(kind.model)
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
         self.fixed, self.backend, self.turns = fixed, backend, turns
+        self.marks = marks  # somebody may ask which tokens the features are, and how important
         self.encoded: Encoded | None = None  # of the last call
-        self.marks = True  # somebody may ask which tokens the features are, and how important
         self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
         self.first = next(iter(self.__signature__.parameters))  # the method's pixels; versions name videos' otherwise
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
@@ -380,7 +381,8 @@ class PrunedFeatures(Bound):
         )  # fmt: skip
 
     def _make(self, arguments: dict[str, Any], found: Prospect) -> tuple[Any, EncoderPass]:
-        """The model's own features, in full size where they are made of several tiles, and what the encoder noted."""
+        """The model's own features, and what the encoder noted. Where the model puts tiles together by their places,
+        those of dropped tokens are there, too."""
         kind, known = self.kind, found.asked()
         if kind.shrinks and (kind.assembles or kind.side > 1 or self.policy.prunes_features):
             arguments = arguments | dict(encoder_pass=known)

@@ -36,22 +36,21 @@ def vlm_replacements(
         fixed: settings that must not change after patching.
         first_position: of a prompt's first token, in the positions that ``forward`` takes.
     """
-    turns = Turns()
-    features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend, turns) for kind in kinds)
-    shrinker = PromptShrinker(features, turns)
+    kinds, turns = tuple(kinds), Turns()
     decoder, layers = decoder_replacements(
         model.get_decoder(), policy, tokens, encoder, backend=backend, compact_cache=compact_cache,
-        entrance=not all(each.kind.shrinks for each in features), leads=max(each.kind.leads for each in features),
+        entrance=not all(kind.shrinks for kind in kinds), leads=max(kind.leads for kind in kinds),
     )  # fmt: skip
-    for each in features:
-        each.marks = decoder is not None or encoder.record
+    marks = decoder is not None or encoder.record
+    features = tuple(PrunedFeatures(kind, policy, encoder, fixed, backend, turns, marks) for kind in kinds)
+    shrinker = PromptShrinker(features, turns)
     inner: list[Replacement] = [] if decoder is None else [(model.model, "forward", _Inner(model.model, shrinker))]
     return [
         *((model.model, each.method, each) for each in features),
         *inner,
         (model, "forward", PrunedForward(model, shrinker, decoder, first_position)),
         (model, "generate", PrunedGenerate(model, shrinker)),
-        *((model, kind.method, kind(model)) for kind in (PrunedProcessors, PrunedCriteria, PrunedCandidates)),
+        *((model, each.method, each(model)) for each in (PrunedProcessors, PrunedCriteria, PrunedCandidates)),
         *layers,
     ]
 
