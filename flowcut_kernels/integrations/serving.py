@@ -12,6 +12,7 @@ from functools import lru_cache
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -87,8 +88,8 @@ def retained_count(
     if pixel_shape is not None and not grids:  # which say more than the patches of all in a row
         alone = sizes is None and isinstance(visuals, ShuffledImages)
         shape = _shape(pixel_shape, modality, visuals.apart if alone else None)
-    pixels = torch.ones(()).expand(shape)
-    table = torch.tensor(sizes or (), dtype=torch.int64).view(-1, 3 if grids else 2)
+    pixels = torch.ones((), device="cpu").expand(shape)
+    table = torch.tensor(sizes or (), dtype=torch.int64, device="cpu").view(-1, 3 if grids else 2)
     given = {} if sizes is None else {f"{modality}_grid_thw" if grids else "image_sizes": table}
     arguments: dict[str, Any] = dict(batch_num_images=batch_num_images, **given)
     with heeding():
@@ -100,8 +101,8 @@ def retained_count(
                     "pixel_shape, or of images the processor"
                 )
         if sizes is None and modality == "image":  # one run of placeholders
-            run = torch.ones(1, sum(layout.full for layout in visuals.layouts(pixels, arguments)), dtype=torch.bool)
-            visuals.heed(pixels, run.numpy(), dict(input_ids=run))
+            run = np.ones((1, sum(layout.full for layout in visuals.layouts(pixels, arguments))), bool)
+            visuals.heed(pixels, run, dict(input_ids=torch.from_numpy(run)))
         kept = features.counts(pixels, arguments)
     if sizes is not None and len(kept) != len(sizes):
         raise ValueError(

@@ -365,7 +365,7 @@ class PrunedFeatures(Bound):
             tokens += every if whole else layout.live
             budgets += every if whole else ends
             if some:
-                none = torch.zeros(len(every), layout.tile, dtype=torch.bool)
+                none = torch.zeros(len(every), layout.tile, dtype=torch.bool, device="cpu")
                 voids.append(none if whole or layout.void is None else layout.void)
         if kept and cut:
             raise ValueError(
@@ -665,7 +665,7 @@ def _packed(output: Any, found: Prospect, left: tuple[int, ...], width: int) -> 
 @lru_cache(maxsize=16)
 def _filled(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Rows with something in them, of tiles of so many among `width`; on the device once: a copy would wait."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         rows = torch.arange(len(lengths) * width).view(-1, width)
         return rows[torch.arange(width) < torch.tensor(lengths)[:, None]].to(device)
 
@@ -700,7 +700,7 @@ def _placed(
 def _order(layouts: tuple[Layout, ...], whole: tuple[bool, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The place of each token of all visuals' tiles, and of one more that is nowhere: behind all. And the newlines of
     those that are `whole`. On the device once: a copy would wait."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         orders, newlines, start, nowhere = [], [], 0, sum(layout.area for layout in layouts)
         for layout, every in zip(layouts, whole, strict=True):
             order = torch.arange(layout.area) if layout.order is None else layout.order

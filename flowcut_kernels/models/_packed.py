@@ -69,8 +69,8 @@ class PackedTower:
         """int64 [R] rows of the blocks' input in the order of images, frames and lines of patches."""
         side, rows, total = visual.spatial_merge_size, [], 0
         for count, height, width in grid_thw.tolist():  # squares of patches that are merged are neighbours
-            places = torch.arange(count * height * width).view(count, height // side, side, width // side, side)
-            rows.append(places.transpose(2, 3).flatten() + total)
+            places = torch.arange(count * height * width, device="cpu").view(-1, side, width // side, side)
+            rows.append(places.transpose(1, 2).flatten() + total)
             total += places.numel()
         place = torch.cat(rows).to(grid_thw.device)
         if getattr(visual, "fullatt_block_indexes", None) is not None:
@@ -93,7 +93,7 @@ def _of_sizes(visual: Any, grids: list[list[int]], device: torch.device) -> dict
 @lru_cache(maxsize=16)  # up to a megabyte each for 16,384 patches
 def _made_of_sizes(grids: tuple, side: int, table: tuple, device: torch.device) -> dict[str, Tensor]:
     with torch.inference_mode(False):
-        grid = torch.tensor(grids)
+        grid = torch.tensor(grids, device="cpu")
         made = dict(position_ids=get_vision_position_ids(grid, side))
         if table:
             found = get_vision_interpolation_indices_and_weights(grid, spatial_merge_size=side, **dict(table))

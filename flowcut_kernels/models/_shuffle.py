@@ -117,7 +117,8 @@ def _together(tiles: list[Layout]) -> Layout:
     if first.void is None and all(x is first for x in tiles):
         return equal_tiles(count, first.grids[0])
     if any(x.void is not None for x in tiles):
-        void = torch.cat([torch.zeros(1, x.tile, dtype=torch.bool) if x.void is None else x.void for x in tiles])
+        none = torch.zeros(1, first.tile, dtype=torch.bool, device="cpu")
+        void = torch.cat([none if x.void is None else x.void for x in tiles])
     return Layout(
         grids=sum((x.grids for x in tiles), ()),
         tile=tiles[0].tile,

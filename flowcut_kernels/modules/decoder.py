@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,8 +219,9 @@ class DecoderState:
             text = torch.from_numpy(visual.live & ~visual.tokens).to(visual.ends.device)
             return text & (torch.arange(self.length, device=text.device) <= visual.ends[:, 1:])
 
-        tokens = torch.tensor(visual.lengths).split(visual.counts)
-        most = max(self.length - min(int(of.sum()) for of in tokens if len(of)), 1)
+        lengths = iter(visual.lengths)
+        tokens = [sum(islice(lengths, count)) for count in visual.counts]
+        most = max(self.length - min(n for n, count in zip(tokens, visual.counts, strict=True) if count), 1)
         with torch.no_grad():
             return self.decoder.policy.decoder_raters(
                 PromptView(self.embeds, words, visual.columns, visual.samples, visual.ends[:, 1], most)

@@ -106,7 +106,7 @@ class PrunedDynamicLayer(PrunedRows, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._reorder(torch.arange(len(self.columns)).repeat_interleave(repeats))
+        self._reorder(torch.arange(len(self.columns), device=self.columns.device).repeat_interleave(repeats))
 
 
 class PrunedStaticLayer(PrunedRows, StaticLayer):

@@ -608,7 +608,7 @@ class PackedEncoder:
             entries={} if checkpoints else None,
         )  # fmt: skip
         if self.windows is not None:
-            order, ends = (x.cpu() for x in self.windows(self.encoder, torch.tensor(grids), kwargs))
+            order, ends = (x.cpu() for x in self.windows(self.encoder, torch.tensor(grids, device="cpu"), kwargs))
             lengths = np.diff(ends.numpy())
             window = np.arange(len(lengths)).repeat(lengths // self.block)
             state.rows = replace(rows, windows=tuple(lengths.tolist()), window=window)

@@ -65,14 +65,14 @@ def _rectangle(places: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
 
 def _rows(tokens: Tensor, protect: int, block: int) -> Tensor:
     """Protected rows, then those of `tokens`."""
-    patches = (tokens[:, None] * block + torch.arange(block)).flatten()
-    return torch.cat([torch.arange(protect), patches + protect])
+    patches = (tokens[:, None] * block + torch.arange(block, device="cpu")).flatten()
+    return torch.cat([torch.arange(protect, device="cpu"), patches + protect])
 
 
 def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """`rows` [B, M], -1 after the last of a shorter one, and how many each are [B]."""
     index = pad_sequence(rows, batch_first=True, padding_value=-1)
-    return index, torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    return index, torch.tensor([len(row) for row in rows], dtype=torch.int32, device="cpu")
 
 
 @lru_cache(maxsize=16)
@@ -134,7 +134,7 @@ class UniformTokens(_BlindPolicy):
             row = (2 * i + 1) * rows // (2 * lines)
             count = (i + 1) * budget // lines - i * budget // lines
             chosen += [row * columns + (2 * j + 1) * columns // (2 * count) for j in range(count)]
-        return torch.tensor(chosen, dtype=torch.long)
+        return torch.tensor(chosen, dtype=torch.long, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

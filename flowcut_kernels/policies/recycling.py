@@ -139,7 +139,7 @@ def images_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 @lru_cache(maxsize=16)
 def _image_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
 

@@ -376,6 +376,35 @@ def test_trace(family):
 
 
 @torch.no_grad()
+def test_default_device(family):
+    """Tables made on the host stay there whatever torch's default device is, as far as the stock model's do."""
+    model, rows = family.model(), prompts(family)
+    inputs = given(family, rows.get("video next to image", rows["interleaved"]))
+    try:
+        with torch.device("meta"):
+            model(**inputs)
+    except NotImplementedError:
+        pytest.skip("the stock model makes tensors there, too")
+    found = policies_of(family)
+    for policy in (found[name] for name in ("flowcut", "hybrid", "sparsevlm", "random") if name in found):
+        with fk.patched(model, policy):
+            _clear_tables()
+            with torch.device("meta"):
+                logits = model(**inputs).logits
+            _clear_tables()
+            assert torch.equal(logits, model(**inputs).logits)
+
+
+def _clear_tables() -> None:
+    """Forget what is on a device once."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("flowcut_kernels."):
+            for x in vars(module).values():
+                if hasattr(x, "cache_clear"):
+                    x.cache_clear()
+
+
+@torch.no_grad()
 def test_caches(family):
     """Every kind of cache, and none, gives the same answers, as far as it does with the stock model."""
     policy, model = first_policy(family), family.model(dtype=torch.float64)

@@ -100,6 +100,24 @@ def test_sizes_that_do_not_say_how_many():
     assert all(retained_count(config, policy, []) == [] for config in found.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("internvl", dict(pixel_shape=(3, 3, 56, 56))),
+        ("idefics3", dict(pixel_shape=(1, 3, 3, 56, 56))),
+        ("llava_next", dict(image_sizes=[(40, 110), (56, 56)])),
+        ("qwen2_5_vl", dict(image_sizes=[(1, 8, 12)])),
+    ],
+)
+def test_default_device_of_an_engine(name, known):
+    """A GPU, while it loads a model: what is counted stays on the host."""
+    config = next(family for family in families() if family.name == name).model().config
+    for policy in (fk.FlowCut(target_tokens=5), fk.FlowCut(target_tokens=110)):
+        with torch.device("meta"):
+            found = retained_count(config, policy, **known)
+        assert retained_count(config, policy, **known) == found
+
+
 SIZES = [(56, 100), (40, 70)]
 GRIDS = [(1, 8, 12), (1, 10, 6)]
 

@@ -43,7 +43,7 @@ def grid_cells(grids: Sequence[tuple[int, int]], cell: float, device: torch.devi
 def _cells(grids: tuple[tuple[int, int], ...], cell: float, device: torch.device) -> tuple[Tensor, int]:
     """Copied to the device once: a copy would wait for it."""
     # What is kept must serve autograd too.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         parts, count = [torch.empty(0, dtype=torch.int64)], 0
         for rows, columns in grids:
             # Python divides exactly rounded; torch may multiply by the reciprocal.
