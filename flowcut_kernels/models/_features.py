@@ -18,7 +18,7 @@ from ..modules.encoder import REMEMBERED, EncoderPass
 from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
 from ..policies.recycling import constant, held, images_of, select_features
-from ..trace import Stage
+from ..trace import Stage, Trace
 from ._bound import Bound, Turns, named
 
 Grids = tuple[tuple[int, int], ...]  # rows and columns
@@ -51,6 +51,7 @@ class Encoded(NamedTuple):
     position: list[Tensor] | None = None  # int64 [n] their places among all tokens of the image
     tile: int | None = None  # tokens of each run of an image's placeholders; None: they are one run
     by_tile: list[list[int]] | None = None  # of each image those of `kept` that are each run's, where nobody knows more
+    trace: Trace | None = None  # of the pass that made them, where it was recorded
 
     def runs(self) -> list[list[int]]:
         """Of each image the features that stay in each of its runs of placeholders."""
@@ -289,6 +290,8 @@ class PrunedFeatures(Bound):
             self.encoded = _packed(output, found, known.left, known.width)
         elif scored or (self.kind.assembles and self.encoded.kept != full):
             self._choose(output, self._items(output.pooler_output, arguments, found, known), found.kept)
+        if self.encoder.record:
+            self.encoded = self.encoded._replace(trace=self.encoder.trace)
         for holder in (output, *_first(output)):
             vars(holder)[_ENCODED] = self.encoded
         return output.to_tuple() if as_tuple else output
@@ -407,6 +410,8 @@ class PrunedFeatures(Bound):
         pixels, output = self.given(arguments)
         if output is not None:
             known = next((getattr(x, _ENCODED) for x in (output, *_first(output)) if hasattr(x, _ENCODED)), None)
+            if self.encoder.record:  # not of what was encoded last
+                self.encoder.trace = Trace() if known is None else known.trace
             kept = kind.lengths(output.pooler_output, known)
             full = kept if kind.usual is None else [kind.usual + lead] * len(kept)
             full = full if known is None else [n + lead for n in known.full]

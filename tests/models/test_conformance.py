@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import pickle
 import sys
@@ -402,6 +403,34 @@ def _clear_tables() -> None:
             for x in vars(module).values():
                 if hasattr(x, "cache_clear"):
                     x.cache_clear()
+
+
+@torch.no_grad()
+def test_trace_of_features_made_before(family):
+    """It is theirs, whatever was encoded in between; of the stock model's it tells what the language model cut."""
+    model, names = family.model(), inspect.signature(family.model().model.get_image_features).parameters
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers encodes no features beforehand")
+    one, other = (family.prompt([[3, Image(*family.sizes[0], seed=seed), 5, 6]]) for seed in range(2))
+    rest = {name: x for name, x in one.items() if not name.startswith("pixel_values")}
+
+    def made(inputs: dict[str, Any]) -> dict[str, Any]:
+        known = {name: x for name, x in inputs.items() if name in names}
+        return dict(image=model.model.get_image_features(**known, return_dict=True))
+
+    def stages() -> list:
+        model(**rest, mm_encoder_outputs=features)
+        return fk.trace(model).stages
+
+    stock, cuts = made(one), [fk.FlowCut(9, llm_layer=1), fk.FastV(7, layer=1)] if family.prunes_llm else []
+    for policy in (PRUNING["flowcut"], *cuts):
+        with fk.patched(model, policy, record=True):
+            features = stock if isinstance(policy, fk.FastV) else made(one)
+            want = stages()
+            made(other)
+            found = stages()
+        assert want and [stage.name for stage in found] == [stage.name for stage in want]
+        assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, want, strict=True))
 
 
 @torch.no_grad()
