@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules.encoder import REMEMBERED
+from ..modules.encoder import remember
 from ._features import Kind, Layout
 
 Size = tuple[int, int]  # height and width
@@ -54,8 +54,6 @@ class AnyresImages(Kind):
         key = size, views, points, *options.values()
         layout = self.remembered.get(key)
         if layout is None:
-            if len(self.remembered) >= REMEMBERED:
-                self.remembered.clear()
             side = tile_side(self.model)
             with torch.inference_mode(False), torch.enable_grad():
                 tokens = torch.ones(views, side**2, 1, device="cpu", requires_grad=True)
@@ -79,7 +77,7 @@ class AnyresImages(Kind):
                 order = torch.full((tokens.numel() + 1,), layout.area, device="cpu")
                 order[placed[: layout.area] - 1] = torch.arange(layout.area, device="cpu")
                 layout = replace(layout, order=order[:-1])
-            self.remembered[key] = layout
+            remember(self.remembered, key, layout)
         return layout
 
     @staticmethod

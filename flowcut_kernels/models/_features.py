@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modules.encoder import REMEMBERED, EncoderPass
+from ..modules.encoder import REMEMBERED, EncoderPass, remember
 from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
 from ..policies.recycling import constant, held, images_of, select_features
@@ -326,12 +326,7 @@ class PrunedFeatures(Bound):
         # A mask's are like no others.
         if torch.compiler.is_compiling() or self.predicts or any(layout.masked for layout in layouts):
             return self._foreseen(layouts)
-        prospect = self.remembered.get(layouts)
-        if prospect is None:
-            if len(self.remembered) >= REMEMBERED:
-                self.remembered.clear()
-            self.remembered[layouts] = prospect = self._foreseen(layouts)
-        return prospect
+        return self.remembered.get(layouts) or remember(self.remembered, layouts, self._foreseen(layouts))
 
     def _foreseen(self, layouts: tuple[Layout, ...]) -> Prospect:
         left = [*map(self._left, layouts)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ._rows import gather_normed
 from ._signature import signature_of
 
 REMEMBERED = 256  # prompts' and passes' sizes, with what follows from them
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,14 @@ class PrunedEncoderLayer:
         return residual + parts.out_proj(mixed.flatten(2)), merged
 
 
+def remember(known: dict[Any, Value], key: Hashable, value: Value) -> Value:
+    """A value, among so many that are `known` from now on."""
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = value
+    return value
+
+
 def untracked() -> AbstractContextManager:
     """`torch.no_grad()`, or nothing where that changes nothing: it is entered at every layer that scores."""
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
@@ -564,9 +573,7 @@ class PrunedEncoder:
         if known is None:
             known = self._foreseen(*key)
             if not torch.compiler.is_compiling():
-                if len(self.remembered) >= REMEMBERED:
-                    self.remembered.clear()
-                self.remembered[key] = known
+                remember(self.remembered, key, known)
         layers = self.layers if torch.is_grad_enabled() else ()
         checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         return EncoderState(
