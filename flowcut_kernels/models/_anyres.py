@@ -55,11 +55,12 @@ class AnyresImages(Kind):
         layout = self.remembered.get(key)
         if layout is None:
             side = tile_side(self.model)
+            exact: Any = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
             with torch.inference_mode(False), torch.enable_grad():
-                tokens = torch.ones(views, side**2, 1, device="cpu", requires_grad=True)
+                tokens = torch.ones(views, side**2, 1, **exact, requires_grad=True)
                 packed = self.pack([tokens], [size], tokens.new_zeros(1), options)[0]
                 counts = torch.autograd.grad(packed.sum(), tokens)[0][..., 0] > 0
-                numbers = torch.arange(1.0, tokens.numel() + 1, device="cpu").view_as(tokens)
+                numbers = torch.arange(1.0, tokens.numel() + 1, **exact).view_as(tokens)
                 placed = self.pack([numbers], [size], tokens.new_zeros(1), options)[0][:, 0].long()
             grids, is_place = [(side, side)], packed[:, 0] > 0
             if views > 1 and len(packed) > side**2:  # of a line of an image no row of the tiles is left

@@ -693,7 +693,7 @@ def _placed(
         places, number = places.sort()
         places, number = places[:count], number[:count]
         weight = None if weight is None else weight[number]
-    return places, torch.ones(count, device=device) if weight is None else weight, number
+    return places, torch.ones(count, dtype=torch.float32, device=device) if weight is None else weight, number
 
 
 @lru_cache(maxsize=16)

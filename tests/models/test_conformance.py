@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -343,6 +344,35 @@ def test_calibrated(family):
     assert each.schedule and kept[0] == kept[1]
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.any_transformers
+@torch.no_grad()
+def test_defaults_of_torch(family):
+    """Another default dtype, or a default device that is not the model's (as meta is), changes no answer."""
+    row = [3, Image(112, 168), 5, 6]  # more tokens than bfloat16 has whole numbers, where images have tiles
+    inputs, model = given(family, [row, prompts(family)["one image"][0]]), family.model()
+    defaults: list[Any] = [partial(default_dtype, torch.bfloat16)]
+    with suppress(NotImplementedError), torch.device("meta"):
+        model(**inputs)
+        defaults.append(partial(torch.device, "meta"))
+    for policy in policies_of(family).values():
+        policy = dataclasses.replace(policy, target_tokens=11, retain_ratio=None)  # that nobody remembers
+        for default in defaults:
+            with fk.patched(model, policy):  # which remembers nothing of the last time
+                with default():
+                    found = model(**inputs).logits
+                assert torch.equal(found, model(**inputs).logits), (policy, default)
+
+
 @torch.no_grad()
 def test_threads(family, request):
     """That call one model at once get what each gets alone."""
@@ -374,35 +404,6 @@ def test_trace(family):
     assert last.kept == [len(tile) for tile in tiles]
     for indices, tile in zip(last.indices, tiles, strict=True):
         assert indices[indices >= 0].tolist() == tile.tolist()
-
-
-@torch.no_grad()
-def test_default_device(family):
-    """Tables made on the host stay there whatever torch's default device is, as far as the stock model's do."""
-    model, rows = family.model(), prompts(family)
-    inputs = given(family, rows.get("video next to image", rows["interleaved"]))
-    try:
-        with torch.device("meta"):
-            model(**inputs)
-    except NotImplementedError:
-        pytest.skip("the stock model makes tensors there, too")
-    found = policies_of(family)
-    for policy in (found[name] for name in ("flowcut", "hybrid", "sparsevlm", "random") if name in found):
-        with fk.patched(model, policy):
-            _clear_tables()
-            with torch.device("meta"):
-                logits = model(**inputs).logits
-            _clear_tables()
-            assert torch.equal(logits, model(**inputs).logits)
-
-
-def _clear_tables() -> None:
-    """Forget what is on a device once."""
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("flowcut_kernels."):
-            for x in vars(module).values():
-                if hasattr(x, "cache_clear"):
-                    x.cache_clear()
 
 
 @torch.no_grad()
