@@ -84,13 +84,15 @@ def family_of(model: nn.Module) -> Any:
     return adapter
 
 
-def _what_to_do(model: nn.Module) -> str:
+def _what_to_do(model: Any) -> str:
     """With a model whose class has no adapter."""
     classes = supported_models()
     names = f"supported models: {', '.join(c.__name__ for c in classes)}"
-    wrapped = next((n for n, m in model.named_modules() if type(m) in classes and hasattr(m, "generate")), None)
+    wrapped = next((n for n, m in _parts(model) if type(m) in classes and hasattr(m, "generate")), None)
     if wrapped is not None:
         return f"{names}. It holds one of them: patch that, .{wrapped}"
+    if not isinstance(model, nn.Module):  # a name, a class, a processor
+        return f"{names}. Give an instance, as from_pretrained returns it"
     if type(model).__module__.startswith("transformers_modules."):
         return (
             f"{names}. Its code came with its checkpoint, so nobody knows how it works: load a checkpoint for "
@@ -245,12 +247,23 @@ def trace(model: nn.Module) -> Trace:
     return handle.encoder.trace
 
 
+def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model, itself included, by name; of a pipeline those of its model."""
+    if isinstance(model, nn.Module):
+        yield from model.named_modules()
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        yield from model.model.named_modules(prefix="model")
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether `model` or a part of it is patched."""
     return any(_HANDLE in vars(module) for module in model.modules())
 
 
 def _handle(model: nn.Module) -> _Patch:
-    if _HANDLE not in vars(model):
-        raise ValueError(f"this {type(model).__name__} is not patched: call patch(model, policy) first")
-    return vars(model)[_HANDLE]
+    if isinstance(model, nn.Module) and _HANDLE in vars(model):
+        return vars(model)[_HANDLE]
+    # What torch.compile, PEFT and others put around a model is not the model.
+    held = next((name for name, part in _parts(model) if _HANDLE in vars(part)), None)
+    what = "call patch(model, policy) first" if held is None else f"it holds a model that is: give that, .{held}"
+    raise ValueError(f"this {type(model).__name__} is not patched: {what}")

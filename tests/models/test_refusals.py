@@ -37,6 +37,9 @@ class Wrapper(nn.Module):
         (Wrapper, "It holds one of them: patch that, .base.module"),
         (lambda: tiny.llava().model, "Its family is supported: patch the whole LlavaForConditionalGeneration"),
         (lambda: tiny.qwen("qwen2_vl").model.visual, "patch the whole Qwen2VLForConditionalGeneration"),
+        (lambda: SimpleNamespace(model=tiny.llava()), "It holds one of them: patch that, .model"),  # a pipeline
+        (lambda: "llava-hf/llava-1.5-7b-hf", "Give an instance, as from_pretrained returns it"),
+        (lambda: type(tiny.llava()), "Give an instance, as from_pretrained returns it"),
     ],
 )
 def test_unknown_classes(build, words):
@@ -45,6 +48,17 @@ def test_unknown_classes(build, words):
     said = f"{type(model).__name__} is not supported; supported models: {names}"
     with pytest.raises(TypeError, match=re.escape(said) + ".*" + re.escape(words)):
         fk.patch(model, POLICY)
+
+
+@pytest.mark.parametrize("call", [fk.unpatch, fk.trace])
+def test_what_is_around_a_patched_model(call):
+    """Is not patched, and says what is."""
+    outer = Wrapper()
+    model = fk.patch(outer.base.module, POLICY)
+    for around, name in ((outer, ".base.module"), (SimpleNamespace(model=model), ".model")):
+        words = f"this {type(around).__name__} is not patched: it holds a model that is: give that, {name}"
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call(around)
 
 
 def test_remote_code():
