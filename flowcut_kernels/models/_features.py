@@ -293,7 +293,7 @@ class PrunedFeatures(Bound):
         if self.encoder.record:
             self.encoded = self.encoded._replace(trace=self.encoder.trace)
         for holder in (output, *_first(output)):
-            vars(holder)[_ENCODED] = self.encoded
+            setattr(holder, _ENCODED, self.encoded)
         return output.to_tuple() if as_tuple else output
 
     def _pixels(self, arguments: dict[str, Any], name: str) -> Any:

@@ -943,3 +943,16 @@ def test_eager_equals_sdpa(stock):
     assert len(got.attentions) == 2 and live.any()
     for a, b, n in zip(got.logits, want, (2 * KEEP, 7, KEEP), strict=True):
         assert_close(a[-n:], b[-n:], **CLOSE)
+
+
+@pytest.mark.any_transformers
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiled_from_outside():
+    """In parts, as a whole model is: the features that a compiled part gives are marked as others are."""
+    model, pixels = fk.patch(tiny.llava("siglip"), fk.UniformTokens(9)), tiny.images(2)
+    want = model.model.get_image_features(pixels).pooler_output
+    compiled = torch.compile(lambda: model.model.get_image_features(pixels), backend="eager")
+    for _ in range(2):
+        for got, expected in zip(compiled().pooler_output, want, strict=True):
+            assert_close(got, expected)
