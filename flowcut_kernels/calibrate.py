@@ -41,6 +41,8 @@ def calibrate(
     """
     if not isinstance(policy, FlowCut):
         raise TypeError(f"calibrate: {type(policy).__name__} has no per-image counts to freeze; use a FlowCut policy")
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"calibrate: inputs is {type(inputs).__name__}; give processor output, or a list of it")
     batches = [inputs] if isinstance(inputs, Mapping | Tensor) else list(inputs)
     if not batches:
         raise ValueError("calibrate: inputs is empty; give at least one batch of images")

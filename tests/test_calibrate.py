@@ -139,6 +139,7 @@ def test_a_schedule_of_another_model(schedule):
         (fk.FlowCut(8), [], ValueError, "inputs is empty"),
         (fk.FlowCut(8), {"input_ids": torch.zeros(1, 1)}, ValueError, r"inputs\[0\] holds no pixel_values"),
         (fk.FlowCut(8), [3], TypeError, r"inputs\[0\] is int"),
+        (fk.FlowCut(8), None, TypeError, "inputs is NoneType; give processor output, or a list of it"),
     ],
 )
 def test_bad_input(policy, inputs, error, message):
