@@ -110,10 +110,11 @@ def patch(
     """Make this model instance prune visual tokens by `policy`, in place, until :func:`unpatch`.
 
     A whole VLM takes unchanged processor output in ``forward`` and ``generate``; its layers after the feature layer
-    no longer run. On a bare vision tower all layers run and ``hidden_states`` simply hold fewer tokens from the
-    first cut on. No parameter, buffer, hook, configuration or class is touched; other instances are not affected.
-    Threads that call a patched VLM take turns. A callback of ``generate`` (streamer, logits processor, stopping
-    criterion) may call it too, or wait for a thread that does; a hook inside the model may do neither.
+    no longer run. ``forward`` returns logits and hidden states of what is left of the prompt: count columns from the
+    end (docs/patched_models.md). On a bare vision tower all layers run and ``hidden_states`` simply hold fewer tokens
+    from the first cut on. No parameter, buffer, hook, configuration or class is touched; other instances are not
+    affected. Threads that call a patched VLM take turns. A callback of ``generate`` (streamer, logits processor,
+    stopping criterion) may call it too, or wait for a thread that does; a hook inside the model may do neither.
 
     Args:
         model: an instance of one of :func:`supported_models`.
