@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from .._library import resolve_backend
 from . import machine
 from .page import write_page
 from .report import Report, Section
@@ -31,7 +32,18 @@ Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to this 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch and the kernels use.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16, fp16, or several separated by commas.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Interleaved rounds per figure.")]
-Backend = Annotated[str | None, typer.Option(help="auto, reference, cpp or triton.")]
+
+
+def known_backend(name: str | None) -> str | None:
+    """Refused before anything is measured."""
+    try:
+        resolve_backend(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return name
+
+
+Backend = Annotated[str | None, typer.Option(callback=known_backend, help="auto, reference, cpp, triton or cuda.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Counts = Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")]
 Split = Annotated[str, typer.Option(help="dev, or test: scored once, for figures that are committed.")]
@@ -119,8 +131,11 @@ def encoder(
 
     if weights not in WEIGHTS:
         raise typer.BadParameter(f"--weights {weights!r} is unknown: use {' or '.join(WEIGHTS)}")
+    budgets, patches = numbers(tokens, "--tokens"), (image_size // 14) ** 2
+    if max(budgets) >= patches:
+        raise typer.BadParameter(f"--tokens {max(budgets)} prunes nothing: the image has {patches}, keep fewer")
     options = dict(
-        dtypes=dtypes(dtype), batches=numbers(batch, "--batch"), tokens=numbers(tokens, "--tokens"), weights=weights,
+        dtypes=dtypes(dtype), batches=numbers(batch, "--batch"), tokens=budgets, weights=weights,
         layers=layers, repeats=repeats, backend=backend, shape=width(image_size, hidden),
         baselines=baselines, frozen=frozen,
     )  # fmt: skip
@@ -641,6 +656,8 @@ def section(
         found = measure(**options, device=device, command=typed(), tick=tick)
     seconds = time.perf_counter() - start
     sections = found if isinstance(found, list) else [found]
+    if options.get("only") and not any(each.rows for each in sections):
+        raise typer.BadParameter(f"--only {options['only']!r}: no name contains it")
     sections[0].seconds = seconds
     report = Report(machine.facts(device), typed(), sections, seconds)
     show_report(report, terminal())

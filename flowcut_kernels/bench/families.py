@@ -16,7 +16,6 @@ from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -429,8 +428,9 @@ def overhead(
 ) -> dict[str, float]:
     """CPU seconds of this process: the thin stock model's forward pass, and what a patched one takes beyond it.
 
-    Medians of `calls` passes and of differences. Fewer tokens are less work even for a thin model, and must not be set
-    against what the adapter takes. So the time in modules that the patch leaves alone is left out, on both sides.
+    Each is the least of `calls` passes: what else a machine does only adds to CPU time. Fewer tokens are less work even
+    for a thin model, and must not be set against what the adapter takes. So the time in modules that the patch leaves
+    alone is left out, on both sides.
     """
     stock = family.build("thin", device, torch.float32)
     inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
@@ -444,10 +444,9 @@ def overhead(
         alone = {model.get_submodule(name) for model in models.values() for name in same}
         around = interleave(runs, repeats=calls, clock=_HostClock(device, alone), least=0)
         host = interleave(dict(stock=runs["stock"]), repeats=calls, clock=_HostClock(device), least=0)["stock"]
-    pairs = {name: zip(around[name].values, around["stock"].values, strict=True) for name in policies}
-    return dict(stock_host_seconds=host.median) | {
-        name: median(ours - stock for ours, stock in pair) for name, pair in pairs.items()
-    }
+    least = {name: min(samples.values) for name, samples in around.items()}
+    beyond = {name: least[name] - least["stock"] for name in policies}
+    return dict(stock_host_seconds=min(host.values)) | beyond
 
 
 @torch.inference_mode()
@@ -456,7 +455,7 @@ def by_caller(
 ) -> dict[str, float]:
     """How many times as long a thin model's forward pass takes below the worst of DEPTHS as below the best.
 
-    CPU time of this process, the median of `rounds` passes at each.
+    CPU time of this process, the least of `rounds` passes at each.
     """
     stock = family.build("thin", device, torch.float32)
     inputs = prompt(stock, shown(stock.config)) | dict(logits_to_keep=1)
@@ -475,8 +474,8 @@ def _by_depth(run: Run, rounds: int) -> float:
             start = time.process_time()
             _below(depth, run)
             seconds.append(time.process_time() - start)
-    medians = [*map(median, taken.values())]
-    return max(medians) / min(medians)
+    least = [*map(min, taken.values())]
+    return max(least) / min(least)
 
 
 def _below(depth: int, run: Run) -> object:
@@ -540,8 +539,9 @@ def measure_host(
         rows,
         facts=dict(share=SHARE, calls=CALLS, prompt_words=TEXT, peak=PEAK),
         notes=[
-            f"CPU time of a forward pass of a thin model: all layers, width 64, small tiles; {TEXT} words behind one "
-            "picture or video, which has as many tiles or frames as at real size, the usual ones or the most",
+            f"CPU time of a forward pass of a thin model, the least of {CALLS}: all layers, width 64, small tiles; "
+            f"{TEXT} words behind one picture or video, which has as many tiles or frames as at real size, the usual "
+            "ones or the most",
             "adapter, all: beyond the stock model's, without the time in modules that are the same, as fewer tokens "
             "make up for nothing here. adapter: one cut without scoring (UniformTokens), what prompts, features and "
             "caches take; all: FlowCut, its operators on the CPU included",

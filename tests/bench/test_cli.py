@@ -238,7 +238,10 @@ def test_flow(untrained, tmp_path):
     [
         ("ops --dtype fp12", "fp12"),
         ("kv --dtype fp32,bf16", "one at a time"),
+        ("ops --backend guess", "'guess'"),
+        ("ops --only nothing --toy", "'nothing'"),
         ("encoder --tokens 0", "--tokens"),
+        ("encoder --tokens 64,576", "has 576"),
         ("encoder --weights none", "paper-like"),
         ("encoder --hidden 100", "multiple of 64"),
         ("quality --policies guess", "guess"),
