@@ -49,8 +49,7 @@ class cached_property:
         return value
 
 
-@dataclass(frozen=True)
-class PackedParts:
+class PackedParts(NamedTuple):
     """Where a family keeps the parts of a pre-norm block of a packed encoder."""
 
     norm1: nn.Module
@@ -199,6 +198,11 @@ class PackedState:
         policy, last = self.encoder.policy, self.encoder.feature_layer
         return {kind: plan_of(policy, last + 1, last, *kind) for kind in {*self.kinds}}
 
+    @cached_property
+    def busy(self) -> frozenset[int]:
+        """Blocks at which there is a step for any kind."""
+        return frozenset(layer for plan in self.plans.values() for layer, step in enumerate(plan) if step is not None)
+
     def enter(self, layer: int) -> None:
         """With gradient checkpointing, called by every layer: they run again in the backward pass, the last first."""
         assert self.entries is not None
@@ -211,9 +215,9 @@ class PackedState:
 
         A frame that is down to its budget keeps its tokens and their score.
         """
-        found = {kind: plan[layer] for kind, plan in self.plans.items()}
-        if not any(found.values()):
+        if layer not in self.busy:
             return None
+        found = {kind: plan[layer] for kind, plan in self.plans.items()}
         left = self.rows.by_token.lengths
         steps = [
             None if now < kind[0] and now <= kind[1] else found[kind]
