@@ -1,7 +1,6 @@
-"""The pages of docs/ops: signatures, forms and figures are the package's. tests/test_docs.py runs their examples."""
+"""The pages of docs/ops: signatures and forms are the package's. tests/test_docs.py runs their examples."""
 
 import ast
-import importlib.util
 import inspect
 import re
 import textwrap
@@ -46,12 +45,3 @@ def test_signatures_are_the_functions(op):
     for name, arguments in found:
         source = textwrap.dedent(inspect.getsource(getattr(ops, name)))
         assert parameters(f"def f{arguments}: ...") == parameters(source), name
-
-
-@pytest.mark.parametrize("page", [INDEX, *PAGES.values()], ids=lambda page: page.stem)
-def test_figures_are_those_of_the_files(page):
-    spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "docs" / "fill_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    text = page.read_text()
-    assert tables.filled(text) == text, f"{page.name} has other figures than benchmarks/results: run `make docs`"
