@@ -139,7 +139,7 @@ class _PackedEye(_Eye):
         if self.layer.number == 0:
             self.seen.layers.clear()
             self.seen.grid, self.seen.block = state.frames[0].grid, state.block
-        rows, parts, self.history = state.rows, self.layer.parts_of(module), state.rows.history
+        rows, parts, self.history = state.rows, self.layer.parts_of(module), state.history
         normed = parts.norm1(args[0] if args else kwargs["hidden_states"])
         heads = parts.attention.qkv(normed).unflatten(-1, (3, parts.attention.num_heads, -1))
         query, key, value = heads.unbind(1)
@@ -155,7 +155,7 @@ class _PackedEye(_Eye):
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         state: PackedState = kwargs["packing"]
-        history = state.rows.history
+        history = state.history
         if not self.scored_by_cut(state) and history is not None and history is not self.history:
             self.seen.layers[-1].score = _of_packed(history, state)
 

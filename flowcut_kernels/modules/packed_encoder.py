@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -151,7 +150,6 @@ class Rows:
     window: np.ndarray | None = None  # [R / block] the window of each token
     number: Tensor | None = None  # int64 [R] which rows of the encoder's input they are; None: all of them
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [R, d]; None: all rows are there
-    history: Tensor | None = None  # [F, W] cumulative score
 
     @cached_property
     def tokens(self) -> Tensor | None:
@@ -171,11 +169,13 @@ class PackedState:
     encoder: PackedEncoder
     frames: list[Frame]
     rows: Rows
+    history: Tensor | None = None  # [F, W] cumulative score
     order: Tensor | None = None  # int64 [T] place of each token, in the encoder's order; None: as they come
     pixels: Pixels | None = None  # where the policy wants them
     backend: str | None = None
     trace: Trace | None = None
-    entries: dict[int, Rows] | None = None  # with gradient checkpointing: what each layer found on entry
+    # With gradient checkpointing: what each layer found on entry.
+    entries: dict[int, tuple[Rows, Tensor | None]] | None = None
 
     @property
     def block(self) -> int:
@@ -208,7 +208,7 @@ class PackedState:
         assert self.entries is not None
         if layer in self.entries:
             self.trace = None  # recorded the first time
-        self.rows = self.entries.setdefault(layer, self.rows)
+        self.rows, self.history = self.entries.setdefault(layer, (self.rows, self.history))
 
     def step(self, layer: int) -> tuple[EncoderStep, list[int], list[bool]] | None:
         """The policy's step at `layer`, tokens it leaves of each frame, and frames it is a step of; None: of no frame.
@@ -261,7 +261,7 @@ class PackedState:
             anchor=lambda _: (segments.mean(query), segments.mean(value)),
             protect=0,
             lengths=None if segments.even else segments.tensor,
-            history=before.history,
+            history=self.history,
             grid=grids[0],
             pixels=None if self.pixels is None else self.pixels._replace(arrange=self._arranged),
             backend=self.backend,
@@ -274,11 +274,10 @@ class PackedState:
         with untracked():
             choice = self.encoder.policy.encoder_select(step, view)
         score = choice.score
-        if score is not None and before.history is not None and not all(active):
+        if score is not None and self.history is not None and not all(active):
             stays = constant(tuple(active), device, torch.bool)[:, None]
-            score = torch.where(stays, score, before.history)
-        self.rows = copy(before)  # with what is known of them
-        self.rows.history = score
+            score = torch.where(stays, score, self.history)
+        self.history = score
         index = choice.index
         scored = None if self.trace is None or index is None else (self.position, self.importance)
         lengths, window = self._counts(layer, step, budgets, choice)
@@ -291,13 +290,11 @@ class PackedState:
             hidden, flat, cos, sin, *rest = (x[0] for x in gather_tokens(given, kept[None], backend=self.backend))
             query, found = flat.view(-1, *query.shape[1:]), dict(zip(travels, rest, strict=True))
             score = found.get("history")
+            self.history = None if score is None else after.pad(score)
             windows: tuple[int, ...] = ()
             if window is not None:
                 windows = tuple((self.block * np.bincount(window, minlength=len(before.windows))).tolist())
-            self.rows = Rows(
-                after, self.block, windows, window, found.get("number", kept), (cos, sin),
-                None if score is None else after.pad(score),
-            )  # fmt: skip
+            self.rows = Rows(after, self.block, windows, window, found.get("number", kept), (cos, sin))
         if self.trace is not None:
             self._record(self.trace, layer, choice.entropy, scored)
         return hidden, query
@@ -362,8 +359,7 @@ class PackedState:
     @property
     def importance(self) -> list[Tensor] | None:
         """Score of the tokens left of each image or video, in the order of their places."""
-        history = self.rows.history
-        return None if history is None else self.means_by_visual(history)
+        return None if self.history is None else self.means_by_visual(self.history)
 
     def means_by_visual(self, rows: Tensor) -> list[Tensor]:
         """Means over the rows [F, W] of a token, of the tokens left of each image or video, in the order of places."""
