@@ -13,7 +13,8 @@ from .._library import choose_backend, resolve_backend
 from ..modules.packed_encoder import VisionEncoder
 from ..policies.base import Policy
 from ..trace import Trace
-from ._bound import Replacement
+from ._bound import Places, Replacement
+from ._features import PrunedFeatures
 from .clip import CLIP, SIGLIP
 from .gemma3 import Gemma3
 from .idefics3 import IDEFICS3, IDEFICS3_VIT, SMOLVLM, SMOLVLM_VIT
@@ -159,9 +160,12 @@ def patch(
                 "model, or by another library): undo that first"
             )
     _check_devices(model, replacements)
+    places = Places(model, dict.fromkeys(module for module, *_ in replacements))
     setattr(model, _HANDLE, _Patch(model, policy, encoder, replacements, record))
     for module, name, replacement in replacements:
         setattr(module, _slot(module, name), replacement)
+        if isinstance(replacement, PrunedFeatures):
+            replacement.places = places
     return model
 
 

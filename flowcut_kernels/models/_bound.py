@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -66,6 +66,40 @@ class _Running:
 
     def __exit__(self, *_: object) -> None:
         self.turns.busy = self.before
+
+
+class Places:
+    """Where in a model the modules are that `patch` gave a method. What wraps one of them keeps it in the model."""
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self.model, self.modules = model, [module for module in modules if module is not model]
+        self.held = self._find()
+
+    def check(self) -> None:
+        """ValueError where one of them was assigned over: what is in its place prunes nothing."""
+        if all(holder._modules.get(name) is module for holder, name, module in self.held.values()):
+            return
+        here = {*self.model.modules()}
+        if not here.issuperset(self.modules):
+            path = next(path for path, (at, name, was) in self.held.items() if at._modules.get(name) is not was)
+            raise ValueError(
+                f".{path} of this {type(self.model).__name__} was replaced after patch(), by a module that is not "
+                "patched: call unpatch(model), which leaves it in place, then patch(model, policy) again"
+            )
+        self.held = self._find()
+
+    def _find(self) -> dict[str, tuple[Any, str, nn.Module]]:
+        """Path -> holder, name in it and module, of all modules on the way to them."""
+        paths, held = {module: path for path, module in self.model.named_modules()}, {}
+        for module in self.modules:
+            holder, path = self.model, ""
+            for name in paths[module].split("."):
+                path = f"{path}.{name}".lstrip(".")
+                child = holder._modules[name]
+                assert child is not None
+                held[path] = holder, name, child
+                holder = child
+        return held
 
 
 class Bound:

@@ -19,7 +19,7 @@ from ..modules.packed_encoder import PackedEncoder, VisionEncoder
 from ..policies.base import FeatureView, Policy
 from ..policies.recycling import constant, held, images_of, select_features
 from ..trace import Stage, Trace
-from ._bound import Bound, Turns, named
+from ._bound import Bound, Places, Turns, named
 
 Grids = tuple[tuple[int, int], ...]  # rows and columns
 
@@ -248,9 +248,11 @@ class PrunedFeatures(Bound):
     ) -> None:
         super().__init__(kind.model)
         self.method, self.kind, self.policy, self.encoder = kind.method, kind, policy, encoder
-        self.fixed, self.backend, self.turns = fixed, backend, turns
+        self.fixed = fixed | {f"{kind.modality}_token_id": kind.token_id}
+        self.backend, self.turns = backend, turns
         self.marks = marks  # somebody may ask which tokens the features are, and how important
         self.encoded: Encoded | None = None  # of the last call
+        self.places: Places | None = None  # of what was patched; None: nothing is
         self.predicts = False  # nothing is run: of visuals whose count is known once they are chosen the most is left
         self.first = next(iter(self.__signature__.parameters))  # the method's pixels; versions name videos' otherwise
         # Of the prompt at hand: pixels and what will come of them, or the features, made before they are asked for.
@@ -265,6 +267,8 @@ class PrunedFeatures(Bound):
     def _features(self, arguments: dict[str, Any]) -> Any:
         if _PASS.get() is not None:
             return self.original(**arguments)
+        if self.places is not None and not torch.compiler.is_compiling():
+            self.places.check()
         for name, value in self.fixed.items():
             given = arguments.get(name)
             given = getattr(self.model.config, name) if given is None else given

@@ -12,7 +12,7 @@ import torch
 from test_patching import POLICY, assert_same, run, snapshot
 from torch import Tensor, nn
 from torch.testing import assert_close
-from zoo import llava_onevision
+from zoo import Image, idefics3, llava_next, llava_onevision, qwen2_5_vl, video_llava
 
 import flowcut_kernels as fk
 
@@ -155,3 +155,64 @@ def test_layers_on_several_devices(monkeypatch):
     monkeypatch.setattr(towers[3], "parameters", lambda: iter([elsewhere]), raising=False)
     with pytest.raises(ValueError, match=said):
         fk.patch(model, POLICY)
+
+
+class Wrapped(nn.Module):
+    """As torch.compile and others put themselves around a part."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name == "module" else getattr(self.module, name)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        (llava_next, "model.vision_tower"),
+        (llava_next, "model.multi_modal_projector"),
+        (llava_next, "model.language_model"),
+        (qwen2_5_vl, "model.visual"),
+        (qwen2_5_vl, "model.visual.blocks.1"),
+        (idefics3, "model.vision_model"),
+        (video_llava, "model.image_tower"),
+    ],
+)
+@torch.no_grad()
+def test_parts_assigned_over_after_patching(family, path):
+    """Are told before anything runs, and may be wrapped; a copy has places of its own."""
+    model, inputs = family.FAMILY.model(), family.FAMILY.prompt([[5, Image(), 6, 7]])
+    part, other = model.get_submodule(path), family.FAMILY.model().get_submodule(path)
+    fk.patch(model, fk.FlowCut(4, llm_layer=1))
+    twin = copy.deepcopy(model)
+    pruned = model(**inputs).logits
+    said = re.escape(f".{path} of this {type(model).__name__} was replaced after patch(), by a module that is not")
+    for module, error in ((Wrapped(part), None), (other, said), (part, None)):
+        model.set_submodule(path, module)
+        if error is None:
+            assert torch.equal(model(**inputs).logits, pruned)
+            continue
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=error):
+                call(**inputs)
+    assert torch.equal(twin(**inputs).logits, pruned)
+    # What the error says helps.
+    model.set_submodule(path, other)
+    fk.patch(fk.unpatch(model), fk.FlowCut(4, llm_layer=1))
+    assert torch.equal(model(**inputs).logits, pruned)
+
+
+@pytest.mark.parametrize("family", [llava_next, qwen2_5_vl])
+@torch.no_grad()
+def test_placeholders_edited_after_patching(family):
+    """A stock model would look for the new id, for which the prompt has not been made to fit."""
+    model, inputs = family.FAMILY.model(), family.FAMILY.prompt([[5, Image(), 6, 7]])
+    with fk.patched(model, POLICY):
+        model.config.image_token_id = 88
+        with pytest.raises(ValueError, match="image_token_id=88 but the model was patched for 90: unpatch, set it in"):
+            model(**inputs)
