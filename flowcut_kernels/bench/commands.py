@@ -619,7 +619,12 @@ def compile(
     """Triton and CUDA kernels compiled for GPUs this machine need not have: registers, spills, shared memory."""
     if importlib.util.find_spec("triton") is None:
         raise typer.BadParameter("compile needs triton: pip install triton")
-    section("compile", compiled, dict(architectures=numbers(arch, "--arch"), only=only), None, "cpu", json, csv)
+    from .compile import known_architectures
+
+    architectures, known = numbers(arch, "--arch"), known_architectures()
+    if not {*architectures} <= {*known}:
+        raise typer.BadParameter(f"--arch {arch!r} must be of {', '.join(map(str, known))}, which this Triton knows")
+    section("compile", compiled, dict(architectures=architectures, only=only), None, "cpu", json, csv)
 
 
 def compiled(*, architectures: tuple[int, ...], only: str | None, device: str, command: str, tick: Tick) -> Section:

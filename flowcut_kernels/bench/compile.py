@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -36,7 +37,18 @@ from ..ops.recycle_tokens.triton import prepare as prepare_recycling
 from ..ops.score_select.triton import prepare as prepare_select
 
 ARCHITECTURES = (80, 90, 100)
+_OLDEST = 70  # whose atomics release and acquire
 _REGISTERS, _BLOCKS = 65536, 32  # of a multiprocessor
+
+
+def known_architectures() -> list[int]:
+    """Those of Triton's assemblers that the kernels can do with: LLVM ends the process at one that it does not know."""
+    named = {}
+    for path in {get_ptxas(arch).path for arch in ARCHITECTURES}:
+        said = subprocess.run([path, "--help"], capture_output=True, text=True, check=True).stdout
+        named[path] = {int(arch) for arch in re.findall(r"'sm_(\d+)'", said)}
+    every = {arch for names in named.values() for arch in names}
+    return sorted(arch for arch in every if arch >= _OLDEST and arch in named[get_ptxas(arch).path])
 
 
 def limits(arch: int) -> tuple[int, int]:

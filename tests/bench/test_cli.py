@@ -255,6 +255,7 @@ def test_flow(untrained, tmp_path):
         ("tune --budget 10", "--budget '10'"),
         ("tune --split train", "train"),
         ("ops --device nowhere", "nowhere"),
+        ("compile --arch 90,1", "--arch '90,1' must be of"),
         (f"flow {SCENE} --model no/such/folder", "no/such/folder"),
         (f"flow {shlex.quote(__file__)}", "cannot be read as a picture"),
     ],
