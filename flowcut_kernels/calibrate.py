@@ -85,11 +85,18 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any] | Tensor, name: st
     pixels = next(iter(accepted))
     if not isinstance(inputs, Mapping | Tensor):
         raise TypeError(f"{name} is {type(inputs).__name__}; give processor output")
+    if isinstance(inputs, Tensor) and inputs.dim() < 3 and not inputs.is_floating_point():
+        raise ValueError(
+            f"{name} is a {inputs.dtype} tensor {tuple(inputs.shape)}, as ids are; give pixel values or processor output"
+        )
     arguments: dict = {pixels: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     if pixels not in arguments:  # Video-LLaVA has two names for them, of its processor and of its method
         arguments[pixels] = arguments.get("pixel_values_images", arguments.get("pixel_values"))
     if arguments.get(pixels) is None:
         raise ValueError(f"{name} holds no pixel_values; give images")
+    if not isinstance(arguments[pixels], Tensor):
+        kind = type(arguments[pixels]).__name__
+        raise TypeError(f"{name} holds {pixels} as {kind}; call the processor with return_tensors='pt'")
     made = vars(getattr(model, "model", model)).get("get_image_features")
     with heeding():
         if isinstance(made, PrunedFeatures):

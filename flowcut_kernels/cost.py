@@ -205,6 +205,15 @@ def weights(module: Any) -> int:
     return sum(x.numel() for x in own if x.dim() > 1) + sum(map(weights, children))
 
 
+def _columns(projection: nn.Module) -> int:
+    """That a projection puts out; of what somebody put around one, such as an adapter of low rank, the most of its
+    parts'."""
+    found = [part.out_features for part in projection.modules() if hasattr(part, "out_features")]
+    if not found:
+        raise ValueError(f"cost: no formula for {type(projection).__name__}, which holds no linear layer")
+    return max(found)
+
+
 @dataclass(frozen=True)
 class Matrices:
     """What a layer of attention and MLP is made of."""
@@ -230,11 +239,11 @@ class Matrices:
                 + ("has experts" if experts else "projects its keys neither by k_proj nor by qkv")
             )
         if hasattr(attention, "qkv"):
-            projections, width = [attention.qkv], attention.qkv.out_features // 3
+            projections, width = [attention.qkv], _columns(attention.qkv) // 3
             key_width = width
         else:
             projections = [attention.k_proj, attention.v_proj]
-            width, key_width = attention.q_proj.out_features, attention.k_proj.out_features
+            width, key_width = _columns(attention.q_proj), _columns(attention.k_proj)
         entering = sum(map(weights, projections))
         return cls(entering, weights(layer) - entering, width, key_width)
 

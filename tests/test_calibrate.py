@@ -138,6 +138,13 @@ def test_a_schedule_of_another_model(schedule):
         (fk.RandomTokens(8), tiny.images(1), TypeError, "RandomTokens"),
         (fk.FlowCut(8), [], ValueError, "inputs is empty"),
         (fk.FlowCut(8), {"input_ids": torch.zeros(1, 1)}, ValueError, r"inputs\[0\] holds no pixel_values"),
+        (
+            fk.FlowCut(8),
+            torch.zeros(1, 9, dtype=torch.int64),
+            ValueError,
+            r"inputs\[0\] is a torch.int64 tensor \(1, 9\)",
+        ),
+        (fk.FlowCut(8), dict(pixel_values=[[0.5]]), TypeError, "holds pixel_values as list; .* return_tensors='pt'"),
         (fk.FlowCut(8), [3], TypeError, r"inputs\[0\] is int"),
         (fk.FlowCut(8), None, TypeError, "inputs is NoneType; give processor output, or a list of it"),
     ],

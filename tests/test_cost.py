@@ -277,6 +277,34 @@ def test_bad_input(change, error, message):
         fk.cost(**arguments)
 
 
+class LowRank(torch.nn.Module):
+    """An adapter of one's own: nothing but its parts says how many columns it puts out."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("policy", ["llm", "vflowopt"])
+def test_adapters(policy):
+    model, inputs, policy = tiny.llava(text=TEXT), prompt(), POLICIES[policy]
+    for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, LowRank(getattr(layer.self_attn, name)))
+    cost = fk.cost(model, policy, inputs)
+    assert run(model, inputs, logits_to_keep=1) == predicted(cost.full)
+    with fk.patched(model, policy, backend="reference"):
+        flops, size = run(model, inputs, logits_to_keep=1)
+    assert size == cost.pruned.kv_bytes
+    # The anchor's own row is taken to meet a matrix of the base's size.
+    assert flops == pytest.approx(predicted(cost.pruned)[0], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("family", "text", "message"),
     [
