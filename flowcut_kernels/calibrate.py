@@ -85,10 +85,9 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any] | Tensor, name: st
     pixels = next(iter(accepted))
     if not isinstance(inputs, Mapping | Tensor):
         raise TypeError(f"{name} is {type(inputs).__name__}; give processor output")
-    if isinstance(inputs, Tensor) and inputs.dim() < 3 and not inputs.is_floating_point():
-        raise ValueError(
-            f"{name} is a {inputs.dtype} tensor {tuple(inputs.shape)}, as ids are; give pixel values or processor output"
-        )
+    if isinstance(inputs, Tensor) and (inputs.dim() == 3 or (inputs.dim() < 3 and not inputs.is_floating_point())):
+        what = "one image without its batch: give it as [1, ...]" if inputs.dim() == 3 else "ids: give pixel values"
+        raise ValueError(f"{name} is a {inputs.dtype} tensor {tuple(inputs.shape)}, as is {what}, or processor output")
     arguments: dict = {pixels: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     if pixels not in arguments:  # Video-LLaVA has two names for them, of its processor and of its method
         arguments[pixels] = arguments.get("pixel_values_images", arguments.get("pixel_values"))

@@ -169,10 +169,12 @@ def cost(
     arguments = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(arguments, Mapping):
         raise TypeError(f"cost: inputs is {type(inputs).__name__}; give processor output")
-    if not 0 <= entropy <= 1:
-        raise ValueError(f"cost: entropy={entropy} must lie in 0..1")
+    if not isinstance(entropy, int | float) or not 0 <= entropy <= 1:
+        raise ValueError(f"cost: entropy={entropy!r} must lie in 0..1")
     if not is_whole(logits_to_keep) or logits_to_keep < 0:
         raise ValueError(f"cost: logits_to_keep={logits_to_keep!r} must be a number of columns, 0 for all")
+    if not isinstance(compact_cache, bool):
+        raise TypeError(f"cost: compact_cache={compact_cache!r} must be True or False")
     # What `patch` would install knows which layers run and what is left of a prompt.
     encoder, replacements = adapter_of(model, policy).replacements(
         model, policy, record=False, backend=None, compact_cache=compact_cache
@@ -205,7 +207,7 @@ def weights(module: Any) -> int:
     return sum(x.numel() for x in own if x.dim() > 1) + sum(map(weights, children))
 
 
-def _columns(projection: nn.Module) -> int:
+def _columns(projection: Any) -> int:
     """That a projection puts out; of what somebody put around one, such as an adapter of low rank, the most of its
     parts'."""
     found = [part.out_features for part in projection.modules() if hasattr(part, "out_features")]

@@ -268,6 +268,8 @@ def test_table():
         (dict(inputs=prompt() | dict(pixel_values=tiny.images(2))), ValueError, r"\[64\] image placeholders"),
         (dict(policy=fk.FlowCut(8, llm_layer=5)), ValueError, "llm_layer=5"),
         (dict(entropy=1.5), ValueError, "entropy=1.5"),
+        (dict(entropy="low"), ValueError, "entropy='low' must lie in 0..1"),
+        (dict(compact_cache="no"), TypeError, "compact_cache='no' must be True or False"),
         (dict(logits_to_keep=-1), ValueError, "logits_to_keep=-1"),
     ],
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -73,7 +73,9 @@ def supported_models() -> list[type[nn.Module]]:
 def adapter_of(model: nn.Module, policy: Policy) -> Any:
     """What knows the family of `model`; TypeError for an unsupported class, or where `policy` is none."""
     if not isinstance(policy, Policy):
-        raise TypeError(f"policy={policy!r} is not a policy: use for example FlowCut(target_tokens=64)")
+        # A model's, or processor output's, would fill pages.
+        given = f"a {type(policy).__name__}" if isinstance(policy, nn.Module | Mapping | Tensor) else repr(policy)
+        raise TypeError(f"policy={given} is not a policy: use for example FlowCut(target_tokens=64)")
     return family_of(model)
 
 
@@ -136,8 +138,9 @@ def patch(
             changed then.
     """
     adapter = adapter_of(model, policy)
-    if not isinstance(compact_cache, bool):
-        raise TypeError(f"compact_cache={compact_cache!r} must be True or False")
+    for name, value in dict(record=record, compact_cache=compact_cache).items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
     resolve_backend(backend)
     if _HANDLE in vars(model):
         raise ValueError(

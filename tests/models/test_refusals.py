@@ -50,6 +50,23 @@ def test_unknown_classes(build, words):
         fk.patch(model, POLICY)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(record="yes"), "record='yes' must be True or False"),
+        (dict(compact_cache=1), "compact_cache=1 must be True or False"),
+        (dict(policy=nn.Linear(1, 1)), "policy=a Linear is not a policy: use for example"),
+        (dict(policy=8), "policy=8 is not a policy"),
+    ],
+)
+def test_arguments_of_another_type(options, words):
+    model = tiny.llava()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=words):
+        fk.patch(model, **dict(policy=POLICY) | options)
+    assert_same(before, snapshot(model))
+
+
 @pytest.mark.parametrize("call", [fk.unpatch, fk.trace])
 def test_what_is_around_a_patched_model(call):
     """Is not patched, and says what is."""
