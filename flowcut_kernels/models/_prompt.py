@@ -613,6 +613,14 @@ class PrunedGenerate(_PromptMethod):
         if shrunk is None:
             return self._generate(arguments)
         skip, talk = shrunk[0].kept, shrunk[1]
+        longest = arguments.get("max_length")
+        counts = longest and self._setting(arguments, "max_new_tokens") is None
+        if counts and prompt is not None and longest <= prompt.shape[1]:
+            # transformers' own error would count what is left of the prompt.
+            raise ValueError(
+                f"max_length={longest} counts the prompt, whose input_ids have {prompt.shape[1]} columns: increase it, "
+                "or set max_new_tokens"
+            )
         self._shift_lengths(arguments, shrunk[0].length - skip)
         whole = None
         if prompt is not None:

@@ -427,7 +427,8 @@ def test_lengths_count_the_full_prompt(stock, where, longest, shortest):
         assert width + max(shortest, 1) <= out.shape[1] <= width + (longest or 20)
     if longest == shortest:
         assert pruned.shape == unpruned.shape
-    with fk.patched(stock, POLICY), pytest.raises(ValueError, match="max_length"):
+    said = f"max_length={width - 1} counts the prompt, whose input_ids have {width} columns"
+    with fk.patched(stock, POLICY), pytest.raises(ValueError, match=said):
         stock.generate(**inputs_for(PROMPTS["batch"]), max_length=width - 1)
 
 
