@@ -40,7 +40,7 @@ Settings = dict[str, Any]
 TEXT = 32  # words after the picture
 SHARE = 0.11  # of the visual tokens that stay
 CALLS = 32  # forward passes whose CPU time is compared, in turns, where nothing else is measured
-ROUNDS = 5  # the same at each of DEPTHS
+ROUNDS = 9  # the same at each of DEPTHS
 DEPTHS = range(0, 128, 8)  # of a caller's frames: so many of `_below` fill one of the chunks that Python keeps them in
 PEAK = 989e12  # FLOP/s of dense bfloat16 matrix products on an H200, by its data sheet
 
