@@ -69,6 +69,11 @@ def span(key: str, show: Callable[[Any], str], where: Callable[[Row], bool] = la
     return spans
 
 
+def every(key: str, show: Callable[[Any], str]) -> Callable[..., str]:
+    """From the least to the most of all runs."""
+    return lambda *rows: between((row[key] for row in rows), show)
+
+
 def interval(key: str, form: str = ".1f") -> Callable[[Row], str]:
     """A share in %, or a difference in points, ± half of its interval: 95 %, of `choosing` the quartiles."""
     ends = "" if key == "accuracy" else f"{key}_"
@@ -104,6 +109,10 @@ def cases(*rows: Row) -> str:
     """How many, and the values that stand in each place of their names."""
     found = [[*row["case"].split(), row["dtype"]] for row in rows if row["run"] == rows[0]["run"]]
     return f"{len(found)}: {'; '.join(', '.join(dict.fromkeys(values)) for values in zip(*found, strict=True))}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{1 if seconds > 0.004 else 2}f}"
 
 
 def mebibytes(size: float) -> str:
@@ -217,6 +226,30 @@ TABLES = {
             "stock, eager": cell("stock_eager_ratio", ratio),
             "torch FlowCut": cell("torch_sdpa_ratio", ratio),
             "torch FlowCut, eager": cell("torch_eager_ratio", ratio),
+        },
+    ),
+    "families": Table(
+        "families",
+        {"family": cell("family")},
+        {
+            "visual tokens": lambda row: f"{row['stock_tokens']:,} -> {row['tokens']:,}",
+            "stock, first token": cell("stock_first_seconds", "{:.1f} s".format),
+            "FlowCut": cell("first_seconds", "{:.1f} s".format),
+            "times faster": lambda row: "{speedup:.2f} ({speedup_low:.2f} to {speedup_high:.2f})".format(**row),
+            "adapter's share": cell("adapter_share", "{:.2%}".format),
+        },
+    ),
+    "host": Table(
+        "host",
+        {"family": cell("family"), "picture or video": cell("prompt"), "tokens": cell("stock_tokens", "{:,}".format)},
+        {
+            "stock, ms": every("stock_host_seconds", milliseconds),
+            "at least, ms": every("least_seconds", milliseconds),
+            "adapter, ms": every("adapter_seconds", milliseconds),
+            "share": every("adapter_share", "{:.1%}".format),
+            "FlowCut, ms": every("python_seconds", milliseconds),
+            "stock by caller": every("stock_by_caller", ratio),
+            "patched": every("patched_by_caller", ratio),
         },
     ),
     "kv": Table(

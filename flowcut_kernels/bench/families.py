@@ -331,6 +331,7 @@ def measure(
         size: "real" or "toy", of the models whose first token is timed.
     """
     device = torch.device(device)
+    calls = CALLS if size == "real" else repeats  # of the thin model; a toy's share of them would say nothing
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for number, name in enumerate(families):
@@ -339,7 +340,7 @@ def measure(
         try:
             row |= first_token(FAMILIES[name], size, device, dtype, repeats, backend)
             if row["ok"]:
-                row |= overhead(FAMILIES[name], FAMILIES[name].shown, device, backend, repeats)
+                row |= overhead(FAMILIES[name], FAMILIES[name].shown, device, backend, calls)
                 if size == "real":  # of a toy's it would say nothing
                     row["adapter_share"] = row["adapter_seconds"] / row["stock_first_seconds"]
         except Exception as error:  # one family's failure must not cost the others
@@ -351,7 +352,7 @@ def measure(
         f"Model families, {size} size: all visual tokens against {SHARE:.0%} of them",
         command,
         rows,
-        facts=dict(share=SHARE, size=size, repeats=repeats, calls=repeats, prompt_words=TEXT),
+        facts=dict(share=SHARE, size=size, repeats=repeats, calls=calls, prompt_words=TEXT),
         notes=[
             f"one picture or video and {TEXT} words; random weights; FlowCut(retain_ratio={SHARE})",
             "1st token: encoder, projector, prefill",
