@@ -331,7 +331,7 @@ def measure(
         size: "real" or "toy", of the models whose first token is timed.
     """
     device = torch.device(device)
-    calls = CALLS if size == "real" else repeats  # of the thin model; a toy's share of them would say nothing
+    calls = CALLS if size == "real" else repeats  # of the thin model, for a share that a toy does not have
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for number, name in enumerate(families):
